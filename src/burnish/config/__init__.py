@@ -1,0 +1,1 @@
+"""The run config: schema, YAML with line numbers, overrides. The schema is the contract of YAML, CLI and pages."""

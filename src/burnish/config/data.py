@@ -1,0 +1,96 @@
+"""Config of the data sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from burnish.config.section import Section
+
+
+class Captions(Section):
+    """Where captions are and what happens to them each time a picture is drawn."""
+
+    extension: str = Field(".txt", pattern=r"^\.[A-Za-z0-9_]+$", description="Caption file beside each picture.")
+    jsonl: Path | None = Field(
+        None,
+        description='One file for all, a JSON object per line: {"file": "a.png", "caption": "..."}; '
+        "used instead of caption files.",
+    )
+    default: str | None = Field(None, description="Caption of pictures that have none.")
+    on_missing: Literal["skip", "error"] = Field(
+        "skip", description="What to do with a picture without caption when there is no default."
+    )
+    prefix: str = Field("", description="Put before every caption; [trigger] is replaced.")
+    encoding: Literal["auto", "utf-8"] = Field(
+        "auto", description="`auto` also reads UTF-16 and Windows-1252, and notes it; `utf-8` refuses them."
+    )
+    dropout: float = Field(0.0, ge=0, le=1, description="Share of draws that train on the empty caption.")
+    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated tags.")
+    keep_tags: int = Field(0, ge=0, description="First tags that stay in place when shuffling.")
+    separator: str = Field(",", min_length=1, max_length=8, description="What separates tags.")
+    variants: int = Field(
+        8, ge=1, le=1000, description="Different shuffles per picture; each is encoded once and cached."
+    )
+
+    @model_validator(mode="after")
+    def keep_needs_shuffle(self) -> Self:
+        if self.keep_tags and not self.shuffle_tags:
+            raise ValueError("keep_tags has no effect without shuffle_tags: true")
+        return self
+
+
+class Pictures(Section):
+    """What all picture sources share."""
+
+    role: Literal["train", "regularization"] = Field(
+        "train", description="`regularization` pictures keep the model as it was; they take no trigger word."
+    )
+    repeats: int = Field(1, ge=1, le=10000, description="Times each picture is seen per epoch.")
+    weight: float = Field(1.0, gt=0, le=100, description="Loss weight of this source.")
+    resolutions: list[Annotated[int, Field(ge=64, le=8192)]] = Field(
+        [1024], min_length=1, description="Side of a square of the same area; several train at each."
+    )
+    bucket_step: int = Field(64, ge=8, le=512, description="Bucket sides are multiples of this.")
+    max_aspect: float = Field(3.0, ge=1, le=16, description="Longer side over shorter side of the widest bucket.")
+    flip: bool = Field(False, description="Also train on the mirrored picture, half of the time.")
+    background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = Field(
+        "#ffffff", description="Colour under transparent parts."
+    )
+
+
+class Folder(Pictures):
+    """Pictures in a folder and its subfolders."""
+
+    kind: Literal["folder"] = "folder"
+    path: Path = Field(description="Folder with pictures.")
+    captions: Captions = Field(default_factory=Captions, description="Captions and what happens to them.")
+    recursive: bool = Field(True, description="Also look in subfolders.")
+    min_side: int = Field(32, ge=1, description="Pictures with a shorter side are skipped and reported.")
+    max_megapixels: float = Field(
+        150.0, gt=0, le=2000, description="Larger pictures are skipped and reported (decompression bombs)."
+    )
+    max_skip_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Share of pictures that may be skipped before the run refuses to start; one is always allowed.",
+    )
+
+
+class Generated(Pictures):
+    """Pictures that the base model draws before training, to keep it as it was (prior preservation)."""
+
+    kind: Literal["generated"]
+    role: Literal["train", "regularization"] = "regularization"
+    prompts: list[str] = Field(min_length=1, description="What to draw; used in turn.")
+    count: int = Field(48, ge=1, le=100000, description="How many pictures.")
+    steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps; the family's default if absent.")
+    guidance: float | None = Field(None, ge=0, le=50, description="Guidance scale; the family's default if absent.")
+    batch_size: int = Field(4, ge=1, le=256, description="Pictures drawn at once.")
+    seed: int = Field(0, ge=0, description="Seed of the first picture; each further picture takes the next.")
+
+
+DataSource = Annotated[Folder | Generated, Field(discriminator="kind")]

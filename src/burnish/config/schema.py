@@ -1,0 +1,131 @@
+"""The config tree of a run. Each option is declared here and nowhere else.
+
+Lengths are in pixels as (height, width) or one number for both; learning rates are per optimizer step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from burnish.config.data import DataSource
+from burnish.config.method import Lora
+from burnish.config.section import Section
+from burnish.config.train import Train
+
+Size = Annotated[int, Field(ge=16, le=8192)] | tuple[
+    Annotated[int, Field(ge=16, le=8192)], Annotated[int, Field(ge=16, le=8192)]
+]
+
+
+class Model(Section):
+    """Which weights to train on."""
+
+    path: str = Field(
+        min_length=1,
+        description="A diffusers folder, a .safetensors file, a Hub id such as `owner/name`, or `demo` "
+        "for the tiny model that ships with Burnish.",
+    )
+    family: str | None = Field(
+        None, description="The architecture (`burnish families`); detected from the weights when absent."
+    )
+    vae: Path | None = Field(None, description="VAE file, for a checkpoint that holds the denoiser alone.")
+    text_encoders: list[Path] = Field(
+        [], description="Text-encoder files, for a checkpoint that holds the denoiser alone."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
+    offline: bool = Field(False, description="Never reach for the network, not even for a Hub id.")
+    prediction: Literal["velocity", "epsilon", "v"] | None = Field(
+        None, description="What the denoiser predicts, where a fine-tune differs from its family."
+    )
+    training_adapter: Path | None = Field(
+        None,
+        description="Adapter that is active while training and off while sampling, as distilled models "
+        "such as FLUX.1-schnell need.",
+    )
+
+
+class SamplePrompt(Section):
+    """One picture to draw."""
+
+    prompt: str = Field(description="What to draw; [trigger] and [name] are replaced.")
+    negative: str = Field("", description="What to steer away from, with classifier-free guidance.")
+    seed: int | None = Field(None, ge=0, description="Overrides `sample.seed`.")
+    size: Size | None = Field(None, description="Overrides `sample.size`.")
+
+
+class Sample(Section):
+    """Pictures drawn while training, always with the same seeds."""
+
+    every: int = Field(250, ge=0, description="Optimizer steps between samples; 0 draws none on the way.")
+    at_start: bool = Field(True, description="Also before the first step, to compare with.")
+    prompts: list[str | SamplePrompt] = Field([], description="What to draw; a text or a full entry.")
+    steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps; the family's default if absent.")
+    guidance: float | None = Field(None, ge=0, le=50, description="Guidance scale; the family's default if absent.")
+    size: Size | None = Field(None, description="Height and width; the family's default if absent.")
+    seed: int = Field(0, ge=0, description="Seed of the first prompt; each further prompt takes the next.")
+    batch_size: int = Field(1, ge=1, le=256, description="Pictures drawn at once.")
+
+
+class Save(Section):
+    """Checkpoints to resume from, and adapters to use."""
+
+    folder: Path = Field(Path("runs"), description="Run folders are made in here, one per name.")
+    every: int = Field(250, ge=1, description="Optimizer steps between checkpoints.")
+    keep: int = Field(3, ge=2, le=1000, description="Newest checkpoints kept; the best is kept besides.")
+    adapters: Literal["all", "last"] = Field(
+        "all", description="Keep the adapter of every save, or the last and the best only."
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "bfloat16", description="Number type of the exported adapter; training keeps float32."
+    )
+    format: Literal["auto", "kohya", "diffusers"] = Field(
+        "auto", description="Key names of the adapter; `auto` loads in ComfyUI and diffusers alike."
+    )
+    on_disk_full: Literal["stop", "wait"] = Field(
+        "stop", description="Stop with exit code 3, or wait until space is free."
+    )
+
+
+class Memory(Section):
+    """Where things live."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="What to train on.")
+    cache: Literal["disk", "ram"] = Field("disk", description="Where cached latents and captions are kept.")
+    cache_folder: Path | None = Field(
+        None, description="Shared cache; by default `~/.cache/burnish`, or $BURNISH_CACHE."
+    )
+    checkpointing: bool = Field(
+        False, description="Recompute each block's activations in backward: less memory, about a third slower."
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for torch; its own choice if absent.")
+
+
+class RunConfig(Section):
+    """One run: data in, adapter out."""
+
+    name: str = Field(
+        min_length=1,
+        max_length=120,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run, its folder and its adapter file.",
+    )
+    trigger: str | None = Field(None, min_length=1, description="Word that calls the concept; replaces [trigger].")
+    seed: int = Field(42, ge=0, lt=2**63, description="Everything random follows from it.")
+    model: Model = Field(description="Which weights to train on.")
+    method: Lora = Field(
+        default_factory=lambda: Lora(kind="lora"), description="What is trained."
+    )
+    data: list[DataSource] = Field(min_length=1, description="Where the pictures come from.")
+    train: Train = Field(default_factory=Train, description="How long and how fast.")
+    sample: Sample = Field(default_factory=Sample, description="Pictures drawn on the way.")
+    save: Save = Field(default_factory=Save, description="Checkpoints and adapters.")
+    memory: Memory = Field(default_factory=Memory, description="Where things live.")
+
+    @model_validator(mode="after")
+    def needs_something_to_learn(self) -> Self:
+        if all(source.role == "regularization" for source in self.data):
+            raise ValueError("every source is `regularization`; at least one must be `train`")
+        return self

@@ -1,0 +1,1 @@
+"""Pictures and captions in, batches of cached latents and conditioning out."""

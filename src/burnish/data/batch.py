@@ -1,0 +1,33 @@
+"""What the loop is given for one micro-step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from burnish.family import Conditioning
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Cached latents and conditioning of one micro-step; everything but `weight_B` is as the cache gave it.
+
+    `position` is the micro-step since the run began: with the seed it decides noise and time (law L1).
+    """
+
+    latents_BCHW: Tensor
+    conditioning: Conditioning
+    weight_B: Tensor  # loss weight of each sample's source, float32
+    sample_ids: tuple[str, ...]  # stable across runs: source and relative path, plus the repeat
+    paths: tuple[str, ...]  # for messages: the file behind each sample
+    position: int
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        return replace(
+            self,
+            latents_BCHW=self.latents_BCHW.to(device, dtype, non_blocking=True),
+            conditioning=self.conditioning.to(device, dtype),
+            weight_B=self.weight_B.to(device),
+        )

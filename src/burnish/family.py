@@ -1,0 +1,290 @@
+"""What a model family answers, and the types at its border.
+
+A family answers questions. It never draws noise, never computes a loss, never writes a file of the user's.
+
+Shape letters: B batch, C channels, H W height and width (of pixels or of latents, as said), S tokens, D width.
+Conventions: data at t = 0, noise at t = 1; pixels in [-1, 1]; sizes in pixels as (height, width).
+A flow family mixes x_t = (1 - t) * data + t * noise and predicts velocity = noise - data. An older family mixes
+x_t = sqrt(alpha_bar) * data + sqrt(1 - alpha_bar) * noise at index t * 1000 and predicts epsilon or v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+Prediction = Literal["velocity", "epsilon", "v"]
+Part = Literal["denoiser", "vae", "text_encoders"]
+AdapterFormat = Literal["kohya", "diffusers"]
+
+
+class Conditioning(Mapping[str, Tensor]):
+    """What the denoiser is told besides latents and time: a frozen mapping of named tensors, batch first.
+
+    Names that start with `tokens` or `mask` have a token axis at dimension 1 and are padded with zeros (False)
+    when samples of different length are collated; all others must agree in shape. Cached on disk as is.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{k}={tuple(v.shape)}" for k, v in self._tensors.items())
+        return f"Conditioning({shapes})"
+
+    @property
+    def batch_size(self) -> int:
+        return len(next(iter(self._tensors.values())))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
+        """Move to `device`; cast floating tensors to `dtype` when one is given."""
+        return Conditioning(
+            {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self._tensors.items()}
+        )
+
+    def merged(self, other: Mapping[str, Tensor]) -> Conditioning:
+        """This and `other` together; `other` wins where both name a tensor."""
+        return Conditioning({**self._tensors, **other})
+
+    def rows(self, index: slice | Sequence[int]) -> Conditioning:
+        """The chosen batch rows."""
+        return Conditioning({k: v[index] for k, v in self._tensors.items()})
+
+    @staticmethod
+    def collate(samples: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate along the batch, padding the token axis of `tokens*` and `mask*` to the longest.
+
+        Raises:
+            ValueError: the samples do not hold the same names.
+        """
+        names = list(samples[0])
+        for sample in samples:
+            if list(sample) != names and set(sample) != set(names):
+                raise ValueError(f"conditioning of different kinds: {sorted(names)} and {sorted(sample)}")
+        return Conditioning({name: _join(name, [sample[name] for sample in samples]) for name in names})
+
+
+def _join(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    if name.startswith(("tokens", "mask")):
+        longest = max(tensor.shape[1] for tensor in tensors)
+        tensors = [_padded(tensor, longest) for tensor in tensors]
+    return torch.cat(list(tensors))
+
+
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    missing = length - tensor.shape[1]
+    if not missing:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class PictureInfo:
+    """How a training picture came about, in pixels as (height, width); SDXL is told these."""
+
+    original: tuple[int, int]
+    crop: tuple[int, int]  # top and left of the crop, in the resized picture
+    target: tuple[int, int]  # what the VAE saw
+
+    @classmethod
+    def whole(cls, height: int, width: int) -> PictureInfo:
+        """For generation: as if the picture had this size from the start."""
+        return cls((height, width), (0, 0), (height, width))
+
+
+@dataclass(frozen=True, slots=True)
+class LatentShape:
+    """How pixels become latents."""
+
+    channels: int
+    compression: int  # pixels per latent, each way
+    patch: int = 1  # latents per token, each way
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Heights and widths must be multiples of this."""
+        return self.compression * self.patch
+
+    def of(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a picture of `height` x `width` pixels."""
+        return self.channels, height // self.compression, width // self.compression
+
+    def tokens(self, latent_height: int, latent_width: int) -> int:
+        return (latent_height // self.patch) * (latent_width // self.patch)
+
+
+@dataclass(frozen=True, slots=True)
+class ResolutionShift:
+    """Timestep shift that grows with the number of tokens, exp(mu) with mu linear in tokens.
+
+    Stable Diffusion 3 paper (arXiv 2403.03206), section 5.3.2; constants as released with each model.
+    """
+
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+    def mu(self, tokens: int) -> float:
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return self.base_shift + slope * (tokens - self.base_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How noise is mixed in, what the denoiser predicts, and how the released model samples."""
+
+    prediction: Prediction
+    scheduler: Mapping[str, Any]  # diffusers scheduler config, `_class_name` included
+    alphas_cumprod: Tensor | None = None  # (1000,) float64 for epsilon and v; None for a flow
+    shift: float | ResolutionShift = 1.0  # timestep shift of a flow, as released
+
+    @property
+    def is_flow(self) -> bool:
+        return self.alphas_cumprod is None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerDefaults:
+    steps: int
+    guidance: float  # classifier-free guidance, or the embedded guidance where the model has one
+    size: tuple[int, int]
+    negative_prompt: bool  # classifier-free guidance is how this model is meant to run
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    guidance_embedding: bool = False  # reads conditioning["guidance_B"]; absent means: bypass the embedding
+    references: bool = False
+    masks: bool = False
+    video: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSet:
+    """Names a set of linear and conv modules by `fnmatch` patterns over module names of the denoiser."""
+
+    patterns: tuple[str, ...]
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportKeys:
+    """How this family's adapter keys read in the files of others (the table of docs/interop.md).
+
+    `default` loads both in ComfyUI and in diffusers. `modelspec` and `ss_base_model_version` go to the metadata.
+    """
+
+    default: AdapterFormat
+    formats: tuple[AdapterFormat, ...]
+    modelspec: str
+    base_model_version: str
+    prefix: Mapping[AdapterFormat, str] = field(default_factory=dict)  # e.g. {"kohya": "lora_unet_"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where the weights are. `path` is a diffusers folder, a .safetensors file, or a Hub id `owner/name`.
+
+    `vae` and `text_encoders` name separate files for checkpoints that hold the denoiser alone (ComfyUI).
+    """
+
+    path: str
+    vae: Path | None = None
+    text_encoders: tuple[Path, ...] = ()
+    revision: str | None = None
+    offline: bool = False
+
+
+class Family(Protocol):
+    """One model architecture, its parts loaded or not. See docs/add-a-family.md."""
+
+    name: ClassVar[str]  # key in YAML: `model.family: sdxl`
+    title: ClassVar[str]
+    capabilities: Capabilities
+    targets: ClassVar[Mapping[str, TargetSet]]  # always `attention`, `attention+mlp`, `all`
+    default_targets: ClassVar[str]
+    export: ClassVar[ExportKeys]
+    defaults: SamplerDefaults
+    latents: LatentShape
+    schedule: Schedule
+
+    @classmethod
+    def detect(cls, source: ModelSource) -> bool:
+        """Whether these weights are of this family, from names and shapes alone; loads no weights."""
+        ...
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        parts: frozenset[Part],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        prediction: Prediction | None = None,
+    ) -> Self:
+        """Load the named parts, frozen and in eval mode; schedule and shapes are known whatever the parts.
+
+        Raises:
+            ModelError: files are missing, damaged or of another family.
+        """
+        ...
+
+    @classmethod
+    def skeleton(cls, depth: int | None = None) -> Self:
+        """The denoiser without weights (meta device) at the released width; `depth` repeats of each block."""
+        ...
+
+    def example(self, height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
+        """Noisy latents, times and conditioning of the right shapes and dtypes for the loaded denoiser."""
+        ...
+
+    @property
+    def denoisers(self) -> Mapping[str, nn.Module]:
+        """By part name, as diffusers spells it (`unet`, `transformer`); empty where not loaded."""
+        ...
+
+    def identity(self, part: Part) -> str:
+        """Hash of the weights and settings behind a part; the cache's key depends on it (law L3)."""
+        ...
+
+    def release(self, part: Part) -> None:
+        """Drop a part so that its memory can be used."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
+
+    def describe_pictures(self, pictures: Sequence[PictureInfo]) -> Conditioning:
+        """Conditioning that depends on the picture rather than the caption; empty for most families."""
+        ...
+
+    def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] -> latents (B, C, H, W) in the scale the denoiser sees; the mode, not a sample."""
+        ...
+
+    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents in the scale the denoiser sees -> pixels (B, 3, H, W) in [-1, 1], not clamped."""
+        ...
+
+    def predict(self, noisy_BCHW: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """What `schedule.prediction` names, shape of `noisy_BCHW`, at times `t_B` in [0, 1]."""
+        ...
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks in forward order: what is compiled, checkpointed and offloaded."""
+        ...
