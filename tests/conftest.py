@@ -1,0 +1,63 @@
+"""What all tests share: no network, and tiny pipelines built once per session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before any import of huggingface_hub or transformers, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+TinyFolder = Callable[[str], Path]
+
+# Warnings are errors; these come from inside a library, where no caller can avoid them.
+UPSTREAM_WARNINGS = (
+    # diffusers' EulerDiscreteScheduler gives a torch tensor to numpy, whose `copy` argument torch lacks.
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in UPSTREAM_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
+    """Folder of a tiny pipeline by name (sd15, sdxl, flux, flux_schnell), built on first use; read only."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name not in folders:
+            from tiny_pipelines import build
+
+            folders[name] = tmp_path_factory.mktemp("tiny") / name
+            build(name, folders[name])
+        return folders[name]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15(tiny_folder: TinyFolder) -> Path:
+    return tiny_folder("sd15")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tiny_folder: TinyFolder) -> Path:
+    return tiny_folder("sdxl")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tiny_folder: TinyFolder) -> Path:
+    return tiny_folder("flux")
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_schnell(tiny_folder: TinyFolder) -> Path:
+    return tiny_folder("flux_schnell")
