@@ -81,7 +81,12 @@ class TrainingError(BurnishError):
 
 
 class NonFiniteLoss(TrainingError):
-    """Loss or gradient is NaN or inf; the weights were left as they were before the step."""
+    """Loss or gradient is NaN or inf; the weights were left as they were before the step.
+
+    `positions` are the micro-steps of the step at fault, where it is known.
+    """
+
+    positions: tuple[int, ...] = ()
 
 
 class CheckpointError(TrainingError):

@@ -1,0 +1,160 @@
+"""The train loop, top to bottom. Saving, sampling and validation are tasks that the run hands in (tasks.py)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from burnish.data.batch import Batch
+from burnish.errors import NonFiniteLoss
+from burnish.events import Events, StepReport
+from burnish.family import Family
+from burnish.objective import Denoising
+from burnish.optim.ema import Ema
+from burnish.optim.schedule import apply_learning_rate
+from burnish.randomness import stable_seed
+
+MAX_OVERFLOWS = 20  # fp16: as many halvings of the loss scale in a row mean that the loss itself is broken
+
+
+@dataclass
+class Training:
+    """What a run owns while it trains; `step`, `position` and `skipped` move, the rest stays.
+
+    `batches(position)` yields the micro-batches from that micro-step on, for ever, as a pure function.
+    """
+
+    family: Family
+    objective: Denoising
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    learning_rate_factor: Callable[[int], float]
+    batches: Callable[[int], Iterator[Batch]]
+    batches_per_epoch: int
+    device: torch.device
+    dtype: torch.dtype
+    scaler: torch.amp.GradScaler
+    seed: int
+    steps: int
+    accumulate: int = 1
+    max_grad_norm: float = 1.0
+    ema: Ema | None = None
+    step: int = 0  # optimizer steps done
+    position: int = 0  # micro-step that the next step begins with
+    skipped: set[int] = field(default_factory=set)  # positions that a roll-back passes over
+    best_step: int | None = None  # by held-out loss
+    best_loss: float | None = None
+    validations_since_best: int = 0
+    updating: bool = False  # inside the optimizer's update: weights and state are not to be saved now
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One micro-step's losses, kept on the device until the step's one synchronisation."""
+
+    batch: Batch
+    loss_B: Tensor
+    t_B: Tensor
+
+
+def train(
+    run: Training, events: Events, tasks: Sequence[Callable[[Training], None]], should_stop: Callable[[], bool]
+) -> None:
+    """Train until `run.steps`, going on from `run.step`; each task is called after every step.
+
+    Raises:
+        NonFiniteLoss: loss or gradient is NaN or inf; the weights are as they were before the step.
+    """
+    parameters = list(run.parameters.values())
+    stream = take(run)
+    overflows = 0
+    events.started(run.step, run.steps)
+    while run.step < run.steps and not should_stop():
+        began = time.perf_counter()
+        factor = run.learning_rate_factor(run.step)
+        apply_learning_rate(run.optimizer, factor)
+
+        judged = [micro_step(run, next(stream)) for _ in range(run.accumulate)]
+        run.scaler.unscale_(run.optimizer)
+        grad_norm = clip_grad_norm_(parameters, run.max_grad_norm)
+        loss = torch.stack([(one.loss_B * one.batch.weight_B).mean() for one in judged]).mean()
+
+        loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one host sync of a step
+        if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
+            overflows += 1
+            if not (run.scaler.is_enabled() and torch.isfinite(loss) and overflows <= MAX_OVERFLOWS):
+                raise non_finite(run, judged, loss_value, norm_value)
+            run.scaler.update(run.scaler.get_scale() * run.scaler.get_backoff_factor())
+            run.optimizer.zero_grad(set_to_none=True)
+            run.position = judged[-1].batch.position + 1
+            continue
+
+        overflows = 0
+        run.updating = True
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.ema is not None:
+            run.ema.update()
+        run.step += 1
+        run.position = judged[-1].batch.position + 1
+        run.updating = False
+        events.stepped(report(run, loss_value, norm_value, time.perf_counter() - began))
+        for task in tasks:
+            task(run)
+
+
+def take(run: Training) -> Iterator[Batch]:
+    """Batches from `run.position` on, on the device, without those that a roll-back skips."""
+    for batch in run.batches(run.position):
+        if batch.position not in run.skipped:
+            yield batch.to(run.device)
+
+
+def micro_step(run: Training, batch: Batch) -> Judged:
+    """Forward and backward of one micro-batch; gradients add up in the parameters."""
+    # Dropout inside adapters draws from torch's own generator: seeding it here makes it a function of the position.
+    torch.manual_seed(stable_seed(run.seed, "dropout", batch.position))
+    loss_B, t_B = run.objective.losses(run.family, batch, run.seed)
+    run.scaler.scale((loss_B * batch.weight_B).mean() / run.accumulate).backward()
+    return Judged(batch, loss_B.detach(), t_B)
+
+
+def report(run: Training, loss: float, grad_norm: float, seconds: float) -> StepReport:
+    on_cuda = run.device.type == "cuda"
+    return StepReport(
+        step=run.step,
+        steps=run.steps,
+        epoch=run.position / run.batches_per_epoch,
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rate=max(float(group["lr"]) * float(group.get("d", 1.0)) for group in run.optimizer.param_groups),
+        seconds=seconds,
+        memory_gib=torch.cuda.max_memory_allocated(run.device) / 2**30 if on_cuda else None,
+    )
+
+
+def non_finite(run: Training, judged: Sequence[Judged], loss: float, grad_norm: float) -> NonFiniteLoss:
+    """The error that names the samples and times to blame: those whose loss is not finite, or all of the step."""
+    named, every = [], []
+    for one in judged:
+        rows = zip(one.batch.paths, one.t_B.tolist(), one.loss_B.tolist(), strict=True)
+        for path, t, value in rows:
+            text = f"{path} at t = {t:.3f} (loss {value:g})"
+            every.append(text)
+            if not torch.isfinite(torch.tensor(value)):
+                named.append(text)
+    what = "loss" if named else "gradient"
+    error = NonFiniteLoss(
+        f"step {run.step + 1}: the {what} is not finite (loss {loss:g}, gradient norm {grad_norm:g}, "
+        f"{run.dtype}); the weights are as they were before it. Samples: " + "; ".join(named or every),
+        remedy="Lower train.optimizer.learning_rate, use train.precision: bf16 or fp32, look at the named pictures, "
+        "or set train.on_nonfinite: {kind: rollback} to skip such batches.",
+    )
+    error.positions = tuple(one.batch.position for one in judged)
+    return error

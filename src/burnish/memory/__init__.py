@@ -1,0 +1,1 @@
+"""What keeps a run inside the memory it has."""

@@ -1,0 +1,249 @@
+"""What happens beside the steps: held-out loss, checkpoints with verified adapters, samples.
+
+Each task is called after every step and decides by itself whether it is due. The order is validate, save, sample,
+so that a new best is saved at once and a picture never stands in the way of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from burnish.adapters.lora import AdapterSet
+from burnish.checkpoint.store import CheckpointStore
+from burnish.data.batch import Batch
+from burnish.errors import Interrupted
+from burnish.events import Events
+from burnish.export.adapter_file import write_adapter
+from burnish.export.verify import verify_adapter
+from burnish.loop import Training
+from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
+from burnish.optim.state import pack_state
+from burnish.randomness import torch_generator
+from burnish.run_folder import RunFolder
+from burnish.sampling.grid import save_grid
+from burnish.sampling.outputs import write_picture
+from burnish.sampling.sampler import EncodedRequest, decode_pictures, draw_latents
+
+
+def averaged(run: Training) -> AbstractContextManager[None]:
+    """The moving average in place of the live weights, where there is one."""
+    return run.ema.swapped() if run.ema is not None else nullcontext()
+
+
+@dataclass
+class Validate:
+    """Loss on held-out pictures at fixed noise and times; remembers the best step."""
+
+    batches: Callable[[], Iterator[Batch]]
+    times: Sequence[float]
+    every: int
+    min_improvement: float
+    events: Events
+
+    def __call__(self, run: Training) -> None:
+        if run.step % self.every and run.step != run.steps:
+            return
+        with torch.no_grad(), averaged(run):
+            loss = self.loss(run)
+        enough = run.best_loss is None or loss < run.best_loss * (1 - self.min_improvement)
+        if enough:
+            run.best_step, run.best_loss, run.validations_since_best = run.step, loss, 0
+        else:
+            run.validations_since_best += 1
+        self.events.validated(run.step, loss, enough)
+
+    def loss(self, run: Training) -> float:
+        """Mean over held-out samples and times, each with noise that depends on the sample and time alone."""
+        losses = []
+        for batch in self.batches():
+            batch = batch.to(run.device)
+            for t in self.times:
+                noise = torch.stack(
+                    [
+                        torch.randn(
+                            batch.latents_BCHW.shape[1:],
+                            generator=torch_generator(run.seed, "validation", sample_id, str(t)),
+                        )
+                        for sample_id in batch.sample_ids
+                    ]
+                )
+                t_B = torch.full((len(noise),), t)
+                losses.append(run.objective.losses_at(run.family, batch, noise, t_B).flatten())
+        return float(torch.cat(losses).mean())
+
+
+@dataclass
+class Save:
+    """A checkpoint, then the adapter in its export format, read back and verified, then retention."""
+
+    store: CheckpointStore
+    adapters: Mapping[str, AdapterSet]  # by denoiser
+    folder: RunFolder
+    name: str
+    every: int
+    keep: int
+    keep_adapters: bool
+    format: str
+    dtype: torch.dtype
+    config_hash: str
+    metadata: Callable[[Training], Mapping[str, str]]
+    events: Events
+    wait_for_space: bool = False
+    saved_step: int | None = None
+
+    def __call__(self, run: Training) -> None:
+        new_best = run.best_step == run.step and run.best_step is not None
+        if run.step % self.every == 0 or run.step == run.steps or new_best:
+            self.save(run)
+
+    def save(self, run: Training) -> None:
+        """Commit the state of `run.step`; older checkpoints go only after this one verified (rule R3)."""
+        if self.saved_step == run.step:
+            return
+        checkpoint = self.store.save(
+            run.step,
+            *checkpoint_content(run),
+            config_hash=self.config_hash,
+            wait=self.events.warned if self.wait_for_space else None,
+        )
+        self.saved_step = run.step
+        self.store.prune(self.keep, protect={run.best_step} if run.best_step is not None else set())
+        for path, facts in self.export(run):
+            self.events.saved(run.step, checkpoint, path, facts)
+
+    def export(self, run: Training) -> Iterator[tuple[Path, Mapping[str, object]]]:
+        """Write and verify NAME-STEP.safetensors, also as NAME.safetensors at the end and NAME-best at a best."""
+        labels = [f"-{run.step:08d}"] if self.keep_adapters else []
+        if run.step == run.steps or not self.keep_adapters:
+            labels.append("")
+        if run.best_step == run.step:
+            labels.append("-best")
+        with averaged(run):
+            for part, adapter in self.adapters.items():
+                suffix = f"-{part}" if len(self.adapters) > 1 else ""
+                for label in labels:
+                    path = self.folder.adapters / f"{self.name}{suffix}{label}.safetensors"
+                    yield path, self.export_one(run, part, adapter, path)
+
+    def export_one(self, run: Training, part: str, adapter: AdapterSet, path: Path) -> Mapping[str, object]:
+        weights = adapter.weights()
+        write_adapter(
+            path,
+            weights,
+            part=part,
+            keys=run.family.export,
+            format=self.format,
+            dtype=self.dtype,
+            metadata=self.metadata(run),
+        )
+        verified = verify_adapter(path, weights, run.family.denoisers[part], part=part, keys=run.family.export)
+        return verified.facts()
+
+
+def checkpoint_content(
+    run: Training,
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """Everything that a resume needs, as tensors by file and as one JSON state (rule R4).
+
+    No random state: every draw is a function of seed and position (law L1).
+    """
+    names = {parameter: name for name, parameter in run.parameters.items()}
+    optimizer_tensors, optimizer_state = pack_state(run.optimizer, names)
+    tensors = {
+        "adapter": {name: parameter.detach() for name, parameter in run.parameters.items()},
+        "optimizer": optimizer_tensors,
+    }
+    state: dict[str, Any] = {
+        "step": run.step,
+        "steps": run.steps,
+        "position": run.position,
+        "skipped": sorted(run.skipped),
+        "seed": run.seed,
+        "best_step": run.best_step,
+        "best_loss": run.best_loss,
+        "validations_since_best": run.validations_since_best,
+        "optimizer": optimizer_state,
+        "scaler": run.scaler.state_dict(),
+    }
+    if run.ema is not None:
+        tensors["ema"], state["ema"] = run.ema.state_dict()
+    return tensors, state
+
+
+@dataclass
+class Sample:
+    """Pictures with fixed seeds, and a grid over all steps so far; failing to draw never ends a run (law L6)."""
+
+    requests: Sequence[EncodedRequest]
+    folder: Path
+    every: int
+    batch_size: int
+    disabled: Sequence[AdapterSet]  # training adapters, off while sampling
+    events: Events
+    raise_if_stopped: Callable[[], None]
+    columns: dict[int, list[Image.Image]] = field(default_factory=dict)
+
+    def __call__(self, run: Training) -> None:
+        if (self.every and run.step % self.every == 0) or run.step == run.steps:
+            self.draw(run)
+
+    def draw(self, run: Training) -> None:
+        try:
+            with torch.no_grad(), averaged(run), all_disabled(self.disabled):
+                pictures = self.pictures(run)
+        except Interrupted:
+            self.events.warned(f"step {run.step}: samples left out, the run is stopping")
+            return
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            release_cached_memory()
+            self.events.warned(
+                f"step {run.step}: not enough memory to draw samples; training goes on without these. "
+                "Lower sample.size or sample.batch_size."
+            )
+            return
+        self.events.sampled(run.step, self.write(run.step, pictures))
+
+    def pictures(self, run: Training) -> list[Image.Image]:
+        drawn: list[Image.Image] = []
+        for first in range(0, len(self.requests), self.batch_size):
+            self.raise_if_stopped()
+            chosen = self.requests[first : first + self.batch_size]
+            latents = draw_latents(run.family, chosen, device=run.device, dtype=run.dtype, progress=self.progress)
+            drawn += decode_pictures(run.family, latents)
+        return drawn
+
+    def progress(self, done: int, total: int) -> None:
+        self.raise_if_stopped()
+
+    def write(self, step: int, pictures: Sequence[Image.Image]) -> list[Path]:
+        paths = []
+        for number, (picture, encoded) in enumerate(zip(pictures, self.requests, strict=True), 1):
+            path = self.folder / f"step-{step:08d}-{number:02d}.png"
+            write_picture(path, picture, encoded.request, extra={"step": step})
+            paths.append(path)
+        self.columns[step] = list(pictures)
+        save_grid(
+            self.folder / "grid.png",
+            rows=[encoded.request.prompt for encoded in self.requests],
+            columns=[f"step {column}" for column in sorted(self.columns)],
+            pictures=[[self.columns[c][row] for c in sorted(self.columns)] for row in range(len(pictures))],
+        )
+        return paths
+
+
+@contextmanager
+def all_disabled(adapters: Sequence[AdapterSet]) -> Iterator[None]:
+    if not adapters:
+        yield
+        return
+    with adapters[0].disabled(), all_disabled(adapters[1:]):
+        yield
