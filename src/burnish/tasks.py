@@ -164,6 +164,7 @@ def checkpoint_content(
         "step": run.step,
         "steps": run.steps,
         "position": run.position,
+        "batches_per_epoch": run.batches_per_epoch,
         "skipped": sorted(run.skipped),
         "seed": run.seed,
         "best_step": run.best_step,

@@ -1,0 +1,111 @@
+"""Going on from a checkpoint: what is restored, and what a changed config means for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from burnish.checkpoint.store import Loaded
+from burnish.errors import CheckpointError, UserError
+from burnish.loop import Training
+from burnish.optim.state import unpack_state
+
+# What a checkpoint's tensors depend on: a run cannot go on with another value.
+FIXED = ("model", "method", "seed", "train.optimizer.kind", "train.precision")
+
+
+def flat(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every leaf of nested mappings and lists with its dotted path."""
+    if isinstance(values, Mapping) and values:
+        for key, value in values.items():
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(values, Sequence) and not isinstance(values, str) and values:
+        for index, value in enumerate(values):
+            yield from flat(value, f"{prefix}.{index}")
+    else:
+        yield prefix, values
+
+
+def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One readable line per option that differs, such as `train.steps: 200 -> 400`."""
+    old, new = dict(flat(before)), dict(flat(now))
+    return [
+        f"{path}: {old.get(path, 'absent')} -> {new.get(path, 'absent')}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+
+
+def refuse_fixed_changes(changes: Sequence[str]) -> None:
+    """Raises:
+    UserError: an option changed that a checkpoint's tensors depend on.
+    """
+    fixed = [line for line in changes if line.startswith(tuple(f"{path}{end}" for path in FIXED for end in ".:"))]
+    if fixed:
+        raise UserError(
+            "this run has checkpoints made with other values of\n    " + "\n    ".join(fixed),
+            remedy="Start a new run with --name, or put the old values back.",
+        )
+
+
+def restore(run: Training, loaded: Loaded) -> list[str]:
+    """Put a checkpoint's state into `run`; returns what was converted rather than kept, in sentences.
+
+    Raises:
+        CheckpointError: the checkpoint's tensors do not fit this run.
+    """
+    state = loaded.state
+    _copy_into(run.parameters, loaded.tensors["adapter"])
+    names = {parameter: name for name, parameter in run.parameters.items()}
+    unpack_state(run.optimizer, names, loaded.tensors["optimizer"], state["optimizer"])
+    if run.scaler.is_enabled() and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    run.step = int(state["step"])
+    run.skipped = set(state["skipped"])
+    run.best_step, run.best_loss = state["best_step"], state["best_loss"]
+    run.validations_since_best = int(state["validations_since_best"])
+    notes = [_restore_average(run, loaded)]
+    run.position, note = _position(int(state["position"]), int(state["batches_per_epoch"]), run.batches_per_epoch)
+    notes.append(note)
+    if int(state["steps"]) != run.steps:
+        notes.append(
+            f"train.steps was {state['steps']} and is {run.steps}: the learning-rate curve now spans {run.steps} "
+            f"steps and goes on from step {run.step} of it"
+        )
+    return [note for note in notes if note]
+
+
+def _copy_into(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+    if parameters.keys() != tensors.keys():
+        differing = sorted(parameters.keys() ^ tensors.keys())
+        raise CheckpointError(
+            f"the checkpoint holds other trained modules than this run, such as {', '.join(differing[:3])}",
+            remedy="Start a new run with --name.",
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _restore_average(run: Training, loaded: Loaded) -> str:
+    if run.ema is None:
+        return "train.ema is off now: the stored average is left behind" if "ema" in loaded.tensors else ""
+    if "ema" not in loaded.tensors:
+        run.ema.reset()
+        return f"train.ema is new: the average begins with the weights of step {run.step}"
+    run.ema.load_state_dict(loaded.tensors["ema"], loaded.state["ema"])
+    return ""
+
+
+def _position(position: int, per_epoch_then: int, per_epoch_now: int) -> tuple[int, str]:
+    """The micro-step to go on with; where the epoch's length changed, the same share of the epochs seen."""
+    if per_epoch_then == per_epoch_now:
+        return position, ""
+    converted = math.floor(position / per_epoch_then * per_epoch_now)
+    return converted, (
+        f"an epoch had {per_epoch_then} batches and now has {per_epoch_now} (other pictures or batch size): "
+        f"going on at the same share, epoch {position / per_epoch_then:.2f}"
+    )
