@@ -1,0 +1,142 @@
+"""`burnish demo`: train the embedded model on the robot through the ordinary run path, measure, show."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from burnish.config.load import load_config
+from burnish.demo.robot import ORDINARY_PROMPTS, PASS_SCORE, TEST_PROMPT, robot_scores
+from burnish.errors import UserError
+from burnish.events import Listener, RunResult
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from burnish.config.schema import RunConfig
+
+ASSETS = Path(__file__).parent / "assets"
+SEEDS = 32  # pictures per figure
+STEPS = 16
+SHOWN_ORDINARY = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Shares of pictures that show the robot, in [0, 1]."""
+
+    before: float  # the test prompt, base model
+    after: float  # the test prompt, with the adapter
+    ordinary: float  # prompts that name no robot, with the adapter
+    seeds: int
+    best_before: float  # highest score, see robot.robot_scores
+    mean_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    run: RunResult
+    figures: Figures
+    grid: Path
+    curve: Path
+    report: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What base model and adapter make of the same prompts and seeds."""
+
+    robots_before: Sequence[Image.Image]
+    robots_after: Sequence[Image.Image]
+    ordinary_before: Sequence[Image.Image]
+    ordinary_after: Sequence[Image.Image]
+
+
+def export_config(folder: Path) -> list[Path]:
+    """Leave the demo's config and pictures in `folder` for the user to change; returns what was written.
+
+    Raises:
+        UserError: a file of these names is there already.
+    """
+    targets = [folder / "demo.yaml", folder / "dataset"]
+    for target in targets:
+        if target.exists():
+            raise UserError(f"{target} exists already", remedy="Name another folder, or move it away.")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ASSETS / "demo.yaml", targets[0])
+    shutil.copytree(ASSETS / "dataset", targets[1])
+    return targets
+
+
+def run_demo(output: Path, progress: Listener) -> DemoResult:
+    """Train in `output`/demo, draw before and after, measure, write the report.
+
+    An earlier demo in the same place is replaced: the point is to see it train.
+
+    Raises:
+        BurnishError: as `burnish train`.
+    """
+    from burnish.demo.report import write_report
+    from burnish.run import train_run
+
+    config = load_config(ASSETS / "demo.yaml", overrides=[f"save.folder={output}"]).config
+    if (output / config.name / "status.json").exists():
+        shutil.rmtree(output / config.name)
+    result = train_run(config, progress=progress)
+    assert result.adapter is not None, "a finished run has an adapter"
+    drawn = draw_before_and_after(config, result.adapter, progress.phase)
+    figures = measure(drawn)
+    grid, curve, report = write_report(result, config, drawn, figures)
+    return DemoResult(result, figures, grid, curve, report)
+
+
+def draw_before_and_after(
+    config: RunConfig,
+    adapter: Path,
+    phase: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Drawn:
+    """The test prompt with `SEEDS` seeds and all ordinary prompts, by the base model and with the adapter."""
+    from burnish.generate import draw_pictures_with
+    from burnish.sampling.sampler import PictureRequest
+
+    prompts = [TEST_PROMPT] * SEEDS + list(ORDINARY_PROMPTS)
+    requests = [
+        PictureRequest(prompt=prompt, seed=index % SEEDS, height=128, width=128, steps=STEPS)
+        for index, prompt in enumerate(prompts)
+    ]
+    sets = []
+    for label, adapters in (("drawing without the adapter", ()), ("drawing with the adapter", ((adapter, 1.0),))):
+        sets.append(
+            draw_pictures_with(
+                config.model,
+                requests,
+                adapters=adapters,
+                device=config.memory.device,
+                precision=config.train.precision,
+                batch_size=16,
+                progress=lambda done, total, label=label: phase(label, done, total),
+            )
+        )
+    before, after = sets
+    return Drawn(before[:SEEDS], after[:SEEDS], before[SEEDS:], after[SEEDS:])
+
+
+def measure(drawn: Drawn) -> Figures:
+    """Shares of robots by the deterministic picture measure of robot.py."""
+    before, after, ordinary = (
+        robot_scores(np.stack([np.asarray(picture) for picture in pictures]))
+        for pictures in (drawn.robots_before, drawn.robots_after, drawn.ordinary_after)
+    )
+    return Figures(
+        before=float((before >= PASS_SCORE).mean()),
+        after=float((after >= PASS_SCORE).mean()),
+        ordinary=float((ordinary >= PASS_SCORE).mean()),
+        seeds=len(after),
+        best_before=float(before.max()),
+        mean_after=float(after.mean()),
+    )
