@@ -1,0 +1,134 @@
+"""Which modules get an adapter, and of which rank, alpha and learning rate.
+
+Patterns are `fnmatch` patterns over the module names of the denoiser, case-sensitive; `*` also crosses dots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from burnish.adapters.lora import (
+    Convolution,
+    ModuleChoice,
+    adaptable_modules,
+    kernel_volume,
+    largest_rank,
+)
+from burnish.config.method import Lora
+from burnish.errors import AdapterError
+from burnish.family import TargetSet
+
+__all__ = ["ModuleChoice", "choose_modules"]
+
+
+def choose_modules(
+    denoiser: nn.Module, targets: Mapping[str, TargetSet], default: str, method: Lora
+) -> dict[str, ModuleChoice]:
+    """The modules to train, in module order: the named set plus `include`, less `exclude`.
+
+    Convolutions larger than 1x1 take `conv_rank` and `conv_alpha`; without those they are treated like linear
+    layers. The first group that matches a module overrides what it sets.
+
+    Raises:
+        AdapterError: an unknown set, a pattern without any effect, nothing left to train, or a rank above
+            what a module can hold.
+    """
+    modules = adaptable_modules(denoiser)
+    wanted = [*_named_set(targets, method.targets or default).patterns, *method.include]
+    for option, patterns in (("include", method.include), ("exclude", method.exclude)):
+        for pattern in patterns:
+            _must_match(option, pattern, modules, denoiser)
+    names = [name for name in modules if _matches(name, wanted) and not _matches(name, method.exclude)]
+    if not names:
+        raise AdapterError(
+            f"no module is left to train: targets {method.targets or default!r}, include {method.include}, "
+            f"exclude {method.exclude}",
+            remedy="Exclude less, or name modules in `method.include`.",
+        )
+    for group in method.groups:
+        for pattern in group.match:
+            _must_match("groups", pattern, names, denoiser)
+
+    choices = {name: _choice(name, modules[name], method) for name in names}
+    _check_ranks({name: (choice.rank, largest_rank(modules[name])) for name, choice in choices.items()})
+    return choices
+
+
+def _named_set(targets: Mapping[str, TargetSet], name: str) -> TargetSet:
+    if name not in targets:
+        near = get_close_matches(name, targets, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        known = ", ".join(f"{key} ({target.description})" for key, target in targets.items())
+        raise AdapterError(f"no target set is called {name!r}", remedy=f"{hint}There are: {known}.")
+    return targets[name]
+
+
+def _choice(name: str, module: nn.Linear | Convolution, method: Lora) -> ModuleChoice:
+    rank, alpha = method.rank, method.alpha
+    if kernel_volume(module) > 1:
+        if method.conv_rank is not None:
+            rank, alpha = method.conv_rank, None
+        alpha = method.conv_alpha if method.conv_alpha is not None else alpha
+    group = next((group for group in method.groups if _matches(name, group.match)), None)
+    rate = None
+    if group is not None:
+        rank = group.rank if group.rank is not None else rank
+        alpha = group.alpha if group.alpha is not None else alpha
+        rate = group.learning_rate
+    return ModuleChoice(rank, float(alpha) if alpha is not None else float(rank), rate)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _must_match(option: str, pattern: str, names: Iterable[str], denoiser: nn.Module) -> None:
+    if any(fnmatchcase(name, pattern) for name in names):
+        return
+    others = [name for name, _ in denoiser.named_modules() if name and fnmatchcase(name, pattern)]
+    adaptable = [name for name in others if name in adaptable_modules(denoiser)]
+    if adaptable:
+        problem = f"matches only modules that are not trained, such as {adaptable[0]}"
+        remedy = "Add them to `method.include`, or drop the pattern."
+    elif others:
+        kind = type(denoiser.get_submodule(others[0])).__name__
+        problem = f"matches only modules that take no adapter, such as {others[0]} ({kind})"
+        remedy = "Adapters go on linear and ungrouped convolution layers; try " + _near(
+            f"{others[0]}.*", names
+        )
+    else:
+        problem = "matches no module"
+        remedy = "Patterns are matched against whole names; near ones: " + _near(pattern, names)
+    raise AdapterError(f"method.{option}: the pattern {pattern!r} {problem}", remedy=remedy)
+
+
+def _near(pattern: str, names: Iterable[str]) -> str:
+    """Module names like `pattern`, with block numbers and everything before the last parts as `*`."""
+    spellings: dict[str, None] = {}
+    for name in names:
+        general = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        parts = general.split(".")
+        spellings[general] = None
+        spellings.update(dict.fromkeys("*" + ".".join(parts[start:]) for start in range(1, len(parts))))
+    near = get_close_matches(pattern, spellings, n=3, cutoff=0.5) or list(spellings)[:3]
+    return ", ".join(near)
+
+
+def _check_ranks(ranks: Mapping[str, tuple[int, int]]) -> None:
+    """`ranks` holds each module's rank and the largest one it can use."""
+    too_large = {name: pair for name, pair in ranks.items() if pair[0] > pair[1]}
+    if not too_large:
+        return
+    shown = [f"{name} (rank {rank}, at most {most})" for name, (rank, most) in list(too_large.items())[:5]]
+    more = f" and {len(too_large) - 5} more" if len(too_large) > 5 else ""
+    least = min(most for _, most in too_large.values())
+    raise AdapterError(
+        f"the rank is larger than {len(too_large)} modules can use: {', '.join(shown)}{more}",
+        remedy="Exclude them, or put a group before the others, such as "
+        f"{{match: [{next(iter(too_large))!r}], rank: {least}}}.",
+    )

@@ -1,0 +1,1 @@
+"""Adapter files: key names of other programs, metadata, reading back and verifying."""
