@@ -1,0 +1,1 @@
+"""Model families: one file each, named in `registry`. What several share has its own modules."""
