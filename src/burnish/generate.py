@@ -1,0 +1,115 @@
+"""Pictures from a model and adapters, in phases: text encoders, then denoiser, then VAE, one at a time in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from burnish.adapters.lora import AdapterSet
+from burnish.config.schema import Model
+from burnish.errors import AdapterError
+from burnish.export.adapter_file import read_adapter
+from burnish.family import Family
+from burnish.model import DTYPES, choose_device, choose_model
+from burnish.sampling.outputs import next_number, write_picture
+from burnish.sampling.sampler import PictureRequest, decode_pictures, draw_latents, encode_requests
+
+
+def draw_pictures_with(
+    model: Model,
+    requests: Sequence[PictureRequest],
+    *,
+    adapters: Sequence[tuple[Path, float]] = (),
+    device: str = "auto",
+    precision: str = "bf16",
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Image.Image]:
+    """One picture per request, in order; each adapter is a file and its strength.
+
+    Raises:
+        ModelError, AdapterError: files that are missing or do not fit.
+        MachineError: the device is not there.
+    """
+    where, dtype = choose_device(device, precision), DTYPES[precision]
+    chosen = choose_model(model)
+    with torch.no_grad():
+        family = chosen.load("text_encoders", dtype=dtype, device=where)
+        encoded = encode_requests(family, [with_defaults(request, family) for request in requests])
+        family.release("text_encoders")
+        family = chosen.load("denoiser", dtype=dtype, device=where)
+        for path, strength in adapters:
+            attach_adapter(family, path).multiplier = strength
+        latents: list[torch.Tensor] = []
+        for first in range(0, len(encoded), batch_size):
+            progress(first, len(encoded))
+            latents += draw_latents(family, encoded[first : first + batch_size], device=where, dtype=dtype)
+        family.release("denoiser")
+        pictures = decode_pictures(chosen.load("vae", dtype=dtype, device=where), latents)
+    progress(len(encoded), len(encoded))
+    return pictures
+
+
+def with_defaults(request: PictureRequest, family: Family) -> PictureRequest:
+    """Fill what a request leaves open with what the family is meant to run at."""
+    height, width = family.defaults.size
+    return replace(
+        request,
+        height=request.height or height,
+        width=request.width or width,
+        steps=request.steps or family.defaults.steps,
+        guidance=family.defaults.guidance if request.guidance is None else request.guidance,
+    )
+
+
+def attach_adapter(family: Family, path: Path) -> AdapterSet:
+    """Attach a saved adapter, frozen, to the family's one denoiser.
+
+    Raises:
+        AdapterError: the file does not fit.
+    """
+    if len(family.denoisers) != 1:
+        raise AdapterError(
+            f"{family.title} has {len(family.denoisers)} denoisers; one adapter file cannot serve them all"
+        )
+    ((part, denoiser),) = family.denoisers.items()
+    weights = read_adapter(path, denoiser, part=part, keys=family.export)
+    return AdapterSet.from_weights(denoiser, weights)
+
+
+def generate_pictures(
+    model: Model,
+    requests: Sequence[PictureRequest],
+    output: Path,
+    *,
+    adapters: Sequence[tuple[Path, float]] = (),
+    device: str = "auto",
+    precision: str = "bf16",
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Draw, and write numbered pictures with a .txt and a .json beside each; numbers go on from what is there."""
+    pictures = draw_pictures_with(
+        model,
+        requests,
+        adapters=adapters,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    facts: Mapping[str, object] = {
+        "model": model.path,
+        "adapters": [{"file": path.name, "strength": strength} for path, strength in adapters],
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    first, paths = next_number(output), []
+    for number, (picture, request) in enumerate(zip(pictures, requests, strict=True), first):
+        path = output / f"{number:06d}.png"
+        write_picture(path, picture, request, extra=facts)
+        paths.append(path)
+    return paths

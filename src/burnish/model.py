@@ -1,0 +1,73 @@
+"""From the config's `model` section to a family that can be loaded, on a device that is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from burnish.config.schema import Model
+from burnish.errors import MachineError, UserError
+from burnish.families.registry import detect_family, family_named
+from burnish.family import Family, ModelSource, Part, Prediction
+
+EMBEDDED = "demo"  # `model.path` of the model inside the package
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenModel:
+    """A family and the weights it is to load."""
+
+    family: type[Family]
+    source: ModelSource
+    prediction: Prediction | None
+
+    def load(self, *parts: Part, dtype: torch.dtype, device: torch.device | str) -> Family:
+        """Load the named parts; without any, schedule, shapes and identities are known all the same."""
+        return self.family.load(
+            self.source, frozenset(parts), dtype=dtype, device=device, prediction=self.prediction
+        )
+
+
+def choose_model(model: Model) -> ChosenModel:
+    """Resolve the path, and detect the family where none is named.
+
+    Raises:
+        ModelError: no such weights, or of no known family.
+        UserError: no such family.
+    """
+    path = str(Path(__file__).parent / "demo" / "assets" / "model") if model.path == EMBEDDED else model.path
+    source = ModelSource(
+        path=path,
+        vae=model.vae,
+        text_encoders=tuple(model.text_encoders),
+        revision=model.revision,
+        offline=model.offline,
+    )
+    family = family_named(model.family) if model.family else detect_family(source)
+    return ChosenModel(family, source, model.prediction)
+
+
+def choose_device(wanted: str, precision: str) -> torch.device:
+    """The device to work on; `auto` takes a GPU where there is one.
+
+    Raises:
+        MachineError: the wanted device is not there.
+        UserError: it does not do the wanted precision.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted == "auto":
+        wanted = "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    if not there[wanted]:
+        raise MachineError(
+            f"memory.device is {wanted}, which torch {torch.__version__} does not find here",
+            remedy="`burnish doctor` says what is there; `memory.device: auto` takes the best.",
+        )
+    if precision == "bf16" and wanted == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"{torch.cuda.get_device_name()} does not compute in bf16",
+            remedy="Set train.precision: fp16.",
+        )
+    return torch.device(wanted)
