@@ -1,0 +1,1 @@
+"""Optimizers, learning-rate schedules, moving averages, and their state in a checkpoint."""

@@ -1,0 +1,155 @@
+"""Optimizer state as named tensors and plain values: it fits safetensors and JSON, and returns bit for bit.
+
+A tensor is stored as `PARAMETER:KEY`, such as `blocks.0.attn.to_q.lora_A:exp_avg`. By name and not by
+position, so that a checkpoint says what does not fit instead of giving one parameter the moments of another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from burnish.errors import CheckpointError
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+# What an optimizer learns and keeps in its groups: Prodigy's estimate of the rate. Everything else in a group
+# is an option, and those follow the config, which may have changed since.
+_LEARNED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
+
+
+def pack_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[Parameter, str]
+) -> tuple[dict[str, Tensor], Json]:
+    """Everything the optimizer has learned.
+
+    Args:
+        optimizer: at any moment between two steps.
+        names: a name without ":" for each of its parameters.
+
+    Returns:
+        Tensors, not copied, on the devices they live on; and the rest as JSON without NaN or infinity.
+
+    Raises:
+        CheckpointError: a parameter without a name, or a value that is neither tensor nor plain.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Json] = {}
+    shapes: dict[str, Json] = {}
+    for parameter in _parameters(optimizer):
+        name = _name_of(parameter, names)
+        shapes[name] = list(parameter.shape)
+        values: dict[str, Json] = {}
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}:{key}"] = value.detach()
+            else:
+                values[key] = _encoded(value, f"{name}:{key}")
+        plain[name] = values
+    groups: list[Json] = [
+        {key: _encoded(group[key], key) for key in _LEARNED if key in group}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {
+        "optimizer": type(optimizer).__name__,
+        "shapes": shapes,
+        "plain": plain,
+        "groups": groups,
+    }
+
+
+def unpack_state(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Parameter, str],
+    tensors: Mapping[str, Tensor],
+    state: Json,
+) -> None:
+    """Put back what `pack_state` gave, on the parameters' devices and without a change of dtype.
+
+    Options such as learning rate, betas and weight decay stay as the optimizer was built. With the same
+    options, training goes on in the same bits.
+
+    Raises:
+        CheckpointError: another kind of optimizer, other parameters or other shapes; nothing was changed.
+    """
+    saved: Any = state
+    own = {_name_of(parameter, names): parameter for parameter in _parameters(optimizer)}
+    _must_fit(optimizer, own, tensors, saved)
+    restored: dict[str, dict[str, object]] = {
+        name: {key: _decoded(value) for key, value in values.items()}
+        for name, values in saved["plain"].items()
+    }
+    on_cpu = {id(parameter) for group in optimizer.param_groups for parameter in _counted_on_cpu(group)}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(":")
+        parameter = own[name]
+        device = "cpu" if key == "step" and id(parameter) in on_cpu else parameter.device
+        restored[name][key] = tensor.detach().to(device, copy=True)
+    optimizer.state.clear()
+    for name, values in restored.items():
+        if values:
+            optimizer.state[own[name]] = values
+    for index, group in enumerate(optimizer.param_groups):
+        # A changed learning rate may split or join groups; what is learned in them is the same in all.
+        learned = saved["groups"][min(index, len(saved["groups"]) - 1)]
+        group.update({key: _decoded(value) for key, value in learned.items()})
+
+
+def _counted_on_cpu(group: Mapping[str, Any]) -> list[Parameter]:
+    """Parameters whose `step` torch keeps on the CPU: all but those of fused and capturable optimizers."""
+    return [] if group.get("fused") or group.get("capturable") else group["params"]
+
+
+def _must_fit(
+    optimizer: torch.optim.Optimizer, own: Mapping[str, Parameter], tensors: Mapping[str, Tensor], saved: Any
+) -> None:
+    remedy = "Keep the method and the optimizer as they were, or start a run of another name."
+    if not isinstance(saved, dict) or not {"optimizer", "shapes", "plain", "groups"} <= saved.keys():
+        raise CheckpointError("the checkpoint holds no optimizer state that can be read", remedy=remedy)
+    kind = type(optimizer).__name__
+    if saved["optimizer"] != kind:
+        raise CheckpointError(f"the checkpoint was made with {saved['optimizer']}, not {kind}", remedy=remedy)
+    shapes: dict[str, list[int]] = saved["shapes"]
+    problems = [f"{name} has no stored state" for name in own if name not in shapes]
+    problems += [f"{name} is not in this run" for name in shapes if name not in own]
+    problems += [
+        f"{name} was {tuple(shapes[name])} and is {tuple(parameter.shape)}"
+        for name, parameter in own.items()
+        if name in shapes and list(parameter.shape) != shapes[name]
+    ]
+    problems += [
+        f"{name} belongs to no parameter" for name in tensors if name.rpartition(":")[0] not in shapes
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"the stored optimizer state does not fit: {'; '.join(problems[:3])}{more}", remedy=remedy
+        )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _name_of(parameter: Parameter, names: Mapping[Parameter, str]) -> str:
+    name = names.get(parameter)
+    if name is None:
+        raise CheckpointError(f"a parameter of shape {tuple(parameter.shape)} in the optimizer has no name")
+    return name
+
+
+def _encoded(value: object, where: str) -> Json:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(f"optimizer value {where} of type {type(value).__name__} cannot be stored")
+
+
+def _decoded(value: Any) -> object:
+    return float(value["float"]) if isinstance(value, dict) else value
