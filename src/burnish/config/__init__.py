@@ -1,1 +1,4 @@
-"""The run config: schema, YAML with line numbers, overrides. The schema is the contract of YAML, CLI and pages."""
+"""The run config: schema, YAML with line numbers, overrides.
+
+The schema is the contract of YAML, command line and pages.
+"""

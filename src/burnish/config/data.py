@@ -7,13 +7,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from burnish.config.section import Section
+from burnish.config.section import Section, default_kind
 
 
 class Captions(Section):
     """Where captions are and what happens to them each time a picture is drawn."""
 
-    extension: str = Field(".txt", pattern=r"^\.[A-Za-z0-9_]+$", description="Caption file beside each picture.")
+    extension: str = Field(
+        ".txt", pattern=r"^\.[A-Za-z0-9_]+$", description="Caption file beside each picture."
+    )
     jsonl: Path | None = Field(
         None,
         description='One file for all, a JSON object per line: {"file": "a.png", "caption": "..."}; '
@@ -41,6 +43,18 @@ class Captions(Section):
             raise ValueError("keep_tags has no effect without shuffle_tags: true")
         return self
 
+    @model_validator(mode="after")
+    def options_must_not_exclude_each_other(self) -> Self:
+        if self.jsonl is not None and self.extension != ".txt":
+            raise ValueError(
+                "jsonl and extension exclude each other: captions come from one file or from many"
+            )
+        if self.default is not None and self.on_missing == "error":
+            raise ValueError(
+                "default and `on_missing: error` exclude each other: with a default none is missing"
+            )
+        return self
+
 
 class Pictures(Section):
     """What all picture sources share."""
@@ -54,7 +68,9 @@ class Pictures(Section):
         [1024], min_length=1, description="Side of a square of the same area; several train at each."
     )
     bucket_step: int = Field(64, ge=8, le=512, description="Bucket sides are multiples of this.")
-    max_aspect: float = Field(3.0, ge=1, le=16, description="Longer side over shorter side of the widest bucket.")
+    max_aspect: float = Field(
+        3.0, ge=1, le=16, description="Longer side over shorter side of the widest bucket."
+    )
     flip: bool = Field(False, description="Also train on the mirrored picture, half of the time.")
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = Field(
         "#ffffff", description="Colour under transparent parts."
@@ -76,7 +92,8 @@ class Folder(Pictures):
         0.01,
         ge=0,
         le=1,
-        description="Share of pictures that may be skipped before the run refuses to start; one is always allowed.",
+        description="Share of pictures that may be skipped before the run refuses to start; "
+        "one is always allowed.",
     )
 
 
@@ -87,10 +104,14 @@ class Generated(Pictures):
     role: Literal["train", "regularization"] = "regularization"
     prompts: list[str] = Field(min_length=1, description="What to draw; used in turn.")
     count: int = Field(48, ge=1, le=100000, description="How many pictures.")
-    steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps; the family's default if absent.")
-    guidance: float | None = Field(None, ge=0, le=50, description="Guidance scale; the family's default if absent.")
+    steps: int | None = Field(
+        None, ge=1, le=1000, description="Denoising steps; the family's default if absent."
+    )
+    guidance: float | None = Field(
+        None, ge=0, le=50, description="Guidance scale; the family's default if absent."
+    )
     batch_size: int = Field(4, ge=1, le=256, description="Pictures drawn at once.")
     seed: int = Field(0, ge=0, description="Seed of the first picture; each further picture takes the next.")
 
 
-DataSource = Annotated[Folder | Generated, Field(discriminator="kind")]
+DataSource = Annotated[Folder | Generated, Field(discriminator="kind"), default_kind("folder")]

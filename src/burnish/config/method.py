@@ -24,13 +24,20 @@ class Lora(Section):
     kind: Literal["lora"] = Field("lora", description="Which kind of adapter.")
     rank: int = Field(16, ge=1, le=4096, description="Rank of linear layers.")
     alpha: float | None = Field(
-        None, gt=0, le=65536, description="Scale is alpha / rank; alpha = rank if absent, which is a scale of 1."
+        None,
+        gt=0,
+        le=65536,
+        description="Scale is alpha / rank; alpha = rank if absent, which is a scale of 1.",
     )
     conv_rank: int | None = Field(
         None, ge=1, le=4096, description="Rank of convolutions larger than 1x1; the linear rank if absent."
     )
-    conv_alpha: float | None = Field(None, gt=0, le=65536, description="Alpha of those; `conv_rank` if absent.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped while training.")
+    conv_alpha: float | None = Field(
+        None, gt=0, le=65536, description="Alpha of those; `conv_rank` if absent."
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped while training."
+    )
     targets: str | None = Field(
         None, description="Named set: attention, attention+mlp or all; the family's default if absent."
     )

@@ -15,9 +15,10 @@ from burnish.config.method import Lora
 from burnish.config.section import Section
 from burnish.config.train import Train
 
-Size = Annotated[int, Field(ge=16, le=8192)] | tuple[
-    Annotated[int, Field(ge=16, le=8192)], Annotated[int, Field(ge=16, le=8192)]
-]
+Size = (
+    Annotated[int, Field(ge=16, le=8192)]
+    | tuple[Annotated[int, Field(ge=16, le=8192)], Annotated[int, Field(ge=16, le=8192)]]
+)
 
 
 class Model(Section):
@@ -62,8 +63,12 @@ class Sample(Section):
     every: int = Field(250, ge=0, description="Optimizer steps between samples; 0 draws none on the way.")
     at_start: bool = Field(True, description="Also before the first step, to compare with.")
     prompts: list[str | SamplePrompt] = Field([], description="What to draw; a text or a full entry.")
-    steps: int | None = Field(None, ge=1, le=1000, description="Denoising steps; the family's default if absent.")
-    guidance: float | None = Field(None, ge=0, le=50, description="Guidance scale; the family's default if absent.")
+    steps: int | None = Field(
+        None, ge=1, le=1000, description="Denoising steps; the family's default if absent."
+    )
+    guidance: float | None = Field(
+        None, ge=0, le=50, description="Guidance scale; the family's default if absent."
+    )
     size: Size | None = Field(None, description="Height and width; the family's default if absent.")
     seed: int = Field(0, ge=0, description="Seed of the first prompt; each further prompt takes the next.")
     batch_size: int = Field(1, ge=1, le=256, description="Pictures drawn at once.")
@@ -98,9 +103,12 @@ class Memory(Section):
         None, description="Shared cache; by default `~/.cache/burnish`, or $BURNISH_CACHE."
     )
     checkpointing: bool = Field(
-        False, description="Recompute each block's activations in backward: less memory, about a third slower."
+        False,
+        description="Recompute each block's activations in backward: less memory, about a third slower.",
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for torch; its own choice if absent.")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads for torch; its own choice if absent."
+    )
 
 
 class RunConfig(Section):
@@ -112,12 +120,12 @@ class RunConfig(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name of the run, its folder and its adapter file.",
     )
-    trigger: str | None = Field(None, min_length=1, description="Word that calls the concept; replaces [trigger].")
+    trigger: str | None = Field(
+        None, min_length=1, description="Word that calls the concept; replaces [trigger]."
+    )
     seed: int = Field(42, ge=0, lt=2**63, description="Everything random follows from it.")
     model: Model = Field(description="Which weights to train on.")
-    method: Lora = Field(
-        default_factory=lambda: Lora(kind="lora"), description="What is trained."
-    )
+    method: Lora = Field(default_factory=lambda: Lora(kind="lora"), description="What is trained.")
     data: list[DataSource] = Field(min_length=1, description="Where the pictures come from.")
     train: Train = Field(default_factory=Train, description="How long and how fast.")
     sample: Sample = Field(default_factory=Sample, description="Pictures drawn on the way.")

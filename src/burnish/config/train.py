@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from burnish.config.section import Section
+from burnish.config.section import Section, default_kind
 
 
 class Optimizer(Section):
@@ -57,7 +57,9 @@ class Prodigy(Optimizer):
     safeguard_warmup: bool = Field(True, description="Keep a warm-up from spoiling the estimate.")
 
 
-AnyOptimizer = Annotated[AdamW | AdamW8bit | Adafactor | Prodigy, Field(discriminator="kind")]
+AnyOptimizer = Annotated[
+    AdamW | AdamW8bit | Adafactor | Prodigy, Field(discriminator="kind"), default_kind("adamw")
+]
 
 
 class LearningRateSchedule(Section):
@@ -90,7 +92,9 @@ class SigmoidTimesteps(Section):
 
 
 AnyTimesteps = Annotated[
-    UniformTimesteps | LogitNormalTimesteps | SigmoidTimesteps, Field(discriminator="kind")
+    UniformTimesteps | LogitNormalTimesteps | SigmoidTimesteps,
+    Field(discriminator="kind"),
+    default_kind("uniform"),
 ]
 
 
@@ -109,7 +113,9 @@ class Objective(Section):
         "model was released with, `resolution` to grow with the picture's size.",
     )
     min_snr_gamma: float | None = Field(None, gt=0, le=100, description="Min-SNR weighting; 5 is usual.")
-    noise_offset: float = Field(0.0, ge=0, le=1, description="Lets epsilon models learn dark and bright pictures.")
+    noise_offset: float = Field(
+        0.0, ge=0, le=1, description="Lets epsilon models learn dark and bright pictures."
+    )
     guidance: float | Literal["bypass"] = Field(
         1.0,
         description="Value for a guidance embedding (FLUX.1-dev); `bypass` trains without the embedding. "
@@ -162,7 +168,14 @@ class RollBackOnNonFinite(Section):
     """Go back to the last good checkpoint, skip the batch, count it in the report."""
 
     kind: Literal["rollback"]
-    max_batches: int = Field(3, ge=1, le=1000, description="Batches that may be skipped before the run stops.")
+    max_batches: int = Field(
+        3, ge=1, le=1000, description="Batches that may be skipped before the run stops."
+    )
+
+
+AnyOnNonFinite = Annotated[
+    StopOnNonFinite | RollBackOnNonFinite, Field(discriminator="kind"), default_kind("stop")
+]
 
 
 class Train(Section):
@@ -182,13 +195,17 @@ class Train(Section):
     )
     ema: Ema | None = Field(None, description="Off if absent.")
     validation: Validation | None = Field(None, description="Off if absent.")
-    on_nonfinite: Annotated[StopOnNonFinite | RollBackOnNonFinite, Field(discriminator="kind")] = Field(
+    on_nonfinite: AnyOnNonFinite = Field(
         default_factory=StopOnNonFinite, description="What to do about NaN or infinity."
     )
-    loader_workers: int = Field(0, ge=0, le=64, description="Processes that read the cache; 0 reads in the loop.")
+    loader_workers: int = Field(
+        0, ge=0, le=64, description="Processes that read the cache; 0 reads in the loop."
+    )
 
     @model_validator(mode="after")
     def warmup_must_end(self) -> Self:
         if self.schedule.warmup_steps >= self.steps:
-            raise ValueError(f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})")
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})"
+            )
         return self
