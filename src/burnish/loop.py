@@ -63,7 +63,10 @@ class Judged:
 
 
 def train(
-    run: Training, events: Events, tasks: Sequence[Callable[[Training], None]], should_stop: Callable[[], bool]
+    run: Training,
+    events: Events,
+    tasks: Sequence[Callable[[Training], None]],
+    should_stop: Callable[[], bool],
 ) -> None:
     """Train until `run.steps`, going on from `run.step`; each task is called after every step.
 
@@ -133,7 +136,9 @@ def report(run: Training, loss: float, grad_norm: float, seconds: float) -> Step
         epoch=run.position / run.batches_per_epoch,
         loss=loss,
         grad_norm=grad_norm,
-        learning_rate=max(float(group["lr"]) * float(group.get("d", 1.0)) for group in run.optimizer.param_groups),
+        learning_rate=max(
+            float(group["lr"]) * float(group.get("d", 1.0)) for group in run.optimizer.param_groups
+        ),
         seconds=seconds,
         memory_gib=torch.cuda.max_memory_allocated(run.device) / 2**30 if on_cuda else None,
     )

@@ -65,7 +65,11 @@ def choose_device(wanted: str, precision: str) -> torch.device:
             f"memory.device is {wanted}, which torch {torch.__version__} does not find here",
             remedy="`burnish doctor` says what is there; `memory.device: auto` takes the best.",
         )
-    if precision == "bf16" and wanted == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        precision == "bf16"
+        and wanted == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise UserError(
             f"{torch.cuda.get_device_name()} does not compute in bf16",
             remedy="Set train.precision: fp16.",

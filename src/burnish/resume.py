@@ -43,7 +43,9 @@ def refuse_fixed_changes(changes: Sequence[str]) -> None:
     """Raises:
     UserError: an option changed that a checkpoint's tensors depend on.
     """
-    fixed = [line for line in changes if line.startswith(tuple(f"{path}{end}" for path in FIXED for end in ".:"))]
+    fixed = [
+        line for line in changes if line.startswith(tuple(f"{path}{end}" for path in FIXED for end in ".:"))
+    ]
     if fixed:
         raise UserError(
             "this run has checkpoints made with other values of\n    " + "\n    ".join(fixed),
@@ -68,7 +70,9 @@ def restore(run: Training, loaded: Loaded) -> list[str]:
     run.best_step, run.best_loss = state["best_step"], state["best_loss"]
     run.validations_since_best = int(state["validations_since_best"])
     notes = [_restore_average(run, loaded)]
-    run.position, note = _position(int(state["position"]), int(state["batches_per_epoch"]), run.batches_per_epoch)
+    run.position, note = _position(
+        int(state["position"]), int(state["batches_per_epoch"]), run.batches_per_epoch
+    )
     notes.append(note)
     if int(state["steps"]) != run.steps:
         notes.append(

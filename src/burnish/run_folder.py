@@ -1,14 +1,14 @@
 """The run folder: everything a run leaves, and all that a page or `burnish run inspect` reads.
 
-    runs/NAME/
-      config.yaml        the resolved config
-      status.json        state, step, pid and its create time, heartbeat; replaced atomically
-      metrics.sqlite     metrics(step, key, value)
-      data_report.json   every picture skipped or fixed, buckets, captions
-      checkpoints/       what a resume reads
-      adapters/          NAME-00000250.safetensors per save, NAME.safetensors at the end
-      samples/           pictures drawn on the way, and a grid
-      logs/              one file per start
+runs/NAME/
+  config.yaml        the resolved config
+  status.json        state, step, pid and its create time, heartbeat; replaced atomically
+  metrics.sqlite     metrics(step, key, value)
+  data_report.json   every picture skipped or fixed, buckets, captions
+  checkpoints/       what a resume reads
+  adapters/          NAME-00000250.safetensors per save, NAME.safetensors at the end
+  samples/           pictures drawn on the way, and a grid
+  logs/              one file per start
 """
 
 from __future__ import annotations
@@ -206,7 +206,9 @@ class Recorder(Listener):
         self._update(urgent=True, adapters={**self._status.adapters, adapter.name: dict(facts)})
 
     def finished(self, result: RunResult) -> None:
-        state: State = "done" if result.state == "done" else "stopped" if result.state == "stopped" else "failed"
+        state: State = (
+            "done" if result.state == "done" else "stopped" if result.state == "stopped" else "failed"
+        )
         self._update(urgent=True, state=state, phase="", step=result.step, message="; ".join(result.notes))
         self._metrics.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,12 @@ class Save:
     format: str
     dtype: torch.dtype
     config_hash: str
-    metadata: Callable[[Training], Mapping[str, str]]
+    metadata: Callable[[Training, str], Mapping[str, str]]  # of the adapter of one denoiser
     events: Events
+    stop_requested: Callable[[], bool]
     wait_for_space: bool = False
     saved_step: int | None = None
+    last_adapter: Path | None = None
 
     def __call__(self, run: Training) -> None:
         new_best = run.best_step == run.step and run.best_step is not None
@@ -107,30 +109,43 @@ class Save:
         """Commit the state of `run.step`; older checkpoints go only after this one verified (rule R3)."""
         if self.saved_step == run.step:
             return
-        checkpoint = self.store.save(
-            run.step,
-            *checkpoint_content(run),
-            config_hash=self.config_hash,
-            wait=self.events.warned if self.wait_for_space else None,
-        )
+        tensors, state = checkpoint_content(run)
+        if self.wait_for_space:
+            checkpoint = self.store.save_waiting(
+                run.step,
+                tensors,
+                state,
+                config_hash=self.config_hash,
+                stop_requested=self.stop_requested,
+                on_wait=lambda full: self.events.warned(f"waiting for space: {full.message}"),
+            )
+        else:
+            checkpoint = self.store.save(run.step, tensors, state, config_hash=self.config_hash)
         self.saved_step = run.step
         self.store.prune(self.keep, protect={run.best_step} if run.best_step is not None else set())
-        for path, facts in self.export(run):
-            self.events.saved(run.step, checkpoint, path, facts)
-
-    def export(self, run: Training) -> Iterator[tuple[Path, Mapping[str, object]]]:
-        """Write and verify NAME-STEP.safetensors, also as NAME.safetensors at the end and NAME-best at a best."""
-        labels = [f"-{run.step:08d}"] if self.keep_adapters else []
-        if run.step == run.steps or not self.keep_adapters:
-            labels.append("")
+        if self.keep_adapters:
+            self.write_adapters(run, checkpoint, f"-{run.step:08d}")
+        else:
+            self.write_adapters(run, checkpoint, "")
         if run.best_step == run.step:
-            labels.append("-best")
+            self.write_adapters(run, checkpoint, "-best")
+
+    def finish(self, run: Training, ended: bool) -> None:
+        """Save what is not saved yet; at the end of the run also write the adapter under its plain name."""
+        self.save(run)
+        if ended:
+            self.write_adapters(run, self.store.folder / f"step-{run.step:08d}", "")
+
+    def write_adapters(self, run: Training, checkpoint: Path, label: str) -> None:
+        """Write and verify NAME<label>.safetensors, one per denoiser."""
         with averaged(run):
             for part, adapter in self.adapters.items():
                 suffix = f"-{part}" if len(self.adapters) > 1 else ""
-                for label in labels:
-                    path = self.folder.adapters / f"{self.name}{suffix}{label}.safetensors"
-                    yield path, self.export_one(run, part, adapter, path)
+                path = self.folder.adapters / f"{self.name}{suffix}{label}.safetensors"
+                facts = self.export_one(run, part, adapter, path)
+                self.events.saved(run.step, checkpoint, path, facts)
+                if label != "-best":
+                    self.last_adapter = path
 
     def export_one(self, run: Training, part: str, adapter: AdapterSet, path: Path) -> Mapping[str, object]:
         weights = adapter.weights()
@@ -141,9 +156,11 @@ class Save:
             keys=run.family.export,
             format=self.format,
             dtype=self.dtype,
-            metadata=self.metadata(run),
+            metadata=self.metadata(run, part),
         )
-        verified = verify_adapter(path, weights, run.family.denoisers[part], part=part, keys=run.family.export)
+        verified = verify_adapter(
+            path, weights, run.family.denoisers[part], part=part, keys=run.family.export
+        )
         return verified.facts()
 
 
@@ -189,7 +206,6 @@ class Sample:
     disabled: Sequence[AdapterSet]  # training adapters, off while sampling
     events: Events
     raise_if_stopped: Callable[[], None]
-    columns: dict[int, list[Image.Image]] = field(default_factory=dict)
 
     def __call__(self, run: Training) -> None:
         if (self.every and run.step % self.every == 0) or run.step == run.steps:
@@ -218,7 +234,9 @@ class Sample:
         for first in range(0, len(self.requests), self.batch_size):
             self.raise_if_stopped()
             chosen = self.requests[first : first + self.batch_size]
-            latents = draw_latents(run.family, chosen, device=run.device, dtype=run.dtype, progress=self.progress)
+            latents = draw_latents(
+                run.family, chosen, device=run.device, dtype=run.dtype, progress=self.progress
+            )
             drawn += decode_pictures(run.family, latents)
         return drawn
 
@@ -231,14 +249,23 @@ class Sample:
             path = self.folder / f"step-{step:08d}-{number:02d}.png"
             write_picture(path, picture, encoded.request, extra={"step": step})
             paths.append(path)
-        self.columns[step] = list(pictures)
+        self.write_grid(step)
+        return paths
+
+    def write_grid(self, last_step: int) -> None:
+        """One row per prompt, one column per step that has all its pictures, from the files themselves."""
+        rows = range(1, len(self.requests) + 1)
+        steps = sorted({int(path.name.split("-")[1]) for path in self.folder.glob("step-*-01.png")})
+        files = {
+            s: [self.folder / f"step-{s:08d}-{row:02d}.png" for row in rows] for s in steps if s <= last_step
+        }
+        whole = {step: paths for step, paths in files.items() if all(path.exists() for path in paths)}
         save_grid(
             self.folder / "grid.png",
             rows=[encoded.request.prompt for encoded in self.requests],
-            columns=[f"step {column}" for column in sorted(self.columns)],
-            pictures=[[self.columns[c][row] for c in sorted(self.columns)] for row in range(len(pictures))],
+            columns=[f"step {step}" for step in whole],
+            pictures=[[Image.open(paths[row - 1]) for paths in whole.values()] for row in rows],
         )
-        return paths
 
 
 @contextmanager

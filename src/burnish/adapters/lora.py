@@ -59,7 +59,8 @@ class LoraLayer(nn.Module):
 
     The adapter's weights are float32 whatever the base is stored in. They are cast to the type of the input
     once per call, so that gradients arrive in float32. `base` may be a LoraLayer itself: adapters stack.
-    Dropout acts in training mode only (`denoiser.train()`), as in any torch module.
+    Dropout acts in training mode while gradients are recorded: never under `torch.no_grad()`, so that held-out
+    losses and samples see the whole adapter although the frozen model stays in eval mode throughout.
     """
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor, alpha: float, dropout: float) -> None:
@@ -87,7 +88,7 @@ class LoraLayer(nn.Module):
         if not self.active:
             return output
         down, up = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        if self.dropout and self.training:
+        if self.dropout and self.training and torch.is_grad_enabled():
             x = F.dropout(x, self.dropout)
         # Scaling the thin middle touches `rank` numbers per token instead of the output's whole width.
         return output + self._up(self._down(x, down) * (self.scale * self.multiplier), up)
@@ -337,7 +338,7 @@ def _wrap(denoiser: nn.Module, weights: Mapping[str, LoraWeights], dropout: floa
         base = parent.get_submodule(child)
         device = _weight(base).device
         down, up = (tensor.to(device, torch.float32, copy=True) for tensor in (part.down, part.up))
-        layer = LoraLayer(base, down, up, part.alpha, dropout).train(base.training)
+        layer = LoraLayer(base, down, up, part.alpha, dropout)
         parent.register_module(child, layer)
         layers[name] = layer
     return layers

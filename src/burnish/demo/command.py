@@ -110,7 +110,10 @@ def draw_before_and_after(
         for index, prompt in enumerate(prompts)
     ]
     sets = []
-    for label, adapters in (("drawing without the adapter", ()), ("drawing with the adapter", ((adapter, 1.0),))):
+    for label, adapters in (
+        ("drawing without the adapter", ()),
+        ("drawing with the adapter", ((adapter, 1.0),)),
+    ):
         sets.append(
             draw_pictures_with(
                 config.model,

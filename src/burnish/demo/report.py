@@ -103,7 +103,9 @@ def loss_curve(points: Sequence[tuple[int, float]], path: Path) -> None:
 
     steps = [step for step, _ in points]
     losses = [value for _, value in points]
-    smooth = [sum(losses[max(0, i - 19) : i + 1]) / len(losses[max(0, i - 19) : i + 1]) for i in range(len(losses))]
+    smooth = [
+        sum(losses[max(0, i - 19) : i + 1]) / len(losses[max(0, i - 19) : i + 1]) for i in range(len(losses))
+    ]
     figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color=PALE, linewidth=1, label="each step")

@@ -1,0 +1,232 @@
+"""From a config and a loaded family to a `Training` and its tasks: every section meets the part it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from burnish.adapters.lora import AdapterSet
+from burnish.adapters.targeting import choose_modules
+from burnish.checkpoint.store import CheckpointStore
+from burnish.config.schema import RunConfig
+from burnish.config.train import LogitNormalTimesteps, Objective, SigmoidTimesteps, UniformTimesteps
+from burnish.data.batch import Batch
+from burnish.events import Events
+from burnish.export.metadata import Provenance, adapter_metadata
+from burnish.family import Family, ResolutionShift
+from burnish.generate import attach_adapter
+from burnish.loop import Training
+from burnish.memory.activations import checkpoint_blocks
+from burnish.objective import Denoising, Timesteps
+from burnish.optim.build import build_optimizer
+from burnish.optim.ema import Ema
+from burnish.optim.schedule import learning_rate_factor
+from burnish.preparation import Prepared
+from burnish.run_folder import RunFolder
+from burnish.signals import StopRequest
+from burnish.tasks import Sample, Save, Validate
+
+EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Assembled:
+    """A training and what happens beside its steps, in this order."""
+
+    training: Training
+    validate: Validate | None
+    save: Save
+    sample: Sample | None
+
+    @property
+    def tasks(self) -> list[Callable[[Training], None]]:
+        return [task for task in (self.validate, self.save, self.sample) if task is not None]
+
+
+def assemble(
+    config: RunConfig,
+    resolved: str,
+    family: Family,
+    prepared: Prepared,
+    folder: RunFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    events: Events,
+    stop: StopRequest,
+) -> Assembled:
+    """Attach adapters to the loaded denoisers and build all that trains them.
+
+    Args:
+        resolved: the config as YAML text, kept in every adapter.
+
+    Raises:
+        AdapterError: targets that match nothing.
+        MissingPackage: the optimizer needs one.
+    """
+    helpers = []
+    if config.model.training_adapter is not None:
+        helpers = [attach_adapter(family, config.model.training_adapter)]
+    adapters = {
+        part: AdapterSet.attach(
+            denoiser,
+            choose_modules(denoiser, family.targets, family.default_targets, config.method),
+            dropout=config.method.dropout,
+            seed=config.seed,
+        )
+        for part, denoiser in family.denoisers.items()
+    }
+    if config.memory.checkpointing:
+        checkpoint_blocks(family.blocks())
+    training = build_training(config, family, adapters, prepared, device, dtype)
+    return Assembled(
+        training=training,
+        validate=build_validate(config, prepared, events),
+        save=build_save(config, resolved, adapters, prepared, folder, events, stop),
+        sample=build_sample(config, prepared, folder, helpers, events, stop),
+    )
+
+
+def build_training(
+    config: RunConfig,
+    family: Family,
+    adapters: dict[str, AdapterSet],
+    prepared: Prepared,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Training:
+    train = config.train
+    groups, parameters = [], {}
+    for part, adapter in adapters.items():
+        groups += adapter.parameter_groups(train.optimizer.learning_rate)
+        parameters |= {f"{part}.{name}": value for name, value in adapter.named_parameters().items()}
+    return Training(
+        family=family,
+        objective=build_objective(train.objective, family),
+        parameters=parameters,
+        optimizer=build_optimizer(train.optimizer, groups),
+        learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
+        batches=partial(prepared.batches, workers=train.loader_workers),
+        batches_per_epoch=prepared.plan.batches_per_epoch,
+        device=device,
+        dtype=dtype,
+        scaler=torch.amp.GradScaler(device.type, enabled=train.precision == "fp16"),
+        seed=config.seed,
+        steps=train.steps,
+        accumulate=train.accumulate,
+        max_grad_norm=train.max_grad_norm,
+        ema=Ema(parameters, train.ema.decay) if train.ema else None,
+    )
+
+
+def build_objective(section: Objective, family: Family) -> Denoising:
+    """Fill what the section leaves to the family."""
+    low, high = section.range
+    match section.timesteps:
+        case None if family.schedule.is_flow:
+            times = Timesteps("logit_normal", 0.0, 1.0, low, high)
+        case None | UniformTimesteps():
+            times = Timesteps("uniform", low=low, high=high)
+        case LogitNormalTimesteps(mean=mean, std=std):
+            times = Timesteps("logit_normal", mean, std, low, high)
+        case SigmoidTimesteps(scale=scale):
+            times = Timesteps("logit_normal", 0.0, scale, low, high)
+    shift: float | ResolutionShift
+    match section.shift:
+        case "family":
+            shift = family.schedule.shift
+        case "resolution":
+            released = family.schedule.shift
+            shift = released if isinstance(released, ResolutionShift) else ResolutionShift()
+        case number:
+            shift = number
+    return Denoising(
+        schedule=family.schedule,
+        timesteps=times,
+        shift=shift,
+        min_snr_gamma=section.min_snr_gamma,
+        noise_offset=section.noise_offset,
+        guidance=None if section.guidance == "bypass" else section.guidance,
+    )
+
+
+def build_validate(config: RunConfig, prepared: Prepared, events: Events) -> Validate | None:
+    section, plan = config.train.validation, prepared.held_out
+    if section is None or plan is None:
+        return None
+
+    def batches() -> Iterator[Batch]:
+        stream = prepared.batches(0, workers=0, plan=plan)
+        return (next(stream) for _ in range(plan.batches_per_epoch))
+
+    improvement = section.early_stop.min_improvement if section.early_stop else 0.0
+    return Validate(batches, section.times, section.every, improvement, events)
+
+
+def build_save(
+    config: RunConfig,
+    resolved: str,
+    adapters: dict[str, AdapterSet],
+    prepared: Prepared,
+    folder: RunFolder,
+    events: Events,
+    stop: StopRequest,
+) -> Save:
+    side = max(side for source in config.data for side in source.resolutions)
+
+    def metadata(run: Training, part: str) -> dict[str, str]:
+        return adapter_metadata(
+            run.family.export,
+            adapters[part].weights(),
+            Provenance(
+                name=config.name,
+                base_model=config.model.path,
+                resolution=(side, side),
+                step=run.step,
+                epoch=run.position // run.batches_per_epoch,
+                seed=config.seed,
+                config=resolved,
+                tag_frequency=prepared.tag_frequency,
+                trigger=config.trigger,
+            ),
+        )
+
+    return Save(
+        store=CheckpointStore(folder.checkpoints),
+        adapters=adapters,
+        folder=folder,
+        name=config.name,
+        every=config.save.every,
+        keep=config.save.keep,
+        keep_adapters=config.save.adapters == "all",
+        format=config.save.format,
+        dtype=EXPORT_DTYPES[config.save.dtype],
+        config_hash=prepared.config_hash,
+        metadata=metadata,
+        events=events,
+        stop_requested=lambda: stop.requested is not None,
+        wait_for_space=config.save.on_disk_full == "wait",
+    )
+
+
+def build_sample(
+    config: RunConfig,
+    prepared: Prepared,
+    folder: RunFolder,
+    training_adapters: list[AdapterSet],
+    events: Events,
+    stop: StopRequest,
+) -> Sample | None:
+    if not prepared.requests:
+        return None
+    return Sample(
+        requests=prepared.requests,
+        folder=folder.samples,
+        every=config.sample.every,
+        batch_size=config.sample.batch_size,
+        disabled=training_adapters,
+        events=events,
+        raise_if_stopped=stop.raise_if_requested,
+    )

@@ -1,0 +1,250 @@
+"""A run: config -> preflight -> prepare -> train -> export. The whole config stops here and in assembly.py."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from burnish.assembly import Assembled, assemble
+from burnish.checkpoint.atomic import atomic_write_text
+from burnish.checkpoint.space import check_space
+from burnish.checkpoint.store import Loaded
+from burnish.config.load import load_config, to_yaml
+from burnish.config.schema import RunConfig
+from burnish.config.train import RollBackOnNonFinite
+from burnish.errors import BurnishError, Interrupted, NonFiniteLoss, OutOfMemory, UserError
+from burnish.events import Events, Listener, RunResult
+from burnish.loop import train
+from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
+from burnish.model import DTYPES, choose_device, choose_model
+from burnish.preparation import check_data, prepare
+from burnish.resume import changed_options, refuse_fixed_changes, restore
+from burnish.run_folder import Recorder, RunFolder
+from burnish.signals import StopRequest
+
+
+def check_run(config: RunConfig, progress: Listener) -> None:
+    """Everything that `train_run` does before a model loads: device, weights' headers, pictures, captions, space.
+
+    Raises:
+        BurnishError: what would stop the run.
+    """
+    folder = RunFolder(config.save.folder / config.name)
+    folder.make()
+    choose_device(config.memory.device, config.train.precision)
+    check_data(config, choose_model(config.model), folder, progress)
+
+
+def train_run(config: RunConfig, *, progress: Listener) -> RunResult:
+    """Train from the start, or from the newest checkpoint in the run's folder, to `train.steps`.
+
+    Raises:
+        Interrupted: a signal asked to stop; the state is saved.
+        BurnishError: as the tree in errors.py; the run folder says the same.
+    """
+    folder = RunFolder(config.save.folder / config.name)
+    refuse_if_busy(folder)
+    recorder = Recorder(folder, config.train.steps)
+    events = Events(recorder, progress)
+    with log_file(folder), StopRequest() as stop, ended_by(events, folder):
+        result = prepare_and_train(config, folder, events, stop)
+    events.finished(result)
+    if result.state == "stopped":
+        stop.raise_if_requested()
+    return result
+
+
+def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop: StopRequest) -> RunResult:
+    if config.memory.threads:
+        torch.set_num_threads(config.memory.threads)
+    device, dtype = (
+        choose_device(config.memory.device, config.train.precision),
+        DTYPES[config.train.precision],
+    )
+    resolved = to_yaml(config)
+    for line in announce_changes(config, folder):
+        events.warned(line)
+    prepared = prepare(config, hashlib.sha256(resolved.encode()).hexdigest(), folder, device, dtype, events)
+    atomic_write_text(folder.config, resolved)
+
+    events.phase("loading the denoiser", 0, 0)
+    parts = ("denoiser", "vae") if prepared.requests else ("denoiser",)
+    family = prepared.model.load(*parts, dtype=dtype, device=device)
+    assembled = assemble(config, resolved, family, prepared, folder, device, dtype, events, stop)
+    loaded = newest_checkpoint(assembled, events)
+    if loaded is not None:
+        for note in restore(assembled.training, loaded):
+            events.warned(note)
+        assembled.save.saved_step = loaded.step
+    else:
+        check_space(folder.checkpoints, checkpoint_bytes(assembled), config.save.keep)
+        if assembled.sample is not None and config.sample.at_start:
+            assembled.sample.draw(assembled.training)
+    return train_to_the_end(config, assembled, folder, events, stop)
+
+
+def train_to_the_end(
+    config: RunConfig, assembled: Assembled, folder: RunFolder, events: Events, stop: StopRequest
+) -> RunResult:
+    run, validate = assembled.training, assembled.validate
+    patience = config.train.validation.early_stop if config.train.validation else None
+
+    def no_longer_improves() -> bool:
+        return bool(validate and patience and run.validations_since_best >= patience.patience)
+
+    stop.deferred = True
+    if run.step == 0 and isinstance(config.train.on_nonfinite, RollBackOnNonFinite):
+        assembled.save.save(run)  # something to roll back to
+    with saved_when_memory_runs_out(assembled):
+        while True:
+            try:
+                train(
+                    run, events, assembled.tasks, lambda: stop.requested is not None or no_longer_improves()
+                )
+                break
+            except NonFiniteLoss as error:
+                roll_back(config, assembled, error, events)
+    assembled.save.finish(run, ended=run.step >= run.steps or no_longer_improves())
+    notes = [f"{len(run.skipped)} batch(es) skipped after a non-finite loss"] if run.skipped else []
+    if no_longer_improves() and run.step < run.steps:
+        notes.append(f"stopped early: no better held-out loss since step {run.best_step}")
+    finished = run.step >= run.steps or no_longer_improves()
+    return RunResult(
+        state="done" if finished else "stopped",
+        step=run.step,
+        folder=folder.path,
+        adapter=assembled.save.last_adapter,
+        best_step=run.best_step,
+        best_loss=run.best_loss,
+        notes=notes,
+    )
+
+
+def roll_back(config: RunConfig, assembled: Assembled, error: NonFiniteLoss, events: Events) -> None:
+    """Back to the last good checkpoint, with the step's batches marked to be passed over.
+
+    Raises:
+        NonFiniteLoss: the same again, where rolling back is off or used up.
+    """
+    policy, run = config.train.on_nonfinite, assembled.training
+    if not isinstance(policy, RollBackOnNonFinite):
+        raise error
+    skipped = run.skipped | set(error.positions)
+    if len(skipped) > policy.max_batches:
+        raise error
+    loaded = assembled.save.store.load_newest()
+    if loaded is None:
+        raise error
+    run.optimizer.zero_grad(set_to_none=True)
+    restore(run, loaded)
+    run.skipped = skipped
+    events.warned(f"{error.message}\nback to step {run.step}; {len(skipped)} batch(es) are passed over")
+
+
+@contextmanager
+def saved_when_memory_runs_out(assembled: Assembled) -> Iterator[None]:
+    """Turn a step that does not fit in memory into an error with remedies, after saving the last whole step."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        run = assembled.training
+        run.optimizer.zero_grad(set_to_none=True)
+        release_cached_memory()
+        saved = not run.updating and run.step > 0
+        if saved:
+            assembled.save.save(run)
+        state = f"the state of step {run.step} is saved" if saved else "nothing was trained yet"
+        raise OutOfMemory(
+            f"step {run.step + 1} does not fit in memory on {run.device}; {state}",
+            remedy="Most saved first: memory.checkpointing: true; train.batch_size: 1 with train.accumulate to make "
+            "up for it; a smaller number in data.resolutions (memory grows with its square).",
+        ) from error
+
+
+def refuse_if_busy(folder: RunFolder) -> None:
+    """Raises:
+    UserError: another process trains in this folder now.
+    """
+    status = folder.status()
+    if status is not None and status.state in ("preparing", "running") and status.is_alive:
+        if status.pid == os.getpid():
+            return
+        raise UserError(
+            f"{folder.path} is being trained by process {status.pid} (step {status.step} of {status.steps})",
+            remedy="Wait for it, stop it, or start another run with --name.",
+        )
+
+
+def announce_changes(config: RunConfig, folder: RunFolder) -> list[str]:
+    """What differs from the config that this folder was trained with, in sentences.
+
+    Raises:
+        UserError: an option changed that the checkpoints depend on.
+    """
+    if not folder.config.exists() or not any(folder.checkpoints.glob("step-*")):
+        return []
+    before = load_config(folder.config).config
+    changes = changed_options(before.model_dump(mode="json"), config.model_dump(mode="json"))
+    refuse_fixed_changes(changes)
+    return [f"changed since the last start: {line}" for line in changes]
+
+
+def newest_checkpoint(assembled: Assembled, events: Events) -> Loaded | None:
+    """The newest checkpoint that verifies; each one passed over is said, with the reason."""
+    store = assembled.save.store
+    for line in store.sweep():
+        events.warned(line)
+    found = store.newest()
+    if found is None:
+        return None
+    for reason in found.passed_over:
+        events.warned(f"passed over: {reason}")
+    return store.load(found.path)
+
+
+def checkpoint_bytes(assembled: Assembled) -> int:
+    """Size of one checkpoint: weights, average, and two optimizer moments at the most."""
+    weights = sum(parameter.numel() * 4 for parameter in assembled.training.parameters.values())
+    return weights * (3 + (assembled.training.ema is not None))
+
+
+@contextmanager
+def ended_by(events: Events, folder: RunFolder) -> Iterator[None]:
+    """Whatever ends the run, the run folder says so."""
+    try:
+        yield
+    except Interrupted as error:
+        status = folder.status()
+        events.finished(
+            RunResult("stopped", status.step if status else 0, folder.path, notes=[error.message])
+        )
+        raise
+    except BaseException as error:
+        status = folder.status()
+        text = error.message if isinstance(error, BurnishError) else f"{type(error).__name__}: {error}"
+        events.finished(RunResult("failed", status.step if status else 0, folder.path, notes=[text]))
+        raise
+
+
+@contextmanager
+def log_file(folder: RunFolder) -> Iterator[None]:
+    """Everything logged during the run also goes to logs/, one file per start."""
+    folder.logs.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    handler = logging.FileHandler(folder.logs / f"{stamp}-{os.getpid()}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("burnish")
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
