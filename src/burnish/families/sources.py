@@ -22,6 +22,7 @@ from burnish.family import ModelSource
 CONFIG_FILES = ("*.json", "*/*.json")
 REFUSED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # how diffusers and transformers name weights
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -73,6 +74,27 @@ def locate(source: ModelSource, wanted: Sequence[str] = CONFIG_FILES) -> Path:
     if path.suffix.lower() != ".safetensors" and _HUB_ID.fullmatch(source.path):
         return _snapshot(source, wanted)
     raise ModelError(f"No such file or folder: {path}.", remedy=_neighbours(path))
+
+
+def locate_parts(source: ModelSource, folders: Sequence[str]) -> Path:
+    """As `locate`; of a Hub id it fetches the weights and tokenizers below `folders`, and nothing twice.
+
+    The fp16 variant of a part is fetched only where the Hub has no other.
+    """
+    path = locate(source, [*CONFIG_FILES, *_part_files(folders, "")])
+    is_remote = not Path(source.path).expanduser().exists()
+    if is_remote and any(_lacks_weights(path / folder) for folder in folders):
+        path = locate(source, [*CONFIG_FILES, *_part_files(folders, ".fp16")])
+    return path
+
+
+def _part_files(folders: Sequence[str], variant: str) -> list[str]:
+    weights = [f"{stem}{variant}{rest}.safetensors" for stem in _STEMS for rest in ("", "-*-of-*")]
+    return [f"{folder}/{name}" for folder in folders for name in (*weights, "*.txt", "*.model")]
+
+
+def _lacks_weights(folder: Path) -> bool:
+    return not folder.name.startswith("tokenizer") and not any(folder.glob("*.safetensors"))
 
 
 def _neighbours(path: Path) -> str:
@@ -161,9 +183,8 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(
             f"The model has no folder {folder}.", remedy="Is the download complete? Fetch the model again."
         )
-    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
     for variant in ("", ".fp16"):
-        for stem in stems:
+        for stem in _STEMS:
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.is_file():
                 return _shards(index)
