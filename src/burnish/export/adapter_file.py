@@ -1,0 +1,223 @@
+"""Adapter files: written in one piece or not at all, and read in the spellings that are in use."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from burnish.adapters.lora import LoraWeights
+from burnish.checkpoint.atomic import atomic_write_bytes
+from burnish.errors import AdapterError, NonFiniteLoss
+from burnish.export.formats import key_prefix, resolve_format, to_tensors
+from burnish.export.metadata import file_hashes
+from burnish.family import ExportKeys
+
+# One matrix each: what sd-scripts, peft (with and without adapter name) and older diffusers call A and B.
+_DOWN = ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight")
+_UP = ("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight")
+_ENDINGS = {**dict.fromkeys(_DOWN, "down"), **dict.fromkeys(_UP, "up"), "alpha": "alpha"}
+_TEXT_ENCODER = re.compile(r"(lora_te\d*_|text_encoders?(_\d)?\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """What a file holds; `notes` says what had to be assumed."""
+
+    weights: dict[str, LoraWeights]  # by module name, float32
+    metadata: dict[str, str]
+    notes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Found:
+    """The pieces of one module's adapter, as they turn up."""
+
+    spelling: str
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+
+
+def write_adapter(
+    path: Path,
+    weights: Mapping[str, LoraWeights],
+    *,
+    part: str,
+    keys: ExportKeys,
+    format: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    metadata: Mapping[str, str],
+) -> Path:
+    """Write an adapter in `format`, with the hashes of its tensors added to `metadata`; the folder is made.
+
+    `part` is the denoiser's name as diffusers spells it (`unet`, `transformer`).
+
+    Raises:
+        AdapterError: this family has no such format, or there is nothing to write.
+        NonFiniteLoss: a weight is NaN or infinite, or would be in `dtype`; nothing is written (law L5).
+        DiskFull: the file cannot be written; one that was there before is untouched.
+    """
+    if not weights:
+        raise AdapterError(f"there is no adapter to write to {path.name}: no module was trained")
+    tensors = to_tensors(weights, resolve_format(format, keys, weights), part=part, keys=keys, dtype=dtype)
+    broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise NonFiniteLoss(
+            f"{path.name} was not written: {len(broken)} tensors are not finite in {dtype}: {broken[0]} ...",
+            remedy="Go back to an earlier checkpoint and lower train.optimizer.learning_rate; with "
+            "save.dtype: float16, values above 65504 need bfloat16 or float32.",
+        )
+    trained = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    hashes = file_hashes(safetensors.torch.save(tensors, trained))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, safetensors.torch.save(tensors, {**metadata, **hashes}))
+    return path
+
+
+def read_adapter(path: Path, modules: Iterable[str], *, part: str, keys: ExportKeys) -> AdapterFile:
+    """Read a LoRA for the modules named, whatever program wrote it, if it uses diffusers' module names.
+
+    Known spellings: sd-scripts (`lora_unet_`), diffusers (`unet.`, `transformer.`), bare names or those
+    after `diffusion_model.`, peft (`base_model.model.`, alpha in the metadata). Without alpha the scale is 1.
+
+    Raises:
+        AdapterError: the file is damaged, holds NaN, or holds keys that are no LoRA of these modules.
+    """
+    tensors, metadata = _load(path)
+    names = _spellings(modules, part, keys)
+    found: dict[str, _Found] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        spelling, piece = _split(key)
+        name = names.get(spelling)
+        if name is None or piece is None:
+            unknown.append(key)
+            continue
+        entry = found.setdefault(name, _Found(spelling))
+        if piece in entry.matrices:
+            raise AdapterError(f"{path}: two spellings of {name} ({entry.spelling} and {spelling})")
+        entry.matrices[piece] = tensor.float()
+    if unknown:
+        raise _unknown_keys(path, unknown, len(tensors), names)
+
+    alphas = _metadata_alphas(metadata, part)
+    assumed = 0
+    weights = {}
+    for name, entry in found.items():
+        weights[name], known = _assemble(path, name, entry, alphas)
+        assumed += not known
+    notes = (f"{path.name}: no alpha for {assumed} modules; strength 1 is assumed",) if assumed else ()
+    return AdapterFile(weights, metadata, notes)
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            tensors = {key: file.get_tensor(key) for key in names}
+            metadata = dict(file.metadata() or {})
+    except FileNotFoundError as error:
+        raise AdapterError(f"there is no adapter file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}", remedy=_why_unreadable(path)) from error
+    if not tensors:
+        raise AdapterError(f"{path} holds no tensors")
+    broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise AdapterError(
+            f"{path}: {len(broken)} tensors hold NaN or infinity, such as {broken[0]}",
+            remedy="The training that wrote it had broken down; use an earlier save.",
+        )
+    return tensors, metadata
+
+
+def _why_unreadable(path: Path) -> str:
+    if not path.is_file():
+        return "It is not a file."
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "It is a pointer of Git LFS, not the file itself; run `git lfs pull`."
+    if start.startswith((b"PK", b"\x80")):
+        return "It is a pickle under another name; Burnish reads safetensors only."
+    return "It is not a whole safetensors file; download or copy it again."
+
+
+def _spellings(modules: Iterable[str], part: str, keys: ExportKeys) -> dict[str, str]:
+    """Every way in which a key may begin that means a module -> the module's name."""
+    dotted = ("", f"{part}.", "unet.", "transformer.", "diffusion_model.", "base_model.model.")
+    prefixes = {*dotted, key_prefix("diffusers", part, keys)}
+    flat = {key_prefix("kohya", part, keys), "lora_unet_", f"lora_{part}_", "lycoris_"}
+    names: dict[str, str] = {}
+    for module in modules:
+        names.update({prefix + module: module for prefix in prefixes})
+        names.update({prefix + module.replace(".", "_"): module for prefix in flat})
+    return names
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """A key's beginning and which piece it is: "down", "up", "alpha" or nothing known."""
+    for ending, piece in _ENDINGS.items():
+        if key.endswith(f".{ending}"):
+            return key[: -len(ending) - 1], piece
+    return key, None
+
+
+def _metadata_alphas(metadata: Mapping[str, str], part: str) -> dict[str, float]:
+    """Alpha per module, and for all others under "", from a peft config that diffusers kept in the metadata.
+
+    diffusers writes it flat, `<part>.lora_alpha` and `<part>.alpha_pattern`, as one JSON object under
+    `lora_adapter_metadata`.
+    """
+    text = metadata.get("lora_adapter_metadata")
+    if text is None:
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise AdapterError(f"the metadata entry lora_adapter_metadata is no JSON: {error}") from error
+    alphas: dict[str, float] = {}
+    for prefix in (f"{part}.", ""):
+        common, patterns = config.get(f"{prefix}lora_alpha"), config.get(f"{prefix}alpha_pattern") or {}
+        if common is not None:
+            return {**{name: float(alpha) for name, alpha in patterns.items()}, "": float(common)}
+    return alphas
+
+
+def _assemble(path: Path, name: str, entry: _Found, alphas: Mapping[str, float]) -> tuple[LoraWeights, bool]:
+    """The adapter of one module, and whether its alpha was told."""
+    down, up, alpha = (entry.matrices.get(piece) for piece in ("down", "up", "alpha"))
+    if down is None or up is None:
+        missing = "down (A)" if down is None else "up (B)"
+        raise AdapterError(f"{path}: the adapter of {name} has no {missing} matrix")
+    if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1]:
+        raise AdapterError(
+            f"{path}: the matrices of {name} do not fit each other: {tuple(down.shape)} and {tuple(up.shape)}"
+        )
+    if alpha is not None:
+        if alpha.numel() != 1:
+            raise AdapterError(f"{path}: alpha of {name} is not one number but {tuple(alpha.shape)}")
+        return LoraWeights(down, up, float(alpha)), True
+    told = alphas.get(name, alphas.get(""))
+    return LoraWeights(down, up, float(down.shape[0]) if told is None else told), told is not None
+
+
+def _unknown_keys(path: Path, unknown: list[str], count: int, names: Mapping[str, str]) -> AdapterError:
+    shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+    text_encoder = [key for key in unknown if _TEXT_ENCODER.match(key)]
+    if len(text_encoder) == len(unknown):
+        return AdapterError(
+            f"{path}: {len(unknown)} of {count} keys are for text encoders, which take none here: {shown}",
+            remedy="Remove them from the file, or train with an adapter of the denoiser alone.",
+        )
+    expected = ", ".join(dict.fromkeys(names.values()))[:200]
+    return AdapterError(
+        f"{path}: {len(unknown)} of {count} keys are no LoRA of this model's modules: {shown}",
+        remedy=f"Is it for another family, or not a LoRA? Modules here are, for example: {expected}",
+    )

@@ -1,0 +1,105 @@
+"""How adapter keys are spelled in the files of others.
+
+    kohya       lora_unet_down_blocks_0_...to_q.lora_down.weight, .lora_up.weight, .alpha (0-d, float)
+    diffusers   unet.down_blocks.0...to_q.lora_A.weight, .lora_B.weight; alpha / rank folded into B
+
+A reader of the first computes up @ down * alpha / rank, a reader of the second B @ A. The second writes no
+alpha because diffusers would take it from the file's metadata and ComfyUI only from a key that diffusers
+refuses: folded, both agree. Convolutions: down (rank, in, *kernel), up (out, rank, 1, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from burnish.adapters.lora import LoraWeights
+from burnish.errors import AdapterError
+from burnish.family import AdapterFormat, ExportKeys
+
+
+# Modules that a format has a name for, but which some reader does not find under it. diffusers 0.42 takes
+# `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).
+_UNREADABLE: dict[AdapterFormat, tuple[str, ...]] = {"kohya": ("add_embedding.*",), "diffusers": ()}
+
+
+def resolve_format(requested: str, keys: ExportKeys, modules: Iterable[str] = ()) -> AdapterFormat:
+    """`auto` or one of the family's formats, able to hold adapters of `modules`: worth asking before training.
+
+    Raises:
+        AdapterError: this family's adapters, or one of the modules, cannot be written so that it is read.
+    """
+    chosen = _named_format(requested, keys)
+    lost = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in _UNREADABLE[chosen])]
+    if lost:
+        others = [format for format in keys.formats if format != chosen]
+        instead = f", or set save.format: {others[0]}, which fewer programs read" if others else ""
+        raise AdapterError(
+            f"{len(lost)} modules would not load from a file in the {chosen} format: {', '.join(lost[:4])}",
+            remedy=f"Leave them out with method.exclude{instead}.",
+        )
+    return chosen
+
+
+def _named_format(requested: str, keys: ExportKeys) -> AdapterFormat:
+    if requested == "auto":
+        return keys.default
+    for known in keys.formats:
+        if known == requested:
+            return known
+    kinds = get_args(AdapterFormat)
+    reason = (
+        f"{keys.modelspec} adapters have no {requested} spelling of the modules that are trained"
+        if requested in kinds
+        else f"there is no adapter format {requested!r}"
+    )
+    raise AdapterError(reason, remedy=f"Set save.format to one of: auto, {', '.join(keys.formats)}.")
+
+
+def key_prefix(format: AdapterFormat, part: str, keys: ExportKeys) -> str:
+    """What stands before the module name, such as `lora_unet_` or `transformer.`."""
+    if format in keys.prefix:
+        return keys.prefix[format]
+    return "lora_unet_" if format == "kohya" else f"{part}."
+
+
+def spelled_name(format: AdapterFormat, name: str) -> str:
+    """A module name as the format writes it."""
+    return name.replace(".", "_") if format == "kohya" else name
+
+
+def to_tensors(
+    weights: Mapping[str, LoraWeights],
+    format: AdapterFormat,
+    *,
+    part: str,
+    keys: ExportKeys,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The tensors of a file, by key, contiguous and of `dtype`.
+
+    Raises:
+        AdapterError: two modules would get the same key.
+    """
+    prefix = key_prefix(format, part, keys)
+    tensors: dict[str, Tensor] = {}
+    for name, adapter in weights.items():
+        key = prefix + spelled_name(format, name)
+        if format == "kohya":
+            down, up = f"{key}.lora_down.weight", f"{key}.lora_up.weight"
+            scaled = adapter.up
+        else:
+            down, up = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
+            scaled = adapter.up * adapter.scale
+        if down in tensors:
+            raise AdapterError(f"two modules read as {key} in the {format} format; {name} is the second")
+        tensors[down] = adapter.down.to("cpu", dtype).contiguous()
+        tensors[up] = scaled.to("cpu", dtype).contiguous()
+        if format == "kohya":
+            # Always float32: bfloat16 would round an alpha such as 7.3 and with it the strength.
+            tensors[f"{key}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
+    return tensors

@@ -1,0 +1,211 @@
+"""A written adapter is read back as ComfyUI and diffusers read it, and compared with what was trained.
+
+ComfyUI logs a key that it does not know, or a shape that does not fit, and goes on: such a file seems to work
+and does less than it should. So each save is checked here. Nothing below is shared with the writer.
+
+Sources: ComfyUI `comfy/lora.py` and `comfy/weight_adapter/lora.py` (delta = up @ down over flattened
+matrices, times alpha / rank, or 1 without alpha); diffusers `loaders/lora_pipeline.py` and
+`utils/peft_utils.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from burnish.adapters.lora import LoraWeights, adaptable_modules
+from burnish.errors import ExportError
+from burnish.family import AdapterFormat, ExportKeys
+
+_KEY = re.compile(
+    r"(?P<module>.+)\.(?:(?P<down>lora_down\.weight|lora_A\.weight)|(?P<up>lora_up\.weight|lora_B\.weight)"
+    r"|(?P<alpha>alpha))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A file that reads back as trained."""
+
+    format: AdapterFormat
+    keys: int
+    modules: int
+    dtype: str
+    max_relative_difference: float  # of a module's delta, in the Frobenius norm; rounding to `dtype` only
+
+    def facts(self) -> dict[str, object]:
+        """For status files and reports."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One module's adapter as a reader understands it: scale * up @ down."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def verify_adapter(
+    path: Path, trained: Mapping[str, LoraWeights], denoiser: nn.Module, *, part: str, keys: ExportKeys
+) -> Verification:
+    """Check that an adapter file reads back as trained.
+
+    Each key belongs to a module of `denoiser`, each trained module is there, shapes fit, and the delta that a
+    reader computes is the trained one within the rounding of the file's number type. `trained` is float32;
+    `denoiser` may have adapters attached, its own names count.
+
+    Raises:
+        ExportError: anything of this is not so; names the keys or modules.
+    """
+    tensors, metadata = _read(path)
+    format = _format(path, tensors, part)
+    if format not in keys.formats:
+        raise ExportError(
+            f"{path.name} is in the {format} format, which {keys.modelspec} files are not read in"
+        )
+    if "lora_adapter_metadata" in metadata:
+        raise ExportError(f"{path.name}: lora_adapter_metadata holds an alpha that ComfyUI does not read")
+
+    modules = adaptable_modules(denoiser)
+    found = _as_reader(path, tensors, _names(modules, format, part), folded=format == "diffusers")
+    _expect(path, "trained but not in the file", [name for name in trained if name not in found])
+    _expect(path, "in the file but not trained", [name for name in found if name not in trained])
+
+    largest = 0.0
+    wrong = []
+    for name, read in found.items():
+        _check_shape(path, name, read, modules[name].weight)
+        difference, allowed, norm = _difference(read, trained[name])
+        if not difference <= allowed:
+            wrong.append(f"{name} (by {difference / norm if norm else difference:.2g})")
+        largest = max(largest, difference / norm if norm else 0.0)
+    _expect(path, "with another effect than was trained", wrong)
+    dtypes = {str(read.down.dtype).removeprefix("torch.") for read in found.values()}
+    return Verification(format, len(tensors), len(found), ", ".join(sorted(dtypes)), largest)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            tensors, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} does not read back: {error}") from error
+    _expect(path, "no floats", [name for name, tensor in tensors.items() if not tensor.is_floating_point()])
+    _expect(path, "not finite", [name for name, tensor in tensors.items() if not tensor.isfinite().all()])
+    return tensors, metadata
+
+
+def _format(path: Path, tensors: Mapping[str, Tensor], part: str) -> AdapterFormat:
+    flat = [key for key in tensors if key.startswith("lora_unet_")]
+    dotted = [key for key in tensors if key.startswith(f"{part}.")]
+    _expect(path, "that no reader knows", [key for key in tensors if key not in {*flat, *dotted}])
+    if flat and dotted:
+        raise ExportError(f"{path.name} mixes two spellings, {flat[0]} and {dotted[0]}")
+    if not tensors:
+        raise ExportError(f"{path.name} holds no tensors")
+    return "kohya" if flat else "diffusers"
+
+
+def _names(modules: Iterable[str], format: AdapterFormat, part: str) -> dict[str, str]:
+    """Prefix of a key -> module, as both readers look it up."""
+    if format == "diffusers":
+        return {f"{part}.{name}": name for name in modules}
+    names: dict[str, str] = {}
+    for name in modules:
+        flat = "lora_unet_" + name.replace(".", "_")
+        if flat in names:
+            raise ExportError(f"{flat} would mean both {names[flat]} and {name}")
+        names[flat] = name
+    return names
+
+
+def _as_reader(
+    path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str], *, folded: bool
+) -> dict[str, _Read]:
+    """Each module's adapter; `folded` where readers expect a scale of 1 and no alpha."""
+    pieces: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        name = names.get(match["module"]) if match else None
+        if match is None or name is None or match.lastgroup is None:
+            unknown.append(key)
+        else:
+            pieces.setdefault(name, {})[match.lastgroup] = tensor
+    _expect(path, "that belong to no module of the model", unknown)
+    _expect(
+        path,
+        "without both matrices",
+        [name for name, one in pieces.items() if not {"down", "up"} <= set(one)],
+    )
+    with_alpha = [name for name, one in pieces.items() if "alpha" in one]
+    if folded:
+        _expect(path, "with an alpha key, for which diffusers refuses the file", with_alpha)
+    return {
+        name: _Read(
+            one["down"],
+            one["up"],
+            one["alpha"].item() / one["down"].shape[0] if "alpha" in one else 1.0,
+        )
+        for name, one in pieces.items()
+    }
+
+
+def _check_shape(path: Path, name: str, read: _Read, weight: Tensor) -> None:
+    """(rank, in, *kernel) and (out, rank, 1, ...) for a weight (out, in, *kernel)."""
+    rank = read.down.shape[0]
+    down, up = (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
+    if (tuple(read.down.shape), tuple(read.up.shape)) != (down, up):
+        raise ExportError(
+            f"{path.name}: {name} has matrices {tuple(read.down.shape)} and {tuple(read.up.shape)}; "
+            f"the model's weight {tuple(weight.shape)} needs {down} and {up}"
+        )
+
+
+def _difference(read: _Read, trained: LoraWeights) -> tuple[float, float, float]:
+    """Norm of (read delta - trained delta), the norm that rounding explains, and that of the trained delta.
+
+    All without the deltas themselves, which are as large as the model: a QR decomposition of the thin factors
+    gives the norm of their product. Rounding to a type with unit roundoff u moves each factor's entries by up
+    to u, independently, so that the product moves by about u * sqrt(2 sum_k |up_k|^2 |down_k|^2); 3 in place
+    of sqrt(2) leaves room, and the delta's own norm covers factors whose entries all round alike.
+    """
+    read_up, read_down = read.scale * read.up.double().flatten(1), read.down.double().flatten(1)
+    up, down = trained.scale * trained.up.double().flatten(1), trained.down.double().flatten(1)
+    if read_up.shape[0] != up.shape[0] or read_down.shape[1] != down.shape[1]:
+        return float("inf"), 0.0, 0.0
+    difference = _product_norm(torch.cat([read_up, -up], 1), torch.cat([read_down, down], 0))
+    norm = _product_norm(up, down)
+
+    info = torch.finfo(read.down.dtype)
+    independent = float((up.square().sum(0) * down.square().sum(1)).sum().sqrt())
+    rounding = 3 * max(info.eps / 2, 1e-7) * max(independent, norm)
+    # Below the smallest normal number the error is absolute: half of the smallest step.
+    step = info.smallest_normal * info.eps / 2 * max(1.0, trained.scale, abs(read.scale))
+    underflow = step * float(up.numel() ** 0.5 * down.norm() + down.numel() ** 0.5 * up.norm())
+    return difference, rounding + underflow, norm
+
+
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    """Frobenius norm of left @ right."""
+    upper = torch.linalg.qr(left, mode="r").R
+    lower = torch.linalg.qr(right.T, mode="r").R
+    return float((upper @ lower.T).norm())
+
+
+def _expect(path: Path, what: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ExportError(
+            f"{path.name} does not read back as trained; {len(names)} {what}: {shown}",
+            remedy="The file must not be used. The checkpoint beside it is not affected.",
+        )
