@@ -1,0 +1,79 @@
+"""What training draws from: one sample is a picture at one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from burnish.data.buckets import Bucket, Fit
+from burnish.data.caption_rules import CaptionRules
+from burnish.errors import DataError
+from burnish.randomness import stable_seed
+
+Role = Literal["train", "regularization"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A picture at one size, with its caption and the rules of its source.
+
+    `picture_id` is source index and relative path, so that files of the same name in two folders stay apart;
+    `id` adds the size. Both are the same on every machine that has the same data.
+    """
+
+    picture_id: str
+    path: Path
+    source: int
+    role: Role
+    sha256: str  # of the file's bytes
+    fit: Fit
+    resolution: int  # which of the source's resolutions asked for it
+    caption: str  # as the file says, before `rules`
+    rules: CaptionRules
+    background: str = "#ffffff"
+    flip: bool = False
+    weight: float = 1.0
+    repeats: int = 1
+
+    @property
+    def bucket(self) -> Bucket:
+        return self.fit.bucket
+
+    @property
+    def id(self) -> str:
+        return f"{self.picture_id}@{self.bucket}"
+
+    def captions(self, seed: int) -> tuple[str, ...]:
+        """Every caption this sample can ever be trained on."""
+        return self.rules.possible(self.caption, picture_id=self.picture_id, seed=seed)
+
+
+def all_captions(samples: Sequence[Sample], seed: int) -> tuple[str, ...]:
+    """Every caption that any of `samples` can be trained on, each once, in a stable order."""
+    return tuple(dict.fromkeys(text for sample in samples for text in sample.captions(seed)))
+
+
+def hold_out(
+    samples: Sequence[Sample], pictures: int, seed: int
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """Split off `pictures` training pictures for validation: (what is trained on, what is held out).
+
+    By picture, at all its sizes, and by content: a copy under another name is held out with it, or the
+    validation would see what was trained on. Regularization pictures are never held out.
+
+    Raises:
+        DataError: not more than `pictures` different training pictures are there.
+    """
+    contents = sorted({sample.sha256 for sample in samples if sample.role == "train"})
+    if len(contents) <= pictures:
+        raise DataError(
+            f"{pictures} pictures are to be held out for validation, and there are {len(contents)}",
+            remedy=f"Lower train.validation.pictures to {max(1, len(contents) // 10)}, or add pictures.",
+        )
+    held = set(sorted(contents, key=lambda content: stable_seed(seed, "held out", content))[:pictures])
+    return (
+        tuple(s for s in samples if s.sha256 not in held),
+        tuple(s for s in samples if s.sha256 in held and s.role == "train"),
+    )
