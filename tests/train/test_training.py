@@ -59,11 +59,20 @@ def one_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "flux", "flux_schnell"])
 def test_one_picture_at_one_noise_is_overfitted(
-    tiny_folder: Callable[[str], Path], one_picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    tiny_folder: Callable[[str], Path],
+    one_picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
 ) -> None:
     """With noise and time held, the target is one fixed tensor: a working loop drives the loss far down."""
-    monkeypatch.setattr(Denoising, "draw_noise", lambda self, batch, seed: torch.randn(
-        batch.latents_BCHW.shape, generator=torch.Generator().manual_seed(1)))
+    monkeypatch.setattr(
+        Denoising,
+        "draw_noise",
+        lambda self, batch, seed: torch.randn(
+            batch.latents_BCHW.shape, generator=torch.Generator().manual_seed(1)
+        ),
+    )
     monkeypatch.setattr(Denoising, "draw_times", lambda self, batch, seed, tokens: torch.full((1,), 0.5))
     overrides = {
         "train.steps": 120,
@@ -83,7 +92,13 @@ def test_a_run_leaves_everything_in_its_folder(tiny_flux: Path, pictures: Path, 
     overrides = {
         "trigger": "sks",
         "save.every": 4,
-        "sample": {"every": 4, "at_start": True, "prompts": ["a sks red chair", "a cat"], "size": 64, "steps": 2},
+        "sample": {
+            "every": 4,
+            "at_start": True,
+            "prompts": ["a sks red chair", "a cat"],
+            "size": 64,
+            "steps": 2,
+        },
         "train.validation": {"every": 4, "pictures": 2},
     }
     result = train_run(run_config(tiny_flux, pictures, tmp_path, overrides), progress=notes)
@@ -100,7 +115,10 @@ def test_a_run_leaves_everything_in_its_folder(tiny_flux: Path, pictures: Path, 
     assert len(list(folder.samples.glob("step-*.png"))) == 6
     assert json.loads(folder.data_report.read_text())
     assert {path.name for path in folder.adapters.glob("*.safetensors")} >= {
-        "tiny-00000004.safetensors", "tiny-00000008.safetensors", "tiny.safetensors", "tiny-best.safetensors"
+        "tiny-00000004.safetensors",
+        "tiny-00000008.safetensors",
+        "tiny.safetensors",
+        "tiny-best.safetensors",
     }
     assert all(facts for _, facts in notes.adapters)
     with safe_open(folder.adapters / "tiny.safetensors", framework="pt") as opened:
@@ -129,7 +147,9 @@ def test_the_best_checkpoint_is_kept_and_a_run_can_stop_early(
     assert any("stopped early" in note for note in result.notes)
 
 
-def test_held_out_loss_is_the_same_for_the_same_weights(tiny_flux: Path, pictures: Path, tmp_path: Path) -> None:
+def test_held_out_loss_is_the_same_for_the_same_weights(
+    tiny_flux: Path, pictures: Path, tmp_path: Path
+) -> None:
     overrides = {"train.optimizer.learning_rate": 1e-12, "train.validation": {"every": 1, "pictures": 2}}
     notes = Notes()
     train_run(run_config(tiny_flux, pictures, tmp_path, overrides), progress=notes)
@@ -166,7 +186,9 @@ def test_running_out_of_memory_in_a_step_saves_the_last_whole_one(
         return original(objective, batch, seed)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Denoising, "draw_noise", draw_noise)
-    with pytest.raises(OutOfMemory, match=r"step 4 does not fit in memory on cpu; the state of step 3 is saved") as raised:
+    with pytest.raises(
+        OutOfMemory, match=r"step 4 does not fit in memory on cpu; the state of step 3 is saved"
+    ) as raised:
         train_run(run_config(tiny_flux, pictures, tmp_path), progress=Listener())
     assert raised.value.exit_code == 3
     assert "memory.checkpointing" in raised.value.remedy
@@ -218,7 +240,13 @@ def test_check_looks_without_loading_a_model(
 
 
 def test_generated_prior_pictures_are_drawn_once(tiny_flux: Path, pictures: Path, tmp_path: Path) -> None:
-    generated = {"kind": "generated", "prompts": ["a cat", "blue sky"], "count": 3, "steps": 1, "resolutions": [64]}
+    generated = {
+        "kind": "generated",
+        "prompts": ["a cat", "blue sky"],
+        "count": 3,
+        "steps": 1,
+        "resolutions": [64],
+    }
     config = run_config(tiny_flux, pictures, tmp_path)
     values = config.model_dump(mode="json")
     values["data"].append(generated)
@@ -230,6 +258,7 @@ def test_generated_prior_pictures_are_drawn_once(tiny_flux: Path, pictures: Path
         assert picture.size == (64, 64)
     times = [path.stat().st_mtime_ns for path in drawn]
     train_run(
-        config.model_copy(update={"train": config.train.model_copy(update={"steps": 10})}), progress=Listener()
+        config.model_copy(update={"train": config.train.model_copy(update={"steps": 10})}),
+        progress=Listener(),
     )
     assert [path.stat().st_mtime_ns for path in drawn] == times

@@ -23,7 +23,11 @@ def test_the_source_has_none(what: str) -> None:
     files = sorted((ROOT / "src").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py"))
     assert len(files) > 60
     pattern = re.compile(FORBIDDEN[what], re.MULTILINE)
-    hits = [f"{file.relative_to(ROOT)}: {match.group()}" for file in files for match in pattern.finditer(file.read_text())]
+    hits = [
+        f"{file.relative_to(ROOT)}: {match.group()}"
+        for file in files
+        for match in pattern.finditer(file.read_text())
+    ]
     assert hits == []
 
 
@@ -31,5 +35,9 @@ def test_no_family_is_named_outside_the_families() -> None:
     """What differs between families is data or a method of theirs: nothing else may ask for a name (STYLE)."""
     pattern = re.compile(r"family\.name\s*(==|in)|[\"'](sd15|sdxl|flux)[\"']")
     files = [file for file in (ROOT / "src").rglob("*.py") if file.parent.name != "families"]
-    hits = [f"{file.relative_to(ROOT)}: {match.group()}" for file in files for match in pattern.finditer(file.read_text())]
+    hits = [
+        f"{file.relative_to(ROOT)}: {match.group()}"
+        for file in files
+        for match in pattern.finditer(file.read_text())
+    ]
     assert hits == []

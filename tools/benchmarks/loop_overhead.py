@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from burnish.preparation import Prepared, prepare
 from torch.nn.utils import clip_grad_norm_
 
 from burnish.assembly import Assembled, assemble
@@ -26,7 +27,6 @@ from burnish.data.batch import Batch
 from burnish.demo.command import ASSETS
 from burnish.events import Events, Listener, StepReport
 from burnish.loop import Training, train
-from burnish.preparation import Prepared, prepare
 from burnish.run_folder import Recorder, RunFolder
 from burnish.signals import StopRequest
 
@@ -47,12 +47,18 @@ class Times(Listener):
         self.last = now
 
 
-def assembled_run(
-    config: RunConfig, prepared: Prepared, folder: RunFolder, events: Events
-) -> Assembled:
+def assembled_run(config: RunConfig, prepared: Prepared, folder: RunFolder, events: Events) -> Assembled:
     family = prepared.model.load("denoiser", dtype=torch.float32, device="cpu")
     return assemble(
-        config, to_yaml(config), family, prepared, folder, torch.device("cpu"), torch.float32, events, StopRequest()
+        config,
+        to_yaml(config),
+        family,
+        prepared,
+        folder,
+        torch.device("cpu"),
+        torch.float32,
+        events,
+        StopRequest(),
     )
 
 
@@ -76,13 +82,19 @@ def drawn(run: Training, first: int, count: int) -> list[tuple[Batch, torch.Tens
         batch = next(stream)
         tokens = run.family.latents.tokens(*batch.latents_BCHW.shape[-2:])
         rows.append(
-            (batch, run.objective.draw_noise(batch, run.seed), run.objective.draw_times(batch, run.seed, tokens))
+            (
+                batch,
+                run.objective.draw_noise(batch, run.seed),
+                run.objective.draw_times(batch, run.seed, tokens),
+            )
         )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=4)
     arguments = parser.parse_args()
@@ -110,7 +122,9 @@ def main() -> None:
 
     loop, base = (statistics.median(seconds[BLOCK:]) for seconds in (times.seconds, bare_seconds))
     print(f"steps {arguments.steps}, batch {arguments.batch_size}, torch threads {torch.get_num_threads()}")
-    print(f"loop {loop * 1e3:.2f} ms, bare {base * 1e3:.2f} ms, overhead {(loop - base) / loop:.1%} of a step")
+    print(
+        f"loop {loop * 1e3:.2f} ms, bare {base * 1e3:.2f} ms, overhead {(loop - base) / loop:.1%} of a step"
+    )
 
 
 if __name__ == "__main__":

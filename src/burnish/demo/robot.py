@@ -141,9 +141,9 @@ def draw_robot(center_x: float, center_y: float, radius: float) -> Robot:
         color_HW3[inside_HW] = np.asarray(part.color, np.float32) / 255
         part_HW[inside_HW] = 1 + _NAMES.index(part.name)
     cover_HW = _shrink((part_HW > 0).astype(np.float32)[..., None])[..., 0]
-    color: Floats = _shrink(color_HW3) / np.maximum(cover_HW, np.float32(1e-6))[..., None]
+    color_HW3 = np.divide(_shrink(color_HW3), np.maximum(cover_HW, 1e-6)[..., None], dtype=np.float32)
     middle = _SUPERSAMPLING // 2
-    return Robot(color, cover_HW, part_HW[middle::_SUPERSAMPLING, middle::_SUPERSAMPLING])
+    return Robot(color_HW3, cover_HW, part_HW[middle::_SUPERSAMPLING, middle::_SUPERSAMPLING])
 
 
 def robot_score(picture_HW3: NDArray[np.uint8] | Floats) -> float:
