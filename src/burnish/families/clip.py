@@ -163,7 +163,13 @@ def _as_transformers_spells(layout: Layout, projection: bool) -> Layout:
 
 def _smallest_config() -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=2, hidden_size=1, intermediate_size=1, num_attention_heads=1, num_hidden_layers=0
+        vocab_size=2,
+        hidden_size=1,
+        intermediate_size=1,
+        num_attention_heads=1,
+        num_hidden_layers=0,
+        bos_token_id=0,
+        eos_token_id=1,
     )
 
 
@@ -175,6 +181,8 @@ def transformers_names(layout: Layout) -> Layout:
     Raises:
         ModelError: the layout is no CLIP text encoder.
     """
+    if "transformer.embeddings.token_embedding.weight" in layout:
+        layout = below(layout, "transformer.")  # as some merging programs save it
     for prefix in ("transformer.text_model.", "text_model."):
         if any(name.startswith(prefix) for name in layout):
             rest = {k: p for k, p in layout.items() if k.startswith("text_projection")}

@@ -1,0 +1,342 @@
+"""What Stable Diffusion 1 and XL share: where the parts of a checkpoint lie, and the noise schedule.
+
+A checkpoint is a diffusers folder, or a single file in the original layout (UNet, VAE and text encoders under
+prefixes), or one that holds the UNet alone beside separate files, as ComfyUI has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from burnish.errors import ModelError, UserError
+from burnish.families import autoencoder, clip, unet
+from burnish.families.fingerprints import fingerprint
+from burnish.families.sources import locate, locate_parts, read_header, read_json, weight_files
+from burnish.families.weights import Layout, below, layout_of
+from burnish.family import ModelSource, Part, Prediction, Schedule
+
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+STEPS = 1000  # of the noise schedule
+ENCODING_VERSION = 1  # raise when encoding gives other numbers for the same weights: caches then start anew
+
+Loaded = TypeVar("Loaded")
+_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoderPlace:
+    """Where one CLIP of a checkpoint lies."""
+
+    folder: str
+    tokenizer_folder: str
+    prefix: str  # in a single file
+    projection: bool  # whether it gives the pooled embedding
+    padding: str
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The constant facts of a family: its released configs and where its parts lie."""
+
+    config_file: str
+    text_encoders: tuple[TextEncoderPlace, ...]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        text = files("burnish.families").joinpath("configs", self.config_file).read_text(encoding="utf-8")
+        config: dict[str, Any] = json.loads(text)
+        return config
+
+    def folders(self, part: Part) -> tuple[str, ...]:
+        """Sub-folders of a diffusers folder behind a part."""
+        if part == "text_encoders":
+            return tuple(f for place in self.text_encoders for f in (place.folder, place.tokenizer_folder))
+        return ("unet",) if part == "denoiser" else ("vae",)
+
+
+@dataclass
+class Parts:
+    """What is loaded; a part that is not is None or empty."""
+
+    unet: UNet2DConditionModel | None = None
+    vae: AutoencoderKL | None = None
+    text_encoders: list[tuple[CLIPTokenizer, CLIPTextModel]] = field(default_factory=list)
+
+    def loaded_unet(self) -> UNet2DConditionModel:
+        return _loaded(self.unet, "denoiser")
+
+    def loaded_vae(self) -> AutoencoderKL:
+        return _loaded(self.vae, "vae")
+
+    def loaded_text_encoders(self) -> list[tuple[CLIPTokenizer, CLIPTextModel]]:
+        return _loaded(self.text_encoders or None, "text_encoders")
+
+    def release(self, part: Part) -> None:
+        match part:
+            case "denoiser":
+                self.unet = None
+            case "vae":
+                self.vae = None
+            case "text_encoders":
+                self.text_encoders = []
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _loaded(value: Loaded | None, part: Part) -> Loaded:
+    if value is None:
+        raise RuntimeError(f"the part {part!r} is not loaded")
+    return value
+
+
+class Checkpoint:
+    """The weights of one model, on disk.
+
+    Raises (any method):
+        ModelError: files are missing, damaged or of another kind.
+    """
+
+    def __init__(self, source: ModelSource, layouts: Layouts, parts: frozenset[Part] = frozenset()) -> None:
+        self.source = source
+        self.layouts = layouts
+        self.path = locate_parts(
+            source, [folder for part in sorted(parts) for folder in layouts.folders(part)]
+        )
+
+    @cached_property
+    def single_file(self) -> Layout:
+        return layout_of([self.path])
+
+    def load(self, parts: frozenset[Part], dtype: torch.dtype, device: torch.device | str) -> Parts:
+        loaded = Parts()
+        if "denoiser" in parts:
+            loaded.unet = self._unet(dtype, device)
+        if "vae" in parts:
+            loaded.vae = self._vae(dtype, device)
+        if "text_encoders" in parts:
+            loaded.text_encoders = self._text_encoders(dtype, device)
+        return loaded
+
+    def _unet(self, dtype: torch.dtype, device: torch.device | str) -> UNet2DConditionModel:
+        if self.path.is_dir():
+            return unet.load_from_folder(self.path / "unet", dtype=dtype, device=device)
+        layout = below(self.single_file, UNET_PREFIX) or self.single_file
+        return unet.load_from_layout(layout, self.layouts.config["unet"], dtype=dtype, device=device)
+
+    def _vae(self, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
+        if self.source.vae is None and self.path.is_dir():
+            return autoencoder.load_from_folder(self.path / "vae", dtype=dtype, device=device)
+        if self.source.vae is not None:
+            whole = layout_of([_separate_file(self.source.vae)])
+            layout = below(whole, VAE_PREFIX) or whole
+        else:
+            layout = below(self.single_file, VAE_PREFIX)
+        if not layout:
+            raise ModelError(
+                f"{self.path} holds no VAE.", remedy="Name a file that does under `model.vae` in the config."
+            )
+        return autoencoder.load_from_layout(layout, self.layouts.config["vae"], dtype=dtype, device=device)
+
+    def _text_encoders(
+        self, dtype: torch.dtype, device: torch.device | str
+    ) -> list[tuple[CLIPTokenizer, CLIPTextModel]]:
+        places = self.layouts.text_encoders
+        if self.path.is_dir() and not self.source.text_encoders:
+            return [
+                (
+                    clip.tokenizer_in(self.path / place.tokenizer_folder),
+                    clip.load_from_folder(
+                        self.path / place.folder, projection=place.projection, dtype=dtype, device=device
+                    ),
+                )
+                for place in places
+            ]
+        shipped = self.layouts.config["text_encoders"]
+        return [
+            (
+                clip.shipped_tokenizer(place.padding),
+                clip.load_from_layout(
+                    layout, config, projection=place.projection, dtype=dtype, device=device
+                ),
+            )
+            for place, config, layout in zip(places, shipped, self._text_layouts(), strict=True)
+        ]
+
+    def _text_layouts(self) -> list[Layout]:
+        """The text encoders of single files in the order of the family: the narrower CLIP first."""
+        places = self.layouts.text_encoders
+        if not self.source.text_encoders:
+            inside = [below(self.single_file, place.prefix) for place in places]
+            if not all(inside):
+                prefixes = " or ".join(place.prefix for place in places)
+                raise ModelError(
+                    f"{self.path} holds no text encoder under {prefixes}.",
+                    remedy="Name the text encoders' files under `model.text_encoders` in the config.",
+                )
+            return inside
+        if len(self.source.text_encoders) != len(places):
+            raise ModelError(
+                f"This family has {len(places)} text encoder(s); `model.text_encoders` names "
+                f"{len(self.source.text_encoders)} file(s).",
+                remedy="Name one file per text encoder.",
+            )
+        layouts = [
+            clip.transformers_names(layout_of([_separate_file(file)])) for file in self.source.text_encoders
+        ]
+        return sorted(layouts, key=lambda layout: layout["embeddings.token_embedding.weight"].shape[1])
+
+    def identity(self, part: Part, dtype: torch.dtype) -> str:
+        """Hash of the bytes behind a part, the number type it computes in and the version of this code."""
+        digest = hashlib.sha256(f"{ENCODING_VERSION} {part} {dtype}".encode())
+        digest.update(fingerprint(self.files(part)).encode())
+        return digest.hexdigest()
+
+    def files(self, part: Part) -> list[Path]:
+        """Every file that a part's numbers depend on."""
+        if part == "vae" and self.source.vae is not None:
+            return [_separate_file(self.source.vae)]
+        if part == "text_encoders" and self.source.text_encoders:
+            return [_separate_file(file) for file in self.source.text_encoders]
+        if self.path.is_file():
+            return [self.path]
+        folders = self.layouts.folders(part)
+        root = locate_parts(self.source, folders)
+        found: list[Path] = []
+        for folder in folders:
+            if not folder.startswith("tokenizer"):
+                found += weight_files(root / folder)
+            found += sorted(path for path in (root / folder).iterdir() if path.suffix in (".json", ".txt"))
+        return found
+
+    def schedule(self, prediction: Prediction | None) -> Schedule:
+        """The schedule that came with the weights, or the released one; `prediction` overrides it."""
+        config = dict(self.layouts.config["scheduler"])
+        if self.path.is_dir():
+            beside = self.path / "scheduler" / "scheduler_config.json"
+            config = read_json(beside) if beside.is_file() else config
+        elif "v_pred" in self.single_file:
+            # Fine-tunes that predict v mark a single file so; ComfyUI and A1111 look for it, too.
+            config["prediction_type"] = "v_prediction"
+            config["rescale_betas_zero_snr"] = "ztsnr" in self.single_file
+        return schedule_of(config, prediction)
+
+
+def _separate_file(path: Path) -> Path:
+    """A file beside the checkpoint, known to exist."""
+    found = locate(ModelSource(str(path), offline=True))
+    if found.is_dir():
+        raise ModelError(f"{path} is a folder.", remedy="Name the .safetensors file itself.")
+    return found
+
+
+def schedule_of(config: Mapping[str, Any], prediction: Prediction | None) -> Schedule:
+    """A schedule from a diffusers scheduler config.
+
+    Raises:
+        ModelError: the config is of a kind that is not supported.
+        UserError: `prediction` is not one that such a denoiser can make.
+    """
+    if prediction == "velocity":
+        raise UserError(
+            "`model.prediction: velocity` does not fit this family, which predicts epsilon or v.",
+            remedy="Leave `model.prediction` out, or set epsilon or v.",
+        )
+    if prediction is not None:
+        name = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
+        config = {**config, "prediction_type": name}
+    stated = config.get("prediction_type", "epsilon")
+    if stated not in _PREDICTIONS:
+        raise ModelError(
+            f"The scheduler's prediction_type is {stated!r}; this family predicts epsilon or v.",
+            remedy="Set `model.prediction` to what the model was trained for.",
+        )
+    return Schedule(
+        prediction=_PREDICTIONS[stated], scheduler=dict(config), alphas_cumprod=alphas_cumprod(config)
+    )
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """Share of the data's variance left after each of the 1000 steps, float64, shape (1000,).
+
+    Betas as in diffusers' schedulers; `rescale_betas_zero_snr` is algorithm 1 of arXiv 2305.08891.
+    """
+    steps = config.get("num_train_timesteps", STEPS)
+    if steps != STEPS:
+        raise ModelError(f"The scheduler has {steps} training steps; only {STEPS} are supported.")
+    alphas = torch.cumprod(1 - _betas(config), 0)
+    if config.get("rescale_betas_zero_snr"):
+        root = alphas.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alphas = root**2
+    return alphas
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    if config.get("trained_betas") is not None:
+        return torch.tensor(config["trained_betas"], dtype=torch.float64)
+    # Where a config leaves them out, diffusers' defaults hold.
+    low, high = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    match config.get("beta_schedule", "linear"):
+        case "linear":
+            return torch.linspace(low, high, STEPS, dtype=torch.float64)
+        case "scaled_linear":
+            return torch.linspace(math.sqrt(low), math.sqrt(high), STEPS, dtype=torch.float64) ** 2
+        case "squaredcos_cap_v2":  # arXiv 2102.09672, equation 17
+            times = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
+            remaining = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - remaining[1:] / remaining[:-1]).clamp(max=0.999)
+        case other:
+            raise ModelError(
+                f"The scheduler's beta_schedule is {other!r}; "
+                "known: linear, scaled_linear, squaredcos_cap_v2."
+            )
+
+
+def is_unet_of(
+    source: ModelSource,
+    by_config: Callable[[Mapping[str, Any]], bool],
+    by_shapes: Callable[[Mapping[str, tuple[int, ...]]], bool],
+) -> bool:
+    """Whether a source holds a UNet that fits: by its config in a diffusers folder, by shapes in a file."""
+    path = locate(source)
+    if path.is_dir():
+        config = path / "unet" / "config.json"
+        return config.is_file() and by_config(read_json(config))
+    header = read_header(path)
+    inside = {k.removeprefix(UNET_PREFIX): v for k, v in header.items() if k.startswith(UNET_PREFIX)}
+    return by_shapes(unet.diffusers_shapes(inside or header))
+
+
+def plain_text_to_image(config: Mapping[str, Any], stages: int) -> bool:
+    """A UNet that takes latents, time and CLIP tokens: no inpainting, no other encoder."""
+    return (
+        config.get("_class_name") == "UNet2DConditionModel"
+        and config.get("in_channels") == 4
+        and len(config.get("block_out_channels", ())) == stages
+        and config.get("encoder_hid_dim") is None
+        and config.get("class_embed_type") is None
+    )
+
+
+def stage_count(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Down stages of a UNet by diffusers' names; 0 where this is no such UNet for four latent channels."""
+    first = shapes.get("conv_in.weight", ())
+    if len(first) != 4 or first[1] != 4:
+        return 0
+    stages = 0
+    while f"down_blocks.{stages}.resnets.0.conv1.weight" in shapes:
+        stages += 1
+    return stages
