@@ -1,0 +1,1 @@
+"""How the demonstration's base model is made: a tiny FLUX pipeline for an endless picture world."""
