@@ -124,7 +124,8 @@ def micro_step(run: Training, batch: Batch) -> Judged:
     # Dropout inside adapters draws from torch's own generator: seeding it here makes it a function of the position.
     torch.manual_seed(stable_seed(run.seed, "dropout", batch.position))
     loss_B, t_B = run.objective.losses(run.family, batch, run.seed)
-    run.scaler.scale((loss_B * batch.weight_B).mean() / run.accumulate).backward()
+    scaled = run.scaler.scale((loss_B * batch.weight_B).mean() / run.accumulate)
+    torch.autograd.backward(scaled)
     return Judged(batch, loss_B.detach(), t_B)
 
 

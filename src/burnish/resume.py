@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what is restored, and what a changed config means for it."""
+"""What a checkpoint holds, how it is restored, and what a changed config means for it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
 from burnish.checkpoint.store import Loaded
 from burnish.errors import CheckpointError, UserError
 from burnish.loop import Training
-from burnish.optim.state import unpack_state
+from burnish.optim.state import pack_state, unpack_state
 
 # What a checkpoint's tensors depend on: a run cannot go on with another value.
 FIXED = ("model", "method", "seed", "train.optimizer.kind", "train.precision")
@@ -53,30 +55,82 @@ def refuse_fixed_changes(changes: Sequence[str]) -> None:
         )
 
 
+class TrainingState(BaseModel):
+    """The part of a checkpoint that is not tensors: state.json.
+
+    No random state: every draw is a function of seed and position (law L1).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int
+    steps: int
+    position: int
+    batches_per_epoch: int
+    skipped: list[int]
+    seed: int
+    best_step: int | None
+    best_loss: float | None
+    validations_since_best: int
+    optimizer: Any
+    scaler: dict[str, Any]
+    ema: Any = None
+
+
+def checkpoint_content(run: Training) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Everything that a resume needs (rule R4): tensors by file, and state.json."""
+    names = {parameter: name for name, parameter in run.parameters.items()}
+    optimizer_tensors, optimizer_state = pack_state(run.optimizer, names)
+    tensors = {
+        "adapter": {name: parameter.detach() for name, parameter in run.parameters.items()},
+        "optimizer": optimizer_tensors,
+    }
+    average = None
+    if run.ema is not None:
+        tensors["ema"], average = run.ema.state_dict()
+    state = TrainingState(
+        step=run.step,
+        steps=run.steps,
+        position=run.position,
+        batches_per_epoch=run.batches_per_epoch,
+        skipped=sorted(run.skipped),
+        seed=run.seed,
+        best_step=run.best_step,
+        best_loss=run.best_loss,
+        validations_since_best=run.validations_since_best,
+        optimizer=optimizer_state,
+        scaler=run.scaler.state_dict(),
+        ema=average,
+    )
+    return tensors, state.model_dump()
+
+
 def restore(run: Training, loaded: Loaded) -> list[str]:
     """Put a checkpoint's state into `run`; returns what was converted rather than kept, in sentences.
 
     Raises:
-        CheckpointError: the checkpoint's tensors do not fit this run.
+        CheckpointError: the checkpoint's state or tensors do not fit this run.
     """
-    state = loaded.state
+    try:
+        state = TrainingState.model_validate(loaded.state)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"state.json of step {loaded.step} cannot be read: {error.error_count()} fields differ from this version's",
+            remedy="Go on with the version of Burnish that made it, or start a new run with --name.",
+        ) from error
     _copy_into(run.parameters, loaded.tensors["adapter"])
     names = {parameter: name for name, parameter in run.parameters.items()}
-    unpack_state(run.optimizer, names, loaded.tensors["optimizer"], state["optimizer"])
-    if run.scaler.is_enabled() and state["scaler"]:
-        run.scaler.load_state_dict(state["scaler"])
-    run.step = int(state["step"])
-    run.skipped = set(state["skipped"])
-    run.best_step, run.best_loss = state["best_step"], state["best_loss"]
-    run.validations_since_best = int(state["validations_since_best"])
-    notes = [_restore_average(run, loaded)]
-    run.position, note = _position(
-        int(state["position"]), int(state["batches_per_epoch"]), run.batches_per_epoch
-    )
-    notes.append(note)
-    if int(state["steps"]) != run.steps:
+    unpack_state(run.optimizer, names, loaded.tensors["optimizer"], state.optimizer)
+    if run.scaler.is_enabled() and state.scaler:
+        run.scaler.load_state_dict(state.scaler)
+    run.step, run.skipped = state.step, set(state.skipped)
+    run.best_step, run.best_loss = state.best_step, state.best_loss
+    run.validations_since_best = state.validations_since_best
+    run.position, converted = _position(state.position, state.batches_per_epoch, run.batches_per_epoch)
+    notes = [_restore_average(run, loaded), converted]
+    if state.steps != run.steps:
         notes.append(
-            f"train.steps was {state['steps']} and is {run.steps}: the learning-rate curve now spans {run.steps} "
+            f"train.steps was {state.steps} and is {run.steps}: the learning-rate curve now spans {run.steps} "
             f"steps and goes on from step {run.step} of it"
         )
     return [note for note in notes if note]

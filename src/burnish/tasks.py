@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
 import torch
 from PIL import Image
 
@@ -24,8 +22,8 @@ from burnish.export.adapter_file import write_adapter
 from burnish.export.verify import verify_adapter
 from burnish.loop import Training
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
-from burnish.optim.state import pack_state
 from burnish.randomness import torch_generator
+from burnish.resume import checkpoint_content
 from burnish.run_folder import RunFolder
 from burnish.sampling.grid import save_grid
 from burnish.sampling.outputs import write_picture
@@ -162,37 +160,6 @@ class Save:
             path, weights, run.family.denoisers[part], part=part, keys=run.family.export
         )
         return verified.facts()
-
-
-def checkpoint_content(
-    run: Training,
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """Everything that a resume needs, as tensors by file and as one JSON state (rule R4).
-
-    No random state: every draw is a function of seed and position (law L1).
-    """
-    names = {parameter: name for name, parameter in run.parameters.items()}
-    optimizer_tensors, optimizer_state = pack_state(run.optimizer, names)
-    tensors = {
-        "adapter": {name: parameter.detach() for name, parameter in run.parameters.items()},
-        "optimizer": optimizer_tensors,
-    }
-    state: dict[str, Any] = {
-        "step": run.step,
-        "steps": run.steps,
-        "position": run.position,
-        "batches_per_epoch": run.batches_per_epoch,
-        "skipped": sorted(run.skipped),
-        "seed": run.seed,
-        "best_step": run.best_step,
-        "best_loss": run.best_loss,
-        "validations_since_best": run.validations_since_best,
-        "optimizer": optimizer_state,
-        "scaler": run.scaler.state_dict(),
-    }
-    if run.ema is not None:
-        tensors["ema"], state["ema"] = run.ema.state_dict()
-    return tensors, state
 
 
 @dataclass
