@@ -20,6 +20,8 @@ from burnish.config.substitute import Environment, fill_in
 from burnish.config.wording import problems_from, shown
 from burnish.errors import ConfigError
 
+__all__ = ["LoadedConfig", "load_config", "to_yaml"]
+
 MAX_BYTES = 1 << 20
 
 

@@ -1,0 +1,261 @@
+"""`burnish generate`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from burnish.cli.edge import guarded
+from burnish.cli.train import Overrides
+from burnish.errors import UserError
+
+if TYPE_CHECKING:
+    from burnish.config.schema import Model, RunConfig, SamplePrompt
+    from burnish.sampling.sampler import PictureRequest
+
+_SIZE = re.compile(r"(\d+)(?:[xX](\d+))?")
+
+
+@guarded
+def generate(
+    config: Annotated[
+        str | None, typer.Argument(help="A config: its model, its sample prompts, steps, guidance and size.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Diffusers folder, file or Hub id.")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="Detected when absent.")] = None,
+    adapter: Annotated[
+        list[str],
+        typer.Option("--adapter", metavar="FILE[:STRENGTH]", help="Strength 1 if absent; repeatable."),
+    ] = [],  # noqa: B006  typer copies it
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; repeatable.")] = [],  # noqa: B006
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompt-file", help="A prompt per line, as text or as JSON; # begins a comment."),
+    ] = None,
+    negative: Annotated[str | None, typer.Option("--negative", help="What to steer away from.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of the first picture; then one more each.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Pictures per prompt.")] = 1,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="HxW", help="Height x width in pixels.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", min=0, max=50, help="Guidance scale.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=256, help="Pictures drawn at once.")
+    ] = 1,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path(
+        "pictures"
+    ),
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="bf16, fp16 or fp32.")] = None,
+    overrides: Overrides = [],  # noqa: B006  typer copies it
+) -> None:
+    """Draw pictures, numbered, each with its settings beside it in a .txt and a .json."""
+    from burnish.cli.output import Output
+
+    run = _config(config, overrides)
+    chosen = _model(run, model, family)
+    prompts = _prompts(run, prompt, prompt_file)
+    adapters = [_adapter(text) for text in adapter]
+    requests = _requests(
+        prompts,
+        run,
+        negative=negative,
+        seed=seed,
+        count=count,
+        size=_size(size),
+        steps=steps,
+        guidance=guidance,
+    )
+    device = _one_of(
+        device or (run.memory.device if run else "auto"), ("auto", "cpu", "cuda", "mps"), "--device"
+    )
+    precision = _one_of(
+        precision or (run.train.precision if run else "bf16"), ("bf16", "fp16", "fp32"), "--precision"
+    )
+
+    from burnish.generate import generate_pictures
+
+    with Output() as out:
+        if run and not adapters and (found := _finished_adapter(run)):
+            out.say(f"note: the model as it is; for what this run learned, add --adapter {found}")
+        progress = out.progress()
+        paths = generate_pictures(
+            chosen,
+            requests,
+            output,
+            adapters=adapters,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            progress=lambda done, total: progress.phase("drawing", done, total),
+        )
+        out.end_progress()
+        out.say(f"{len(paths)} picture(s): {paths[0]} to {paths[-1].name}")
+
+
+def _config(reference: str | None, overrides: Sequence[str]) -> RunConfig | None:
+    from burnish.config.load import load_config
+
+    if reference is None:
+        if overrides:
+            raise UserError("--set changes a config, and none is given")
+        return None
+    return load_config(reference, overrides=overrides).config
+
+
+def _model(run: RunConfig | None, path: str | None, family: str | None) -> Model:
+    from burnish.config.schema import Model
+
+    if path is None and run is None:
+        raise UserError(
+            "nothing to draw with", remedy="Give a CONFIG, or --model with a folder, a file or a Hub id."
+        )
+    chosen = Model(path=path) if path is not None else run.model if run else None
+    assert chosen is not None, "one of the two is given"
+    return chosen.model_copy(update={"family": family}) if family else chosen
+
+
+def _prompts(run: RunConfig | None, texts: Sequence[str], file: Path | None) -> list[SamplePrompt]:
+    """Prompts of the command line and the file; those of the config where there are none.
+
+    Raises:
+        UserError: there are none at all, or the file has a line that is no prompt.
+    """
+    from burnish.config.schema import SamplePrompt
+
+    prompts = [SamplePrompt(prompt=_filled(text, run)) for text in texts]
+    prompts += _prompts_of_file(file, run) if file else []
+    if not prompts and run:
+        prompts = [
+            SamplePrompt(prompt=entry) if isinstance(entry, str) else entry for entry in run.sample.prompts
+        ]
+    if not prompts:
+        raise UserError(
+            "no prompt", remedy="Give --prompt or --prompt-file, or a config with sample.prompts."
+        )
+    return prompts
+
+
+def _prompts_of_file(path: Path, run: RunConfig | None) -> list[SamplePrompt]:
+    from pydantic import ValidationError
+
+    from burnish.config.schema import SamplePrompt
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        try:
+            entry: Any = json.loads(line) if line.startswith("{") else {"prompt": line}
+            prompt = SamplePrompt.model_validate(entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}:{number}: {where}: {first['msg']}; got {first['input']!r}") from error
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not a JSON object: {error}") from error
+        prompts.append(prompt.model_copy(update={"prompt": _filled(prompt.prompt, run)}))
+    return prompts
+
+
+def _filled(text: str, run: RunConfig | None) -> str:
+    """`[name]` and `[trigger]` as in the config."""
+    if run is None:
+        return text
+    if "[trigger]" in text and run.trigger is None:
+        raise UserError(f"the prompt {text!r} uses [trigger], and the config sets no trigger")
+    return text.replace("[name]", run.name).replace("[trigger]", run.trigger or "")
+
+
+def _adapter(text: str) -> tuple[Path, float]:
+    """`file.safetensors:0.8` -> (file, 0.8); a path with a drive letter keeps its colon."""
+    file, colon, strength = text.rpartition(":")
+    try:
+        path, scale = (
+            (Path(file), float(strength)) if colon and not Path(text).exists() else (Path(text), 1.0)
+        )
+    except ValueError:
+        path, scale = Path(text), 1.0
+    if not path.is_file():
+        raise UserError(f"no adapter file {path}", remedy="Give --adapter FILE or --adapter FILE:STRENGTH.")
+    if not abs(scale) <= 100:
+        raise UserError(f"the strength of {path} should be from -100 to 100; got {strength}")
+    return path, scale
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """`832x1216` -> (832, 1216), height first; `1024` -> (1024, 1024)."""
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UserError(f"--size should be HEIGHTxWIDTH such as 832x1216; got {text!r}")
+    height, width = int(match[1]), int(match[2] or match[1])
+    if not (16 <= height <= 8192 and 16 <= width <= 8192):
+        raise UserError(f"--size should be from 16 to 8192 each way; got {height}x{width}")
+    return height, width
+
+
+def _requests(
+    prompts: Sequence[SamplePrompt],
+    run: RunConfig | None,
+    *,
+    negative: str | None,
+    seed: int | None,
+    count: int,
+    size: tuple[int, int] | None,
+    steps: int | None,
+    guidance: float | None,
+) -> list[PictureRequest]:
+    """`count` requests per prompt. The command line wins over the prompt's own entry, that over the config."""
+    from burnish.sampling.sampler import PictureRequest
+
+    sample = run.sample if run else None
+    first_seed = seed if seed is not None else sample.seed if sample else 0
+    requests = []
+    for index, prompt in enumerate(prompts):
+        height, width = size or _pair(prompt.size) or _pair(sample.size if sample else None) or (None, None)
+        begin = prompt.seed if prompt.seed is not None and seed is None else first_seed + index * count
+        requests += [
+            PictureRequest(
+                prompt=prompt.prompt,
+                negative=negative if negative is not None else prompt.negative,
+                seed=begin + number,
+                height=height,
+                width=width,
+                steps=steps or (sample.steps if sample else None),
+                guidance=guidance if guidance is not None else sample.guidance if sample else None,
+            )
+            for number in range(count)
+        ]
+    return requests
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _one_of(value: str, allowed: tuple[str, ...], option: str) -> str:
+    if value not in allowed:
+        raise UserError(f"{option} should be {', '.join(allowed)}; got {value!r}")
+    return value
+
+
+def _finished_adapter(run: RunConfig) -> Path | None:
+    path = run.save.folder / run.name / "adapters" / f"{run.name}.safetensors"
+    return path if path.is_file() else None
