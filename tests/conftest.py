@@ -10,6 +10,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread per test process: the sums come out in the same order everywhere, and two processes share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
