@@ -59,8 +59,8 @@ class LoraLayer(nn.Module):
 
     The adapter's weights are float32 whatever the base is stored in. They are cast to the type of the input
     once per call, so that gradients arrive in float32. `base` may be a LoraLayer itself: adapters stack.
-    Dropout acts in training mode while gradients are recorded: never under `torch.no_grad()`, so that held-out
-    losses and samples see the whole adapter although the frozen model stays in eval mode throughout.
+    Dropout acts in training mode while gradients are recorded: never under `torch.no_grad()`, so that samples
+    and held-out losses see the whole adapter although the frozen model stays in eval mode throughout.
     """
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor, alpha: float, dropout: float) -> None:

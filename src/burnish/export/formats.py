@@ -21,14 +21,13 @@ from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
 from burnish.family import AdapterFormat, ExportKeys
 
-
 # Modules that a format has a name for, but which some reader does not find under it. diffusers 0.42 takes
 # `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).
 _UNREADABLE: dict[AdapterFormat, tuple[str, ...]] = {"kohya": ("add_embedding.*",), "diffusers": ()}
 
 
 def resolve_format(requested: str, keys: ExportKeys, modules: Iterable[str] = ()) -> AdapterFormat:
-    """`auto` or one of the family's formats, able to hold adapters of `modules`: worth asking before training.
+    """`auto` or one of the family's formats, able to hold `modules`; worth asking before training.
 
     Raises:
         AdapterError: this family's adapters, or one of the modules, cannot be written so that it is read.
