@@ -47,8 +47,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise cannot_write(error, path, needed=len(data)) from error
 
 
@@ -136,16 +135,21 @@ def sweep(folder: Path) -> list[str]:
         match = _TEMPORARY.fullmatch(entry.name)
         if match and _is_orphan(entry, int(match["pid"])):
             remove(entry)
-            removed.append(entry.name)
+            if not os.path.lexists(entry):
+                removed.append(entry.name)
     return removed
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link or a folder tree; gone already is fine."""
+    """Delete a file, a link or a folder tree as far as the system lets us; gone already is fine.
+
+    It raises nothing: it cleans up after errors, such as a disk that turned read-only, and must not hide them.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _is_orphan(entry: Path, pid: int) -> bool:

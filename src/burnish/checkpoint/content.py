@@ -15,6 +15,7 @@ from burnish.errors import CheckpointError, NonFiniteLoss
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _MUST_BE_FINITE = ("adapter", "ema")  # what is exported and sampled; an optimizer may hold its own infinities
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # torch.isfinite does not take them
 _BLOCK = 4096  # a file takes whole blocks
 
 
@@ -26,11 +27,12 @@ def refuse_non_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """
     for file in _MUST_BE_FINITE:
         for name, tensor in tensors.get(file, {}).items():
-            if torch.isfinite(tensor).all():
+            finite = torch.isfinite(tensor.float() if tensor.dtype in _FLOAT8 else tensor)
+            if finite.all():
                 continue
-            count = int((~torch.isfinite(tensor)).sum())
+            broken = finite.numel() - int(finite.sum())
             raise NonFiniteLoss(
-                f"{file} tensor {name}: {count} of {tensor.numel()} values are NaN or infinite; not saved",
+                f"{file} tensor {name}: {broken} of {finite.numel()} values are NaN or infinite; not saved",
                 remedy="The last checkpoint is still good. Lower the learning rate or set "
                 "`train.on_nonfinite: {kind: rollback}`.",
             )

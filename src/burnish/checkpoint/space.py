@@ -45,16 +45,17 @@ def check_space(folder: Path, bytes_per_checkpoint: int, keep: int) -> Space:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove(test)
+        held = _bytes_below(folder)
         write_durably(test, bytes(_TEST_BYTES))
         os.replace(test, renamed)
         fsync_folder(folder)
         free = free_bytes(folder)
-        needed = max(0, bytes_per_checkpoint * (keep + 1) - _bytes_below(folder))
     except OSError as error:
         raise cannot_write(error, folder) from error
     finally:
         remove(test)
         remove(renamed)
+    needed = max(0, bytes_per_checkpoint * (keep + 1) - held)
     if free < needed:
         raise DiskFull(
             f"{keep + 1} checkpoints of {readable_bytes(bytes_per_checkpoint)} do not fit in {folder}: "
