@@ -1,0 +1,206 @@
+"""Batches from the cache, in the order of a plan, from any position on.
+
+Shape letters: B batch, C channels, H W height and width of the latents.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from burnish.data.batch import Batch
+from burnish.data.cache import Cache, CacheKeys, Entry, Kind, RamCache
+from burnish.data.plan import BatchPlan
+from burnish.data.prepare import LATENTS, conditioning_of
+from burnish.errors import DataError, MachineError
+from burnish.family import Conditioning, Family, PictureInfo
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A batch before the family described its pictures; `problem` instead where the cache failed."""
+
+    position: int
+    latents_BCHW: Tensor
+    conditioning: dict[str, Tensor]
+    weight_B: Tensor
+    sample_ids: tuple[str, ...]
+    paths: tuple[str, ...]
+    pictures: tuple[PictureInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """Travels from a loader process as a value: an exception would arrive with the traceback as its message."""
+
+    message: str
+    remedy: str
+
+
+class _CachedBatches(Dataset["_Loaded | _Problem"]):
+    """Micro-step position -> batch."""
+
+    def __init__(self, plan: BatchPlan, cache: Cache, keys: CacheKeys) -> None:
+        self.plan, self.cache, self.keys = plan, cache, keys
+
+    def __getitem__(self, position: int) -> _Loaded | _Problem:
+        try:
+            return self.load(position)
+        except DataError as error:
+            return _Problem(error.message, error.remedy)
+
+    def load(self, position: int) -> _Loaded:
+        draws = self.plan.draws(position)
+        latents, conditioning = [], []
+        for draw in draws:
+            key = self.keys.latents(draw.sample, flip=draw.flip)
+            latents.append(self._entry("latents", key, str(draw.sample.path))[LATENTS])
+            entry = self._entry("captions", self.keys.caption(draw.caption), repr(draw.caption))
+            conditioning.append(conditioning_of(entry))
+        return _Loaded(
+            position=position,
+            latents_BCHW=torch.stack(latents),
+            conditioning=dict(Conditioning.collate(conditioning)),
+            weight_B=torch.tensor([draw.sample.weight for draw in draws], dtype=torch.float32),
+            sample_ids=tuple(draw.id for draw in draws),
+            paths=tuple(str(draw.sample.path) for draw in draws),
+            pictures=tuple(draw.sample.fit.describe(flipped=draw.flip) for draw in draws),
+        )
+
+    def _entry(self, kind: Kind, key: str, what: str) -> Entry:
+        entry = self.cache.get(kind, key)
+        if entry is None:
+            raise DataError(
+                f"the cached {kind} of {what} went away or are damaged since training began",
+                remedy="Start the run again: it goes on from its checkpoint and encodes what is missing.",
+            )
+        return entry
+
+
+class _Positions(Sampler[int]):
+    """start, start + 1, and so on without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+def batches(
+    plan: BatchPlan,
+    cache: Cache,
+    keys: CacheKeys,
+    family: Family,
+    *,
+    start: int = 0,
+    workers: int = 0,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """Batches of micro-step `start` and all that follow, without end; the same with any number of workers.
+
+    Close the iterator to end its processes. A cache in memory is read in the loop whatever `workers` says:
+    other processes would each need a copy of it.
+
+    Args:
+        workers: processes that read the cache, at most one per CPU; 0 reads in the loop.
+        prefetch: batches each worker is ahead.
+
+    Raises:
+        DataError: an entry is missing or damaged.
+        MachineError: a worker died.
+    """
+    dataset = _CachedBatches(plan, cache, keys)
+    workers = min(workers, _cpus())
+    if workers == 0 or isinstance(cache, RamCache):
+        loaded: Iterator[_Loaded | _Problem] = (dataset[position] for position in itertools.count(start))
+    else:
+        loaded = _from_workers(dataset, start, workers, prefetch)
+    try:
+        for item in loaded:
+            if isinstance(item, _Problem):
+                raise DataError(item.message, remedy=item.remedy)
+            yield _described(item, family)
+    finally:
+        loaded.close()  # type: ignore[attr-defined]  # both are generators
+
+
+def _described(loaded: _Loaded, family: Family) -> Batch:
+    conditioning = Conditioning(loaded.conditioning)
+    return Batch(
+        latents_BCHW=loaded.latents_BCHW,
+        conditioning=conditioning.merged(family.describe_pictures(loaded.pictures)),
+        weight_B=loaded.weight_B,
+        sample_ids=loaded.sample_ids,
+        paths=loaded.paths,
+        position=loaded.position,
+    )
+
+
+def _from_workers(
+    dataset: _CachedBatches, start: int, workers: int, prefetch: int
+) -> Iterator[_Loaded | _Problem]:
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=_Positions(start),
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_run,
+        multiprocessing_context="spawn",  # a forked copy of a process with threads or CUDA may hang
+    )
+    with _signals_held_back():
+        stream = iter(loader)
+    try:
+        while True:
+            try:
+                item = next(stream)
+            except RuntimeError as error:
+                if "worker" not in str(error):
+                    raise
+                raise MachineError(
+                    f"a loader process died: {str(error).splitlines()[0]}",
+                    remedy="Memory may have run out; lower train.loader_workers, or set it to 0.",
+                ) from error
+            yield item
+    finally:
+        del stream  # ends the processes
+
+
+def _as_it_is(item: T) -> T:
+    return item
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the run itself decides what it means (law L6)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started inside never see SIGINT or SIGTERM, not even before they get to ignore them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
