@@ -172,10 +172,26 @@ def pack(latents_BCHW: Tensor) -> Tensor:
     return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, **ignored: Any) -> Tensor:
-    """Softmax attention written out, for inputs of shape (B, heads, S, D)."""
+_fused_attention = F.scaled_dot_product_attention
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **others: Any,
+) -> Tensor:
+    """Softmax attention written out, for inputs of shape (B, heads, S, D).
+
+    With a mask, as CLIP has, the usual function computes it.
+    """
+    if attn_mask is not None or is_causal or dropout_p:
+        return _fused_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
     batch, heads, tokens, width = query.shape
-    query, key, value = (tensor.reshape(batch * heads, tokens, width) for tensor in (query, key, value))
+    query, key, value = (tensor.reshape(batch * heads, -1, width) for tensor in (query, key, value))
     weights = torch.bmm(query * width**-0.5, key.transpose(1, 2)).softmax(-1)
     return torch.bmm(weights, value).reshape(batch, heads, tokens, width)
 
@@ -190,9 +206,8 @@ def fast_cpu_attention(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    fused = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = plain_attention  # type: ignore[assignment]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = fused
+        F.scaled_dot_product_attention = _fused_attention

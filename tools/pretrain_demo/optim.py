@@ -81,6 +81,7 @@ class MasterWeights:
         weight_decay: float,
         muon_names: frozenset[str],
         slow_prefixes: tuple[str, ...] = (),
+        slow_factor: float = 1.0,
         average_limit: float = 0.99,
     ) -> None:
         """Turn `module` to bfloat16 and remember its weights.
@@ -90,7 +91,8 @@ class MasterWeights:
             rate: peak learning rate, of AdamW and of Muon.
             weight_decay: for matrices; vectors and large tables are not decayed.
             muon_names: parameters that Muon moves; AdamW moves the others.
-            slow_prefixes: parameters that learn at half the rate, undecayed.
+            slow_prefixes: parameters with a rate of their own, undecayed.
+            slow_factor: their rate, as a share of `rate`.
             average_limit: most of the old average that one averaging keeps (every 5 steps).
         """
         named = list(module.named_parameters())
@@ -105,7 +107,7 @@ class MasterWeights:
         by_name = dict(zip(self._names, self._masters, strict=True))
         self._muon = Muon([by_name[name] for name in self._names if name in muon_names], weight_decay)
         rest = {name: master for name, master in by_name.items() if name not in muon_names}
-        self._adamw = _adamw(rest, rate, weight_decay, slow_prefixes)
+        self._adamw = _adamw(rest, rate, weight_decay, slow_prefixes, slow_factor)
         self._average = [master.clone() for master in self._masters]
         self.dtype = LOW
 
@@ -141,7 +143,11 @@ class MasterWeights:
 
 
 def _adamw(
-    named: dict[str, Tensor], rate: float, weight_decay: float, slow_prefixes: tuple[str, ...]
+    named: dict[str, Tensor],
+    rate: float,
+    weight_decay: float,
+    slow_prefixes: tuple[str, ...],
+    slow_factor: float,
 ) -> torch.optim.AdamW:
     slow = [weight for name, weight in named.items() if name.startswith(slow_prefixes or "\0")]
     fast = [weight for name, weight in named.items() if not name.startswith(slow_prefixes or "\0")]
@@ -150,7 +156,7 @@ def _adamw(
     groups = [
         {"params": tables, "weight_decay": weight_decay, "factor": 1.0},
         {"params": plain, "weight_decay": 0.0, "factor": 1.0},
-        {"params": slow, "weight_decay": 0.0, "factor": 0.5},
+        {"params": slow, "weight_decay": 0.0, "factor": slow_factor},
     ]
     used = [group for group in groups if group["params"]]
     return torch.optim.AdamW(used, lr=rate, betas=(0.9, 0.99), eps=1e-8)

@@ -38,8 +38,11 @@ class DenoiserRecipe:
     batch: int = 48
     scenes: int = 24_000
     seed: int = 101
-    rate: float = 1.5e-3  # peak, of Muon and of AdamW; T5 learns at half of it
+    rate: float = 1.5e-3  # peak, of Muon and of AdamW
+    text_rate: float = 0.5  # the text encoders' rate, as a share of it
     rate_floor: float = 0.0  # share of the peak at the last step
+    stop_after: int = 0
+    """Stop at this step of the schedule, for another run to go on from there; 0 runs all `steps`."""
     warmup: int = 50
     weight_decay: float = 0.02
     two_share: float = 0.3
@@ -145,11 +148,12 @@ def _train_denoiser(
         weight_decay=recipe.weight_decay,
         muon_names=_block_matrices(module),
         slow_prefixes=("t5", "clip"),
+        slow_factor=recipe.text_rate,
     )
     objective = _Objective(pipeline, module, recipe, device)
     start, loss_sum = time.monotonic(), 0.0
     with fast_cpu_attention(device):
-        for step in range(recipe.steps):
+        for step in range(recipe.stop_after or recipe.steps):
             loss = objective.loss(pool, torch.randint(len(pool), (recipe.batch,), device=device))
             factor = cosine_rate(step, recipe.steps, warmup=recipe.warmup, floor=recipe.rate_floor)
             weights.step(loss, rate_factor=factor)
@@ -163,7 +167,7 @@ def _train_denoiser(
                 _save_average(module, weights, out)
     _save_average(module, weights, out)
     weights.finish()
-    log(f"done: {recipe.steps} steps in {time.monotonic() - start:.0f} s")
+    log(f"done: {step + 1} steps in {time.monotonic() - start:.0f} s")
 
 
 class _Objective:
