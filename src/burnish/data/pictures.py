@@ -60,6 +60,7 @@ _UPRIGHT: Mapping[int, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112  # the EXIF tag
+_EMPTY_EXIF_BYTES = 24  # a header and a directory of no entries
 
 
 class BadPicture(DataError):
@@ -173,6 +174,7 @@ def decode_picture(data: bytes, *, background: str, max_megapixels: float) -> De
             fixes.append("16 bits per channel scaled to 8")
         picture = to_srgb(_eight_bits(picture, fixes), image.info.get("icc_profile"), fixes)
         picture = onto_background(picture, background, fixes)
+    fixes += dict.fromkeys(f"decoder: {text}" for text in warned if "exif" not in text.lower())
     return Decoded(picture, format, tuple(fixes))
 
 
@@ -275,14 +277,18 @@ def _refuse(image: ImageFile, format: str, max_megapixels: float) -> None:
 
 
 def _orientation(image: ImageFile, fixes: list[str], warned: list[str]) -> int:
-    before = len(warned)
+    """EXIF orientation, 1 to 8; 1 where it is missing, unreadable or out of range."""
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        exif = image.getexif()
+        value = exif.get(_ORIENTATION, 1)
+        # A directory at an impossible place reads as one without entries.
+        damaged = not exif and len(image.info.get("exif", b"")) > _EMPTY_EXIF_BYTES
     except (*DAMAGED, *DAMAGED_BITS):
-        value = None
-    if value is None or len(warned) > before or not isinstance(value, int) or not 0 <= value <= 8:
+        value, damaged = 1, True
+    valid = isinstance(value, int) and 0 <= value <= 8
+    if damaged or not valid or any("exif" in text.lower() for text in warned):
         fixes.append("damaged EXIF ignored")
-    return value if isinstance(value, int) else 1
+    return value if valid else 1
 
 
 def _eight_bits(picture: Image.Image, fixes: list[str]) -> Image.Image:
