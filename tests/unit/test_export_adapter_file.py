@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,20 @@ def test_kohya_names_and_alpha(tmp_path: Path) -> None:
     assert tensors[f"{prefix}.lora_up.weight"].shape == (6, 3, 1, 1)
     assert tensors[f"{prefix}.lora_up.weight"].dtype == torch.bfloat16
     alpha = tensors["lora_unet_down_blocks_0_to_out_0.alpha"]
-    assert (alpha.shape, alpha.item(), alpha.is_floating_point()) == ((), 3.0, True)
+    assert (alpha.shape, alpha.is_floating_point()) == ((), True)
+
+
+def test_one_alpha_for_all_kohya_modules(tmp_path: Path) -> None:
+    """diffusers would lose those that differ; the commonest stays as it is, B takes up the others."""
+    weights = trained()
+    weights["down_blocks.0.to_out.0"] = replace(weights["down_blocks.0.to_out.0"], alpha=8.0)
+    tensors = safetensors.torch.load_file(write(tmp_path / "a.safetensors", weights))
+    assert {tensor.item() for key, tensor in tensors.items() if key.endswith("alpha")} == {8.0}
+    prefix = "lora_unet_down_blocks_0"
+    assert torch.equal(tensors[f"{prefix}_to_out_0.lora_up.weight"], weights["down_blocks.0.to_out.0"].up)
+    torch.testing.assert_close(
+        tensors[f"{prefix}_conv_in.lora_up.weight"], weights["down_blocks.0.conv_in"].up / 8
+    )
 
 
 def test_diffusers_names_and_folded_alpha(tmp_path: Path) -> None:
@@ -105,13 +119,23 @@ def test_other_prefixes_and_endings_are_read(tmp_path: Path, prefix: str) -> Non
 
 def test_alpha_in_the_metadata_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", format="diffusers")
-    told = {"unet.lora_alpha": 8, "unet.r": 4, "unet.alpha_pattern": {"down_blocks.0.to_out.0": 6}}
+    told = {"unet.lora_alpha": 8, "unet.r": 4, "unet.alpha_pattern": {"to_out.0": 6, "conv_in": 8}}
     found = read(rewritten(path, str, {"lora_adapter_metadata": json.dumps(told)}))
     assert {name: weights.alpha for name, weights in found.items()} == {
         "down_blocks.0.attn1.to_q": 8.0,
         "down_blocks.0.to_out.0": 6.0,
         "down_blocks.0.conv_in": 8.0,
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", '{"unet.lora_alpha": "much"}', '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"other": 2}}'],
+)
+def test_metadata_that_cannot_be_followed_is_refused(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "a.safetensors", format="diffusers")
+    with pytest.raises(AdapterError, match=r"lora_adapter_metadata|alpha_pattern"):
+        read(rewritten(path, str, {"lora_adapter_metadata": text}))
 
 
 def test_without_alpha_the_scale_is_one_and_that_is_said(tmp_path: Path) -> None:
@@ -198,7 +222,7 @@ def test_nothing_broken_is_written(tmp_path: Path, value: float, dtype: torch.dt
     path = write(tmp_path / "a.safetensors")
     before = path.read_bytes()
     weights = trained()
-    weights["down_blocks.0.conv_in"].up[1, 1] = value
+    weights["down_blocks.0.attn1.to_q"].down[1, 1] = value
     with pytest.raises(NonFiniteLoss, match="not finite"):
         write(path, weights, dtype=dtype)
     assert path.read_bytes() == before

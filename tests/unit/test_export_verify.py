@@ -84,12 +84,17 @@ def test_the_difference_is_that_of_the_whole_deltas(tmp_path: Path) -> None:
     for name, one in weights.items():
         key = "lora_unet_" + name.replace(".", "_")
         down, up = tensors[f"{key}.lora_down.weight"].float(), tensors[f"{key}.lora_up.weight"].float()
-        delta = (up.flatten(1) @ down.flatten(1)).reshape_as(one.delta()) * one.alpha / one.rank
+        delta = (up.flatten(1) @ down.flatten(1)).reshape_as(one.delta()) * tensors[f"{key}.alpha"] / one.rank
         expected = max(expected, float((delta - one.delta()).norm() / one.delta().norm()))
     assert verify(path, denoiser, weights).max_relative_difference == pytest.approx(expected, rel=1e-3)
 
 
 Q, K, CONV = (f"lora_unet_block_{name}" for name in ("to_q", "to_k", "conv"))
+
+
+def all_alphas(tensors: dict[str, Tensor], value: float) -> None:
+    for name in (Q, K, CONV):
+        tensors[f"{name}.alpha"].fill_(value)
 
 
 def drop(tensors: dict[str, Tensor], *keys: str) -> None:
@@ -105,9 +110,11 @@ def swap(tensors: dict[str, Tensor], first: str, second: str) -> None:
 @pytest.mark.parametrize(
     ("break_file", "expected"),
     [
-        (lambda t: t[f"{Q}.alpha"].fill_(4.0), "block.to_q"),
-        (lambda t: t[f"{Q}.alpha"].fill_(8.3), "another effect"),
-        (lambda t: drop(t, f"{Q}.alpha"), "block.to_q"),
+        (lambda t: all_alphas(t, 4.0), "3 with another effect"),
+        (lambda t: all_alphas(t, 8.3), "3 with another effect"),
+        (lambda t: drop(t, *(f"{name}.alpha" for name in (Q, K, CONV))), "3 with another effect"),
+        (lambda t: t[f"{Q}.alpha"].fill_(4.0), "more than one alpha"),
+        (lambda t: drop(t, f"{Q}.alpha"), "alpha is missing"),
         (lambda t: drop(t, f"{Q}.lora_up.weight"), "both matrices"),
         (
             lambda t: drop(t, *(f"{Q}.{end}" for end in ("alpha", "lora_up.weight", "lora_down.weight"))),

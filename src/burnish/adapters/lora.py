@@ -150,7 +150,7 @@ class AdapterSet:
         self, denoiser: nn.Module, layers: Mapping[str, LoraLayer], rates: Mapping[str, float | None]
     ) -> None:
         self.layers = dict(layers)
-        self._denoiser = denoiser
+        self.denoiser = denoiser
         self._rates = dict(rates)
         self._multiplier = 1.0
 
@@ -265,7 +265,7 @@ class AdapterSet:
     def detach(self) -> None:
         """Take this set off again; the base modules are in their places as before, other sets stay."""
         for name, layer in self.layers.items():
-            parent, child = _place(self._denoiser, name)
+            parent, child = _place(self.denoiser, name)
             holder = parent.get_submodule(child)
             if holder is layer:
                 parent.register_module(child, layer.base)

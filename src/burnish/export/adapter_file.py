@@ -106,7 +106,7 @@ def read_adapter(path: Path, modules: Iterable[str], *, part: str, keys: ExportK
     if unknown:
         raise _unknown_keys(path, unknown, len(tensors), names)
 
-    alphas = _metadata_alphas(metadata, part)
+    alphas = _metadata_alphas(path, metadata, part, found)
     assumed = 0
     weights = {}
     for name, entry in found.items():
@@ -169,24 +169,42 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _metadata_alphas(metadata: Mapping[str, str], part: str) -> dict[str, float]:
-    """Alpha per module, and for all others under "", from a peft config that diffusers kept in the metadata.
+def _metadata_alphas(
+    path: Path, metadata: Mapping[str, str], part: str, names: Iterable[str]
+) -> dict[str, float]:
+    """Alpha per module from the peft config that diffusers keeps in the metadata; empty where there is none.
 
-    diffusers writes it flat, `<part>.lora_alpha` and `<part>.alpha_pattern`, as one JSON object under
-    `lora_adapter_metadata`.
+    The config is one flat JSON object under `lora_adapter_metadata`: `<part>.lora_alpha` for all, and exceptions
+    under `<part>.alpha_pattern` by the end of the module's name (`get_pattern_key` in peft's `utils/other.py`).
+    peft takes them for regular expressions; here a file gets no such power, plain names are what is in use.
     """
     text = metadata.get("lora_adapter_metadata")
     if text is None:
         return {}
     try:
         config = json.loads(text)
-    except ValueError as error:
-        raise AdapterError(f"the metadata entry lora_adapter_metadata is no JSON: {error}") from error
-    alphas: dict[str, float] = {}
-    for prefix in (f"{part}.", ""):
-        common, patterns = config.get(f"{prefix}lora_alpha"), config.get(f"{prefix}alpha_pattern") or {}
-        if common is not None:
-            return {**{name: float(alpha) for name, alpha in patterns.items()}, "": float(common)}
+        if not isinstance(config, dict):
+            raise TypeError("no JSON object")
+        found = next((prefix for prefix in (f"{part}.", "") if f"{prefix}lora_alpha" in config), None)
+        if found is None:
+            return {}
+        common = float(config[f"{found}lora_alpha"])
+        exceptions = {
+            pattern.strip("^$").replace("\\.", "."): float(alpha)
+            for pattern, alpha in (config.get(f"{found}alpha_pattern") or {}).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{path}: lora_adapter_metadata is not the config of a LoRA: {error}") from error
+
+    alphas = {}
+    used = set()
+    for name in names:
+        ending = next((end for end in exceptions if f".{name}".endswith(f".{end}")), None)
+        alphas[name] = common if ending is None else exceptions[ending]
+        used.add(ending)
+    unused = [ending for ending in exceptions if ending not in used]
+    if unused:
+        raise AdapterError(f"{path}: alpha_pattern {unused[0]!r} in the metadata fits no module of the file")
     return alphas
 
 
@@ -204,7 +222,7 @@ def _assemble(path: Path, name: str, entry: _Found, alphas: Mapping[str, float])
         if alpha.numel() != 1:
             raise AdapterError(f"{path}: alpha of {name} is not one number but {tuple(alpha.shape)}")
         return LoraWeights(down, up, float(alpha)), True
-    told = alphas.get(name, alphas.get(""))
+    told = alphas.get(name)
     return LoraWeights(down, up, float(down.shape[0]) if told is None else told), told is not None
 
 

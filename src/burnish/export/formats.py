@@ -3,6 +3,10 @@
     kohya       lora_unet_down_blocks_0_...to_q.lora_down.weight, .lora_up.weight, .alpha (0-d, float)
     diffusers   unet.down_blocks.0...to_q.lora_A.weight, .lora_B.weight; alpha / rank folded into B
 
+Every module of a kohya file gets the same alpha, whatever it was trained with, and B takes up the difference:
+diffusers loses the alphas of a UNet's attention layers where they differ from the commonest one, with a warning
+at most (0.42, `utils/peft_utils.py`, keys of `alpha_pattern`).
+
 A reader of the first computes up @ down * alpha / rank, a reader of the second B @ A. The second writes no
 alpha because diffusers would take it from the file's metadata and ComfyUI only from a key that diffusers
 refuses: folded, both agree. Convolutions: down (rank, in, *kernel), up (out, rank, 1, 1).
@@ -10,6 +14,7 @@ refuses: folded, both agree. Convolutions: down (rank, in, *kernel), up (out, ra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import get_args
@@ -85,12 +90,13 @@ def to_tensors(
         AdapterError: two modules would get the same key.
     """
     prefix = key_prefix(format, part, keys)
+    common = Counter(adapter.alpha for adapter in weights.values()).most_common(1)[0][0]
     tensors: dict[str, Tensor] = {}
     for name, adapter in weights.items():
         key = prefix + spelled_name(format, name)
         if format == "kohya":
             down, up = f"{key}.lora_down.weight", f"{key}.lora_up.weight"
-            scaled = adapter.up
+            scaled = adapter.up * (adapter.alpha / common)
         else:
             down, up = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
             scaled = adapter.up * adapter.scale
@@ -100,5 +106,5 @@ def to_tensors(
         tensors[up] = scaled.to("cpu", dtype).contiguous()
         if format == "kohya":
             # Always float32: bfloat16 would round an alpha such as 7.3 and with it the strength.
-            tensors[f"{key}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)
+            tensors[f"{key}.alpha"] = torch.tensor(common, dtype=torch.float32)
     return tensors

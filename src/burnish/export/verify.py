@@ -150,6 +150,11 @@ def _as_reader(
     with_alpha = [name for name, one in pieces.items() if "alpha" in one]
     if folded:
         _expect(path, "with an alpha key, for which diffusers refuses the file", with_alpha)
+    alphas = {one["alpha"].item() for one in pieces.values() if "alpha" in one}
+    if with_alpha:
+        _expect(path, "whose alpha is missing", [name for name in pieces if name not in with_alpha])
+    if len(alphas) > 1:
+        raise ExportError(f"{path.name} has more than one alpha ({sorted(alphas)}); diffusers mixes them up")
     return {
         name: _Read(
             one["down"],
