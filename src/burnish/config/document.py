@@ -139,6 +139,8 @@ def _syntax_message(error: MarkedYAMLError, text: str, line: int) -> str:
         return (
             f"{problem}; put the text of this line in quotes (`[` and `{{` begin a list or a mapping in YAML)"
         )
+    if "unexpected end of stream" in problem and error.context_mark:
+        return f"the quote that opens in line {error.context_mark.line + 1} is not closed"
     if "mapping values are not allowed" in problem:
         return "the indentation does not fit the line above, or a text with `: ` in it needs quotes"
     if "expected <block end>" in problem or "could not find expected ':'" in problem:

@@ -87,7 +87,7 @@ def unknown_key_hint(key: str, own_keys: Sequence[str], root: type[Section], pre
             return f"no such option here; {name} belongs to {_either(homes)}"
     if own:
         return f"no such option; did you mean {own}?"
-    everywhere = {name for place in all_sections(root) for name in place.section.model_fields}
+    everywhere = {name for place in all_sections(root) for name in place.section.model_fields} - {"kind"}
     elsewhere = nearest(key, everywhere, NEAR)
     if elsewhere:
         return f"no such option here; did you mean {elsewhere} of {_either(_homes(elsewhere, root, prefix))}?"
@@ -110,8 +110,5 @@ def _either(names: Sequence[str]) -> str:
 
 def _common(one: str, other: str) -> int:
     """How many sections two prefixes share, from the top."""
-    pairs = zip(one.split("."), other.split("."), strict=False)
-    return next(
-        (index for index, (left, right) in enumerate(pairs) if left != right),
-        min(one.count("."), other.count(".")),
-    )
+    pairs = list(zip(one.rstrip(".").split("."), other.rstrip(".").split("."), strict=False))
+    return next((index for index, (left, right) in enumerate(pairs) if left != right), len(pairs))
