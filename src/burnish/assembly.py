@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -98,7 +99,8 @@ def build_training(
     dtype: torch.dtype,
 ) -> Training:
     train = config.train
-    groups, parameters = [], {}
+    groups: list[dict[str, Any]] = []
+    parameters: dict[str, torch.nn.Parameter] = {}
     for part, adapter in adapters.items():
         groups += adapter.parameter_groups(train.optimizer.learning_rate)
         parameters |= {f"{part}.{name}": value for name, value in adapter.named_parameters().items()}

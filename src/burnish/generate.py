@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from burnish.adapters.lora import AdapterSet
+from burnish.adapters.lora import AdapterSet, adaptable_modules
 from burnish.config.schema import Model
 from burnish.errors import AdapterError
 from burnish.export.adapter_file import read_adapter
@@ -39,7 +38,7 @@ def draw_pictures_with(
     chosen = choose_model(model)
     with torch.no_grad():
         family = chosen.load("text_encoders", dtype=dtype, device=where)
-        encoded = encode_requests(family, [with_defaults(request, family) for request in requests])
+        encoded = encode_requests(family, requests)
         family.release("text_encoders")
         family = chosen.load("denoiser", dtype=dtype, device=where)
         for path, strength in adapters:
@@ -54,18 +53,6 @@ def draw_pictures_with(
     return pictures
 
 
-def with_defaults(request: PictureRequest, family: Family) -> PictureRequest:
-    """Fill what a request leaves open with what the family is meant to run at."""
-    height, width = family.defaults.size
-    return replace(
-        request,
-        height=request.height or height,
-        width=request.width or width,
-        steps=request.steps or family.defaults.steps,
-        guidance=family.defaults.guidance if request.guidance is None else request.guidance,
-    )
-
-
 def attach_adapter(family: Family, path: Path) -> AdapterSet:
     """Attach a saved adapter, frozen, to the family's one denoiser.
 
@@ -77,8 +64,8 @@ def attach_adapter(family: Family, path: Path) -> AdapterSet:
             f"{family.title} has {len(family.denoisers)} denoisers; one adapter file cannot serve them all"
         )
     ((part, denoiser),) = family.denoisers.items()
-    weights = read_adapter(path, denoiser, part=part, keys=family.export)
-    return AdapterSet.from_weights(denoiser, weights)
+    file = read_adapter(path, adaptable_modules(denoiser), part=part, keys=family.export)
+    return AdapterSet.from_weights(denoiser, file.weights)
 
 
 def generate_pictures(

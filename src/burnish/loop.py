@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -73,10 +74,21 @@ def train(
     Raises:
         NonFiniteLoss: loss or gradient is NaN or inf; the weights are as they were before the step.
     """
-    parameters = list(run.parameters.values())
-    stream = take(run)
-    overflows = 0
     events.started(run.step, run.steps)
+    with closing(take(run)) as stream:
+        train_from(stream, run, events, tasks, should_stop)
+
+
+def train_from(
+    stream: Iterator[Batch],
+    run: Training,
+    events: Events,
+    tasks: Sequence[Callable[[Training], None]],
+    should_stop: Callable[[], bool],
+) -> None:
+    """The steps themselves, on an open stream of batches."""
+    parameters = list(run.parameters.values())
+    overflows = 0
     while run.step < run.steps and not should_stop():
         began = time.perf_counter()
         factor = run.learning_rate_factor(run.step)
@@ -112,7 +124,7 @@ def train(
             task(run)
 
 
-def take(run: Training) -> Iterator[Batch]:
+def take(run: Training) -> Generator[Batch, None, None]:
     """Batches from `run.position` on, on the device, without those that a roll-back skips."""
     for batch in run.batches(run.position):
         if batch.position not in run.skipped:

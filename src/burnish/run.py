@@ -23,7 +23,7 @@ from burnish.events import Events, Listener, RunResult
 from burnish.loop import train
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model
-from burnish.preparation import check_data, prepare
+from burnish.preparation import check_data, folders, prepare
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
 from burnish.signals import StopRequest
@@ -37,8 +37,10 @@ def check_run(config: RunConfig, progress: Listener) -> None:
     """
     folder = RunFolder(config.save.folder / config.name)
     folder.make()
-    choose_device(config.memory.device, config.train.precision)
-    check_data(config, choose_model(config.model), folder, progress)
+    device = choose_device(config.memory.device, config.train.precision)
+    family = choose_model(config.model).load(dtype=DTYPES[config.train.precision], device=device)
+    check_data(config, folders(config), family, folder, progress)
+    check_space(folder.checkpoints, 0, config.save.keep)
 
 
 def train_run(config: RunConfig, *, progress: Listener) -> RunResult:

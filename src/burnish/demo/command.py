@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -122,7 +123,7 @@ def draw_before_and_after(
                 device=config.memory.device,
                 precision=config.train.precision,
                 batch_size=16,
-                progress=lambda done, total, label=label: phase(label, done, total),
+                progress=partial(phase, label),
             )
         )
     before, after = sets

@@ -1,0 +1,241 @@
+"""From sources to what training reads: checked pictures, a plan, a full cache, encoded sample prompts.
+
+Text encoders and VAE are loaded here, one after the other, and are gone when this is done.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from burnish.config.data import Folder, Generated
+from burnish.config.schema import RunConfig, SamplePrompt, Size
+from burnish.data.batch import Batch
+from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
+from burnish.data.loader import batches
+from burnish.data.plan import BatchPlan
+from burnish.data.preflight import PreparedData, prepare_samples
+from burnish.data.prepare import EncodeCounts, encode_captions, encode_latents
+from burnish.data.samples import Sample, all_captions, hold_out
+from burnish.events import Listener
+from burnish.families.sources import user_cache_folder
+from burnish.family import Family
+from burnish.model import ChosenModel, choose_model
+from burnish.prior import drawn_folder
+from burnish.run_folder import RunFolder
+from burnish.sampling.sampler import EncodedRequest, PictureRequest, encode_requests
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What training needs from its data; nothing of it holds a model part."""
+
+    model: ChosenModel
+    family: Family  # without parts: it describes pictures and knows shapes
+    plan: BatchPlan
+    held_out: BatchPlan | None
+    cache: Cache
+    keys: CacheKeys
+    requests: list[EncodedRequest]
+    tag_frequency: Mapping[str, Mapping[str, int]]  # by source: how often each tag stands in the captions
+    config_hash: str
+
+    def batches(self, start: int, *, workers: int, plan: BatchPlan | None = None) -> Iterator[Batch]:
+        """Batches of micro-step `start` and all after it, without end."""
+        return batches(plan or self.plan, self.cache, self.keys, self.family, start=start, workers=workers)
+
+
+def check_data(
+    config: RunConfig, sources: Sequence[Folder], family: Family, folder: RunFolder, progress: Listener
+) -> PreparedData:
+    """Decode every picture once, read every caption, write data_report.json (rule R8).
+
+    Raises:
+        DataError: captions to be mended, too many pictures skipped, or none left.
+    """
+    prepared = prepare_samples(
+        sources,
+        pixel_multiple=family.latents.pixel_multiple,
+        trigger=config.trigger,
+        cache_folder=config.memory.cache_folder or user_cache_folder(),
+        report_path=folder.data_report,
+        ignore=[config.save.folder],
+        progress=partial(progress.phase, "checking pictures"),
+    )
+    for line in summary(prepared):
+        progress.warned(line)
+    return prepared
+
+
+def summary(prepared: PreparedData) -> list[str]:
+    """What a user should know about the pictures, in a few lines; data_report.json has the rest."""
+    report = prepared.report
+    lines = [f"skipped {outcome.file}: {outcome.reason}" for outcome in report.skipped[:5]]
+    if len(report.skipped) > 5:
+        lines.append(f"skipped {len(report.skipped) - 5} more pictures; data_report.json lists them")
+    if report.fixed:
+        lines.append(f"{len(report.fixed)} picture(s) or caption(s) put right; data_report.json lists them")
+    lost = [reduced for source in report.sources for reduced in source.resolution_lost]
+    if lost:
+        lines.append(f"{len(lost)} picture(s) smaller than their bucket train at a smaller size")
+    return lines + report.all_warnings()
+
+
+def folders(config: RunConfig) -> list[Folder]:
+    """The sources that are there already."""
+    return [source for source in config.data if isinstance(source, Folder)]
+
+
+def prepare(
+    config: RunConfig,
+    config_hash: str,
+    folder: RunFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    events: Listener,
+) -> Prepared:
+    """Everything before the denoiser loads.
+
+    Raises:
+        ModelError, DataError, MachineError: as the parts say.
+    """
+    model = choose_model(config.model)
+    family = model.load(dtype=dtype, device=device)
+    if len(folders(config)) < len(config.data):
+        # The user's own pictures first: a mistake there should not wait for minutes of drawing.
+        check_data(config, folders(config), family, folder, events)
+    sources = [
+        draw_source(config, source, folder.path / "prior" / str(index), family, events)
+        if isinstance(source, Generated)
+        else source
+        for index, source in enumerate(config.data)
+    ]
+    samples = check_data(config, sources, family, folder, events).samples
+    held: Sequence[Sample] = ()
+    trained: Sequence[Sample] = samples
+    if config.train.validation is not None:
+        trained, held = hold_out(samples, config.train.validation.pictures, config.seed)
+
+    cache: Cache = RamCache()
+    if config.memory.cache == "disk":
+        cache = DiskCache(config.memory.cache_folder or user_cache_folder())
+    keys = CacheKeys(family.identity("vae"), family.identity("text_encoders"), dtype)
+    requests = encode(config, model, samples, cache, keys, device, dtype, events)
+    return Prepared(
+        model=model,
+        family=family,
+        plan=BatchPlan(trained, config.train.batch_size, config.seed),
+        held_out=BatchPlan(held, config.train.batch_size, config.seed) if held else None,
+        cache=cache,
+        keys=keys,
+        requests=requests,
+        tag_frequency=tag_frequency(samples, config.data),
+        config_hash=config_hash,
+    )
+
+
+def draw_source(
+    config: RunConfig, source: Generated, place: Path, family: Family, events: Listener
+) -> Folder:
+    return drawn_folder(
+        source,
+        place,
+        config.model,
+        family.identity("denoiser") + family.identity("text_encoders") + family.identity("vae"),
+        device=config.memory.device,
+        precision=config.train.precision,
+        progress=partial(events.phase, "drawing prior pictures"),
+    )
+
+
+def encode(
+    config: RunConfig,
+    model: ChosenModel,
+    samples: Sequence[Sample],
+    cache: Cache,
+    keys: CacheKeys,
+    device: torch.device,
+    dtype: torch.dtype,
+    events: Listener,
+) -> list[EncodedRequest]:
+    """Fill the cache and encode the sample prompts; a part that nothing asks for is not loaded."""
+    captions = all_captions(samples, config.seed)
+    requests: list[EncodedRequest] = []
+    if config.sample.prompts or any(cache.get("captions", keys.caption(text)) is None for text in captions):
+        events.phase("loading the text encoders", 0, 0)
+        encoder = model.load("text_encoders", dtype=dtype, device=device)
+        counts = encode_captions(
+            captions, encoder, cache, keys, progress=partial(events.phase, "encoding captions")
+        )
+        say_repaired(counts, "captions", events.warned)
+        requests = encode_requests(encoder, sample_requests(config))
+        encoder.release("text_encoders")
+    if any(cache.get("latents", key) is None for sample in samples for key in latent_keys(sample, keys)):
+        events.phase("loading the VAE", 0, 0)
+        encoder = model.load("vae", dtype=dtype, device=device)
+        counts = encode_latents(
+            samples,
+            encoder,
+            cache,
+            keys,
+            device=device,
+            progress=partial(events.phase, "encoding pictures"),
+        )
+        say_repaired(counts, "latents", events.warned)
+        encoder.release("vae")
+    return requests
+
+
+def latent_keys(sample: Sample, keys: CacheKeys) -> list[str]:
+    return [keys.latents(sample, flip=flip) for flip in ((False, True) if sample.flip else (False,))]
+
+
+def say_repaired(counts: EncodeCounts, what: str, warn: Callable[[str], None]) -> None:
+    if counts.repaired:
+        warn(f"{counts.repaired} damaged cache entries of {what} were encoded again")
+
+
+def sample_requests(config: RunConfig) -> list[PictureRequest]:
+    """The config's sample prompts, each with its own seed and size."""
+    section, requests = config.sample, []
+    for index, entry in enumerate(section.prompts):
+        one = SamplePrompt(prompt=entry) if isinstance(entry, str) else entry
+        height, width = as_pair(one.size or section.size)
+        requests.append(
+            PictureRequest(
+                prompt=one.prompt,
+                negative=one.negative,
+                seed=section.seed + index if one.seed is None else one.seed,
+                height=height,
+                width=width,
+                steps=section.steps,
+                guidance=section.guidance,
+            )
+        )
+    return requests
+
+
+def as_pair(size: Size | None) -> tuple[int | None, int | None]:
+    """(height, width), or two Nones for the family's default."""
+    if size is None:
+        return None, None
+    return (size, size) if isinstance(size, int) else size
+
+
+def tag_frequency(
+    samples: Sequence[Sample], sources: Sequence[Folder | Generated]
+) -> dict[str, dict[str, int]]:
+    """Per training source, by its folder's name, how often each tag stands in its captions."""
+    captions = {(sample.source, sample.picture_id): sample for sample in samples if sample.role == "train"}
+    counted: dict[str, Counter[str]] = {}
+    for (index, _), sample in captions.items():
+        source = sources[index]
+        name = f"{source.repeats}_{source.path.name}" if isinstance(source, Folder) else f"generated {index}"
+        tags = [tag.strip() for tag in sample.caption.split(sample.rules.separator)]
+        counted.setdefault(name, Counter()).update(tag for tag in tags if tag)
+    return {name: dict(counter) for name, counter in counted.items()}
