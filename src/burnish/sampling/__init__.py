@@ -1,0 +1,1 @@
+"""Drawing pictures: one sampler for every family, grids, numbered outputs, prompt files."""

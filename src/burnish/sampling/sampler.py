@@ -1,0 +1,281 @@
+"""Pictures from a family: one sampler for all, over diffusers' schedulers.
+
+Three phases, each of which needs one part of the family in memory: prompts are encoded, latents drawn, pictures
+decoded. With the same weights, seed and settings the latents are those of the family's diffusers pipeline called
+with `generator=torch.Generator("cpu").manual_seed(seed)` for each picture.
+
+Shape letters: B batch, C channels, H W height and width of latents.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from burnish.errors import ModelError, UserError
+from burnish.family import Conditioning, Family, LatentShape, PictureInfo, ResolutionShift, Schedule
+
+_log = logging.getLogger(__name__)
+
+WARNING = "warning"  # key of `Image.info` where a picture says what went wrong with it
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PictureRequest:
+    """One picture to draw; None leaves a setting to the family's default.
+
+    `guidance` is classifier-free guidance (arXiv 2207.12598) where the family is meant to run with it, else the
+    scale that the denoiser embeds. `true_guidance` above 1 adds classifier-free guidance to the latter kind.
+    """
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    true_guidance: float = 1.0
+
+
+@dataclass(frozen=True)
+class EncodedRequest:
+    """A request with every setting decided, and its prompts as the denoiser reads them, on the CPU."""
+
+    request: PictureRequest
+    size: tuple[int, int]  # height and width in pixels
+    steps: int
+    scale: float  # of classifier-free guidance; used where `negative` is there
+    conditioning: Conditioning
+    negative: Conditioning | None
+
+
+@torch.no_grad()
+def encode_requests(family: Family, requests: Sequence[PictureRequest]) -> list[EncodedRequest]:
+    """Decide what requests leave open and encode their prompts; needs the text encoders.
+
+    Each text is encoded once and alone, so that a picture does not depend on what is drawn beside it.
+
+    Raises:
+        UserError: a size that the family cannot draw.
+    """
+    known: dict[str, Conditioning] = {}
+
+    def encoded(text: str) -> Conditioning:
+        if text not in known:
+            known[text] = family.encode_prompts([text]).to("cpu")
+        return known[text]
+
+    return [_encoded_request(family, _settled(request, family), encoded) for request in requests]
+
+
+def _settled(request: PictureRequest, family: Family) -> PictureRequest:
+    """Fill what a request leaves open with what the family is meant to run at."""
+    height, width = family.defaults.size
+    settled = replace(
+        request,
+        height=height if request.height is None else request.height,
+        width=width if request.width is None else request.width,
+        steps=family.defaults.steps if request.steps is None else request.steps,
+        guidance=family.defaults.guidance if request.guidance is None else request.guidance,
+    )
+    multiple = family.latents.pixel_multiple
+    for name, length in (("height", settled.height), ("width", settled.width)):
+        if length is None or length < multiple or length % multiple:
+            nearest = max(multiple, round((length or 0) / multiple) * multiple)
+            raise UserError(
+                f"A picture's {name} of {length} is no multiple of {multiple} pixels, as {family.title} needs.",
+                remedy=f"Take {nearest}.",
+            )
+    if settled.steps is None or settled.steps < 1:
+        raise UserError(f"A picture takes at least one step; got {settled.steps}.")
+    return settled
+
+
+def _encoded_request(
+    family: Family, request: PictureRequest, encoded: Callable[[str], Conditioning]
+) -> EncodedRequest:
+    height, width, steps = request.height, request.width, request.steps
+    assert height is not None
+    assert width is not None
+    assert steps is not None
+    assert request.guidance is not None
+    about_picture = family.describe_pictures([PictureInfo.whole(height, width)]).to("cpu")
+    if family.capabilities.guidance_embedding:
+        about_picture = about_picture.merged({"guidance_B": torch.tensor([request.guidance])})
+    scale = request.guidance if family.defaults.negative_prompt else request.true_guidance
+    return EncodedRequest(
+        request=request,
+        size=(height, width),
+        steps=steps,
+        scale=scale,
+        conditioning=encoded(request.prompt).merged(about_picture),
+        negative=encoded(request.negative).merged(about_picture) if scale > 1 else None,
+    )
+
+
+@torch.no_grad()
+def draw_latents(
+    family: Family,
+    encoded: Sequence[EncodedRequest],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> list[Tensor]:
+    """Latents (C, H, W) of each request in order, float32 on the CPU; needs the denoiser.
+
+    Requests of the same size and number of steps are drawn as one batch, whatever their prompts.
+
+    Args:
+        dtype: of the denoiser; the noise is drawn in it, as diffusers does.
+        progress: told the steps done and the steps in all; may raise to stop.
+    """
+    groups: dict[tuple[tuple[int, int], int, bool], list[int]] = {}
+    for index, one in enumerate(encoded):
+        groups.setdefault((one.size, one.steps, one.negative is not None), []).append(index)
+    total, done = sum(steps for _, steps, _ in groups), 0
+
+    drawn: dict[int, Tensor] = {}
+    for (_, steps, _), indices in groups.items():
+
+        def step_done(step: int, before: int = done) -> None:
+            if progress is not None:
+                progress(before + step, total)
+
+        latents_BCHW = _draw_batch(family, [encoded[i] for i in indices], device, dtype, step_done)
+        drawn.update(zip(indices, latents_BCHW.float().cpu(), strict=True))
+        done += steps
+    return [drawn[index] for index in range(len(encoded))]
+
+
+def _draw_batch(
+    family: Family,
+    encoded: Sequence[EncodedRequest],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    step_done: Callable[[int], None],
+) -> Tensor:
+    first = encoded[0]
+    generators = [torch.Generator("cpu").manual_seed(one.request.seed) for one in encoded]
+    scheduler = make_scheduler(family.schedule)
+    shape = family.latents.of(*first.size)
+    noise = [torch.randn((1, *shape), generator=generator, dtype=dtype) for generator in generators]
+    # The latents stay in float32 whatever the denoiser computes in: small steps would be lost in bfloat16.
+    latents_BCHW = torch.cat(noise).to(device).float()
+    _set_timesteps(scheduler, family.schedule, family.latents, first.size, first.steps)
+    if not family.schedule.is_flow:
+        latents_BCHW = latents_BCHW * scheduler.init_noise_sigma
+
+    conditioning = _joined(encoded, device, dtype)
+    scale_B111 = torch.tensor([one.scale for one in encoded], device=device).view(-1, 1, 1, 1)
+    # Stochastic schedulers (Euler ancestral, LCM) draw on the CPU from each picture's own generator.
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {"generator": generators} if takes_generator else {}
+
+    timesteps = scheduler.timesteps
+    for number, timestep in enumerate(timesteps):
+        guided = first.negative is not None
+        model_input = torch.cat([latents_BCHW] * 2) if guided else latents_BCHW
+        if not family.schedule.is_flow:
+            model_input = scheduler.scale_model_input(model_input, timestep)
+        t_B = torch.full((len(model_input),), float(timestep) / 1000, dtype=torch.float64, device=device)
+        predicted = family.predict(model_input, t_B, conditioning).float()
+        if guided:
+            without, with_prompt = predicted.chunk(2)
+            predicted = without + scale_B111 * (with_prompt - without)
+        latents_BCHW = scheduler.step(predicted, timestep, latents_BCHW, return_dict=False, **options)[0]
+        # A second-order scheduler takes several turns per step.
+        step_done(first.steps * (number + 1) // len(timesteps))
+    return latents_BCHW
+
+
+def _joined(
+    encoded: Sequence[EncodedRequest], device: torch.device | str, dtype: torch.dtype
+) -> Conditioning:
+    """Conditioning of a batch; where there is guidance, that of the negative prompts first."""
+    rows = [one.negative for one in encoded if one.negative is not None]
+    rows += [one.conditioning for one in encoded]
+    joined = Conditioning.collate(rows)
+    cast = joined.to(device, dtype)
+    # A guidance scale such as 3.3 is not to be rounded.
+    return cast.merged({"guidance_B": joined["guidance_B"].to(device)}) if "guidance_B" in joined else cast
+
+
+def make_scheduler(schedule: Schedule) -> Any:
+    """The diffusers scheduler that the model came with.
+
+    Raises:
+        ModelError: the installed diffusers has no such scheduler.
+    """
+    name = str(schedule.scheduler.get("_class_name", ""))
+    if not name.endswith("Scheduler") or not hasattr(diffusers, name):
+        raise ModelError(
+            f"The model asks for the scheduler {name!r}, which diffusers {diffusers.__version__} does not have.",
+            remedy="Correct `_class_name` in scheduler/scheduler_config.json, or update diffusers.",
+        )
+    return getattr(diffusers, name).from_config(dict(schedule.scheduler))
+
+
+def _set_timesteps(
+    scheduler: Any, schedule: Schedule, latents: LatentShape, size: tuple[int, int], steps: int
+) -> None:
+    """Prepare a scheduler for `steps` steps; a flow gets the sigmas that FluxPipeline passes."""
+    if not schedule.is_flow:
+        scheduler.set_timesteps(steps)
+        return
+    options: dict[str, float] = {}
+    if isinstance(schedule.shift, ResolutionShift):
+        _, height, width = latents.of(*size)
+        options["mu"] = schedule.shift.mu(latents.tokens(height, width))
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **options)
+    scheduler.set_begin_index(0)
+
+
+@torch.no_grad()
+def decode_pictures(family: Family, latents: Sequence[Tensor]) -> list[Image.Image]:
+    """RGB pictures of latents (C, H, W), one at a time to bound memory; needs the VAE.
+
+    A picture with values that are no numbers is drawn grey there and says so in `info["warning"]`.
+    """
+    return [_picture(family.decode_latents(latents_CHW[None])[0]) for latents_CHW in latents]
+
+
+def _picture(pixels_3HW: Tensor) -> Image.Image:
+    pixels_3HW = pixels_3HW.float()
+    broken = int((~torch.isfinite(pixels_3HW)).any(0).sum())
+    share = ((pixels_3HW.nan_to_num(0.0, 0.0, 0.0) + 1) / 2).clamp(0, 1)
+    picture = Image.fromarray((share * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+    if broken:
+        warning = (
+            f"{broken} of {pixels_3HW[0].numel()} pixels are not finite; the weights or the adapter are broken, "
+            "or the number type is too small for the model (float16 often is: take bf16 or fp32)"
+        )
+        _log.warning("%s", warning)
+        picture.info[WARNING] = warning
+    return picture
+
+
+def draw_pictures(
+    family: Family,
+    requests: Sequence[PictureRequest],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> list[Image.Image]:
+    """All phases at once, for a family that has every part loaded."""
+    encoded = encode_requests(family, requests)
+    return decode_pictures(
+        family, draw_latents(family, encoded, device=device, dtype=dtype, progress=progress)
+    )
