@@ -17,13 +17,19 @@ from burnish.errors import CheckpointError
 FILES = ["adapter.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 
 
-def flipped(position: float) -> Callable[[Path], None]:
-    def flip(path: Path) -> None:
-        data = bytearray(path.read_bytes())
-        data[int(position * (len(data) - 1))] ^= 0x04
-        path.write_bytes(data)
+def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def rewrite(path: Path) -> None:
+        path.write_bytes(change(path.read_bytes()))
 
-    return flip
+    return rewrite
+
+
+def flipped(position: float) -> Callable[[Path], None]:
+    def flip(data: bytes) -> bytes:
+        at = int(position * (len(data) - 1))
+        return data[:at] + bytes([data[at] ^ 0x04]) + data[at + 1 :]
+
+    return rewritten(flip)
 
 
 def folder_in_its_place(path: Path) -> None:
@@ -35,12 +41,12 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "first byte flipped": flipped(0.0),
     "middle byte flipped": flipped(0.5),
     "last byte flipped": flipped(1.0),
-    "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]) and None,
-    "one byte longer": lambda path: path.write_bytes(path.read_bytes() + b"\n") and None,
-    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) and None,
-    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)) and None,
-    "empty": lambda path: path.write_bytes(b"") and None,
-    "deleted": lambda path: path.unlink(),
+    "one byte short": rewritten(lambda data: data[:-1]),
+    "one byte longer": rewritten(lambda data: data + b"\n"),
+    "half": rewritten(lambda data: data[: len(data) // 2]),
+    "zeroed": rewritten(lambda data: bytes(len(data))),
+    "empty": rewritten(lambda data: b""),
+    "deleted": Path.unlink,
     "a folder": folder_in_its_place,
 }
 

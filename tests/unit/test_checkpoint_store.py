@@ -90,6 +90,11 @@ def test_the_files_are_safetensors_of_every_dtype_layout_and_shape(tmp_path: Pat
             assert read.shape == tensor.shape
             # equal bytes, because float8 has no comparison
             assert torch.equal(as_bytes(read), as_bytes(tensor.detach())), name
+    raw = (path / "adapter.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    for name, entry in json.loads(raw[8 : 8 + length]).items():
+        assert entry["data_offsets"][0] % tensors[name].element_size() == 0, f"{name} is not aligned"
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_prodigy_says_nothing_on_stdout(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("section", [AdamW(), Adafactor(kind="adafactor")], ids=lambda section: section.kind)
 def test_a_group_keeps_its_own_rate_and_the_others_take_the_sections(section: AdamW | Adafactor) -> None:
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [with_gradient([1.0], [1.0])], "names": ["a"]},
         {"params": iter([with_gradient([1.0], [1.0])]), "lr": 5e-4},
         {"params": []},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from burnish.optim.schedule import apply_learning_rate, learning_rate_factor
 def rates_of(scheduler: LRScheduler, steps: int) -> list[float]:
     rates = []
     for _ in range(steps):
-        rates.append(scheduler.get_last_lr()[0])
+        rates.append(float(scheduler.get_last_lr()[0]))
         scheduler.optimizer.step()
         scheduler.step()
     return rates
@@ -72,7 +73,10 @@ def test_beyond_the_end_the_rate_stays_at_the_end(kind: str) -> None:
 
 
 def test_every_group_follows_the_curve_from_its_own_peak() -> None:
-    groups = [{"params": [Parameter(torch.zeros(1))]}, {"params": [Parameter(torch.zeros(1))], "lr": 1e-2}]
+    groups: list[dict[str, Any]] = [
+        {"params": [Parameter(torch.zeros(1))]},
+        {"params": [Parameter(torch.zeros(1))], "lr": 1e-2},
+    ]
     built = build_optimizer(AdamW(learning_rate=1e-3), groups)
     apply_learning_rate(built, 0.5)
     apply_learning_rate(built, 0.25)

@@ -14,9 +14,9 @@ from burnish.config.train import Adafactor, AdamW, Prodigy
 from burnish.errors import CheckpointError
 from burnish.optim.build import build_optimizer
 from burnish.optim.schedule import apply_learning_rate
-from burnish.optim.state import pack_state, unpack_state
+from burnish.optim.state import Json, pack_state, unpack_state
 
-SECTIONS = [
+SECTIONS: list[AdamW | Adafactor | Prodigy] = [
     AdamW(learning_rate=1e-2),
     Adafactor(kind="adafactor", learning_rate=1e-2),
     Prodigy(kind="prodigy", d0=1e-4),
@@ -198,14 +198,15 @@ def test_other_parameters_are_refused_by_name_and_nothing_changes() -> None:
     resized = build_optimizer(SECTIONS[0], [{"params": [parameter]}])
     one = {name: tensor for name, tensor in tensors.items() if name.startswith("a.lora_A:")}
     assert isinstance(state, dict)
-    kept = {**state, "shapes": {"a.lora_A": [4, 6]}}
+    kept: dict[str, Json] = {**state, "shapes": {"a.lora_A": [4, 6]}}
     with pytest.raises(CheckpointError, match=r"a.lora_A was \(4, 6\) and is \(4, 8\)"):
         unpack_state(resized, {parameter: "a.lora_A"}, one, kept)
 
 
 def test_an_unreadable_state_is_refused() -> None:
     fit = Fit(SECTIONS[0])
-    for state in (None, {}, [1]):
+    unreadable: tuple[Json, ...] = (None, {}, [1])
+    for state in unreadable:
         with pytest.raises(CheckpointError, match="no optimizer state"):
             unpack_state(fit.optimizer, fit.names, {}, state)
 
