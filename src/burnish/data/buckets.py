@@ -14,6 +14,8 @@ from PIL import Image
 
 from burnish.family import PictureInfo
 
+LEAST_AREA = 0.7  # of a bucket, as a share of resolution squared
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
@@ -69,13 +71,17 @@ class Fit:
 def buckets_for(resolution: int, step: int, max_aspect: float) -> tuple[Bucket, ...]:
     """All bucket sizes of one resolution: sides are multiples of `step`, the area at most resolution squared.
 
-    For each side the longest other side that keeps both limits; a resolution below `step` has none.
+    For each short side the longest long side within both limits, where that comes near the full area; and
+    the largest square. A resolution below `step` has none.
     """
-    area = resolution * resolution
-    found: set[Bucket] = set()
-    for short in range(step, resolution + 1, step):
+    area, side = resolution * resolution, resolution // step * step
+    if not side:
+        return ()
+    found = {Bucket(side, side)}
+    for short in range(step, side, step):
         long = min(area // short, math.floor(short * max_aspect)) // step * step
-        if long >= short:
+        # A small bucket of the very aspect of a picture would waste most of its resolution.
+        if long >= short and short * long >= LEAST_AREA * area:
             found.update((Bucket(short, long), Bucket(long, short)))
     return tuple(sorted(found))
 

@@ -104,27 +104,30 @@ def _utf16(data: bytes) -> str | None:
 def _windows_1252(data: bytes) -> str | None:
     """The text, where it reads like a Western language; Chinese, Japanese or Cyrillic bytes do not.
 
-    Their characters are runs of upper-half bytes, Western ones are single letters among ASCII.
+    Their characters come as runs of upper-half bytes or as capitals inside words, Western ones as single
+    letters among ASCII.
     """
     try:
         text = data.decode("cp1252")
     except UnicodeDecodeError:
         return None
-    upper = [not character.isascii() for character in text]
-    if sum(upper) > 0.3 * len(text):
+    if sum(not character.isascii() for character in text) > 0.5 * len(text):
         return None
     for at, character in enumerate(text):
         if character.isascii() or character in _TYPOGRAPHY:
             continue
-        if not character.isalpha():
+        run = text[max(0, at - 2) : at + 1]
+        if not character.isalpha() or (len(run) == 3 and all(_accented(c) for c in run)):
             return None
         before = text[at - 1] if at else " "
-        if at >= 3 and all(upper[at - 3 : at]):
-            return None
-        # "ÖÐ" inside lower-case text is half a Chinese word; in "CRÉÉE" all letters are capitals.
-        if not before.isascii() and before.isalpha() and character.isupper() and not _shouting(text, at):
+        # "ÖÐ" is half a Chinese word and "xÆ" of another; in "CRÉÉE" all letters are capitals.
+        if character.isupper() and (before.islower() or (_accented(before) and not _shouting(text, at))):
             return None
     return text
+
+
+def _accented(character: str) -> bool:
+    return character.isalpha() and not character.isascii()
 
 
 def _shouting(text: str, at: int) -> bool:

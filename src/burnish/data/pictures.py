@@ -98,7 +98,7 @@ def read_regular(path: Path, *, largest: int = LARGEST_FILE_BYTES) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise BadPicture(_why_not_opened(path, error), remedy=_how_to_open(error)) from error
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise BadPicture("not a regular file (a pipe, a device or a folder)", remedy="Remove it.")
@@ -106,10 +106,12 @@ def read_regular(path: Path, *, largest: int = LARGEST_FILE_BYTES) -> bytes:
             raise BadPicture(
                 f"a file of {status.st_size:,} bytes; at most {largest:,} are read", remedy="Remove it."
             )
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             return file.read()
-        except OSError as error:
-            raise BadPicture(f"reading failed: {error.strerror}", remedy=REPLACE) from error
+    except OSError as error:
+        raise BadPicture(f"reading failed: {error.strerror}", remedy=REPLACE) from error
+    finally:
+        os.close(descriptor)
 
 
 def content_hash(data: bytes) -> str:
