@@ -215,3 +215,30 @@ def test_a_parameter_without_a_name_is_refused() -> None:
     fit = Fit(SECTIONS[0])
     with pytest.raises(CheckpointError, match=r"shape \(4, 6\) in the optimizer has no name"):
         pack_state(fit.optimizer, {p: n for p, n in fit.names.items() if n != "a.lora_A"})
+
+
+def test_the_8bit_optimizer_goes_on_in_the_same_bits(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    start = torch.randn(
+        64, 128, generator=torch.Generator().manual_seed(1)
+    )  # 4096 values and more are quantised
+
+    def steps(parameter: Parameter, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            parameter.grad = torch.randn(start.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+
+    straight, one, other = (Parameter(start.clone()) for _ in range(3))
+    optimizers = [bitsandbytes.optim.AdamW8bit([parameter], lr=1e-2) for parameter in (straight, one, other)]
+    steps(straight, optimizers[0], 0, 10)
+    steps(one, optimizers[1], 0, 4)
+    tensors, state = pack_state(optimizers[1], {one: "w"})
+    assert tensors["w:state1"].dtype == torch.uint8
+    CheckpointStore(tmp_path).save(4, {"optimizer": tensors}, {"optimizer": state}, config_hash="x")
+    loaded = CheckpointStore(tmp_path).load_newest()
+    assert loaded is not None
+    other.data.copy_(one)
+    unpack_state(optimizers[2], {other: "w"}, loaded.tensors["optimizer"], loaded.state["optimizer"])
+    steps(other, optimizers[2], 4, 10)
+    assert torch.equal(straight, other)
+    same_state(optimizers[0], optimizers[2])
