@@ -179,16 +179,19 @@ def _check_shape(path: Path, name: str, read: _Read, weight: Tensor) -> None:
 def _difference(read: _Read, trained: LoraWeights) -> tuple[float, float, float]:
     """Norm of (read delta - trained delta), the norm that rounding explains, and that of the trained delta.
 
-    All without the deltas themselves, which are as large as the model: a QR decomposition of the thin factors
-    gives the norm of their product. Rounding to a type with unit roundoff u moves each factor's entries by up
-    to u, independently, so that the product moves by about u * sqrt(2 sum_k |up_k|^2 |down_k|^2); 3 in place
-    of sqrt(2) leaves room, and the delta's own norm covers factors whose entries all round alike.
+    All without the deltas themselves, which are as large as the model: the difference is again a product of
+    thin factors, (up' - up) down' + up (down' - down), written so that nothing large cancels. Rounding to a
+    type with unit roundoff u moves each factor's entries by up to u, independently, so that the product moves
+    by about u * sqrt(2 sum_k |up_k|^2 |down_k|^2); 3 in place of sqrt(2) leaves room, and the delta's own norm
+    covers factors whose entries all round alike.
     """
     read_up, read_down = read.scale * read.up.double().flatten(1), read.down.double().flatten(1)
     up, down = trained.scale * trained.up.double().flatten(1), trained.down.double().flatten(1)
-    if read_up.shape[0] != up.shape[0] or read_down.shape[1] != down.shape[1]:
+    if read_up.shape != up.shape or read_down.shape != down.shape:
         return float("inf"), 0.0, 0.0
-    difference = _product_norm(torch.cat([read_up, -up], 1), torch.cat([read_down, down], 0))
+    difference = _product_norm(
+        torch.cat([read_up - up, up], dim=1), torch.cat([read_down, read_down - down], dim=0)
+    )
     norm = _product_norm(up, down)
 
     info = torch.finfo(read.down.dtype)
@@ -201,10 +204,9 @@ def _difference(read: _Read, trained: LoraWeights) -> tuple[float, float, float]
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:
-    """Frobenius norm of left @ right."""
-    upper = torch.linalg.qr(left, mode="r").R
-    lower = torch.linalg.qr(right.T, mode="r").R
-    return float((upper @ lower.T).norm())
+    """Frobenius norm of left @ right, from the small Gram matrices of both."""
+    squared = ((left.T @ left) * (right @ right.T)).sum()
+    return float(squared.clamp(min=0).sqrt())
 
 
 def _expect(path: Path, what: str, names: list[str]) -> None:
