@@ -64,6 +64,10 @@ def test_include_adds_and_exclude_wins() -> None:
     ]
 
 
+def test_excluding_what_takes_no_adapter_is_fine() -> None:
+    assert choose(rank=4, exclude=["*norm"]) == choose(rank=4)
+
+
 def test_only_linear_and_ungrouped_convolutions_are_chosen() -> None:
     chosen = choose(rank=4, targets="all")
     assert len(chosen) == 2 * (3 + 2 + 2)

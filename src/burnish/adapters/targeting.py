@@ -40,9 +40,13 @@ def choose_modules(
     """
     modules = adaptable_modules(denoiser)
     wanted = [*_named_set(targets, method.targets or default).patterns, *method.include]
-    for option, patterns in (("include", method.include), ("exclude", method.exclude)):
-        for pattern in patterns:
-            _must_match(option, pattern, modules, denoiser)
+    for pattern in method.include:
+        _must_match("include", pattern, modules, denoiser)
+    every_name = [name for name, _ in denoiser.named_modules()]
+    for pattern in method.exclude:
+        # Leaving out what takes no adapter anyway, such as `*norm*`, is what was asked for.
+        if not any(fnmatchcase(name, pattern) for name in every_name):
+            _must_match("exclude", pattern, modules, denoiser)
     names = [name for name in modules if _matches(name, wanted) and not _matches(name, method.exclude)]
     if not names:
         raise AdapterError(
