@@ -131,6 +131,17 @@ def test_a_read_only_file_system(small_disk: Path) -> None:
         check_space(store.folder, 1, 2)
 
 
+def test_a_prune_that_is_not_allowed_leaves_all(small_disk: Path) -> None:
+    store = CheckpointStore(small_disk / "checkpoints")
+    for step in (1, 2, 3):
+        save(store, step)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(DiskFull, match="step-00000001: the file system is read-only"):
+        store.prune(2)
+    assert store.steps() == [1, 2, 3]
+    intact(store, 3)
+
+
 def test_a_folder_without_permission() -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own folder cannot be entered by another user
         store = CheckpointStore(Path(name) / "checkpoints")

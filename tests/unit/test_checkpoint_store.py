@@ -200,6 +200,14 @@ def test_a_checkpoint_that_was_renamed_is_passed_over(tmp_path: Path) -> None:
     holds(store, 2)
 
 
+def test_a_checkpoint_under_another_steps_name_is_set_aside_and_not_replaced(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    os.rename(save(store, 1), tmp_path / "step-00000002")
+    save(store, 2)
+    holds(store, 2)
+    assert store.load(tmp_path / "broken" / "step-00000002").step == 1
+
+
 def test_a_format_from_the_future_is_passed_over_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

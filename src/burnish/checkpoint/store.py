@@ -120,7 +120,7 @@ class CheckpointStore:
         watch = partial(_watched, observer)
         try:
             self._write(temporary, step, files, document, config_hash, watch)
-            self._commit(temporary, final, watch)
+            self._commit(temporary, final, step, watch)
         except OSError as error:
             atomic.remove(temporary)  # before free space is counted, which it takes part of
             raise atomic.cannot_write(error, final, needed=required_bytes(tensors, state)) from error
@@ -188,17 +188,18 @@ class CheckpointStore:
         with watch("flush folder"):
             atomic.fsync_folder(temporary)
 
-    def _commit(self, temporary: Path, final: Path, watch: _Watch) -> None:
+    def _commit(self, temporary: Path, final: Path, step: int, watch: _Watch) -> None:
         superseded = final.with_name(f"{final.name}.superseded")
         if final.exists():
-            self._make_way(final, superseded, watch)
+            self._make_way(final, step, superseded, watch)
         with watch("rename"):
             os.rename(temporary, final)
         with watch("flush parent"):
             atomic.fsync_folder(self.folder)
         with watch("verify"):
             try:
-                self._remember(final, verify_folder(final))
+                _verified_as(final, step, "quick")
+                self._verified[final] = _signature(final)
             except CheckpointError as error:
                 kept = self.set_aside(final)
                 raise CheckpointError(
@@ -209,9 +210,9 @@ class CheckpointStore:
             with watch("drop superseded"):
                 self._discard(superseded)
 
-    def _make_way(self, final: Path, superseded: Path, watch: _Watch) -> None:
+    def _make_way(self, final: Path, step: int, superseded: Path, watch: _Watch) -> None:
         try:
-            verify_folder(final)
+            _verified_as(final, step, "quick")
         except CheckpointError as error:
             with watch("set aside"):
                 kept = self.set_aside(final)
@@ -304,7 +305,11 @@ class CheckpointStore:
         if not self.folder.is_dir():
             return
         found: list[tuple[int, bool, Path]] = []
-        for entry in self.folder.iterdir():
+        try:
+            entries = list(self.folder.iterdir())
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error.strerror}") from error
+        for entry in entries:
             match = _STEP.fullmatch(entry.name)
             if match and entry.is_dir():
                 found.append((int(match["step"]), match["superseded"] is None, entry))
@@ -320,18 +325,22 @@ class CheckpointStore:
         and every one that does not verify: those are evidence, not waste. So the last verified one always
         stays.
         """
-        good: list[tuple[int, Path]] = []
+        good: dict[int, Path] = {}
+        superseded: list[Path] = []
         for path, step in self._newest_first():
             if not self._still_verifies(path, step):
                 continue
-            if good and good[-1][0] == step:
-                self._discard(path)  # superseded, and what superseded it verified
+            if step in good:
+                superseded.append(path)  # the one that took its place verified
             else:
-                good.append((step, path))
-        doomed = [(step, path) for step, path in good[max(keep, 2) :] if step not in protect]
-        for _, path in reversed(doomed):
-            self._discard(path)
-        return sorted(step for step, _ in doomed)
+                good[step] = path
+        doomed = [step for step in list(good)[max(keep, 2) :] if step not in protect]
+        for path in [*superseded, *(good[step] for step in reversed(doomed))]:
+            try:
+                self._discard(path)
+            except OSError as error:
+                raise atomic.cannot_write(error, path) from error
+        return sorted(doomed)
 
     def sweep(self) -> list[str]:
         """Remove what dead processes left half-written; returns the names."""
@@ -341,13 +350,11 @@ class CheckpointStore:
         """Whether it verifies; files that did not change since they last did are not hashed again."""
         try:
             if self._verified.get(path) != _signature(path):
-                self._remember(path, _verified_as(path, step, "quick"))
+                _verified_as(path, step, "quick")
+                self._verified[path] = _signature(path)
         except (CheckpointError, OSError):
             return False
         return True
-
-    def _remember(self, path: Path, manifest: Manifest) -> None:
-        self._verified[path] = _signature(path)
 
 
 def _write_small(path: Path, data: bytes, watch: _Watch) -> FileEntry:
