@@ -69,7 +69,7 @@ def starter_facts(name: str) -> StarterFacts:
     from burnish.config.describe import StarterFacts
     from burnish.families.registry import family_named
 
-    family = family_named(name)
+    family = family_named(name).skeleton(depth=1)  # sampling differs with the weights: as released
     return StarterFacts(
         name=name,
         title=family.title,

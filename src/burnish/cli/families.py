@@ -18,18 +18,20 @@ def show_families() -> None:
 
     from burnish.families.registry import families
 
-    table = Table("family", "model", "size", "sampling", "targets", "adapter files", "reads", box=None)
+    table = Table(box=None)
+    for heading in ("family", "model", "sampling", "targets", "adapter file"):
+        table.add_column(heading, no_wrap=True)
     for name, family in families().items():
-        table.add_row(name, *_row(family))
-    Console(highlight=False).print(table)
+        table.add_row(name, *_row(family.skeleton(depth=1)))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("* is the default", style="dim")
 
 
-def _row(family: type[Family]) -> tuple[str, ...]:
+def _row(family: Family) -> tuple[str, ...]:
     height, width = family.defaults.size
-    targets = [f"{name} (default)" if name == family.default_targets else name for name in family.targets]
-    formats = [
-        f"{name} (default)" if name == family.export.default else name for name in family.export.formats
-    ]
+    targets = [f"{name} *" if name == family.default_targets else name for name in family.targets]
+    formats = [f"{name} *" if name == family.export.default else name for name in family.export.formats]
     abilities = {
         "guidance embedding": family.capabilities.guidance_embedding,
         "references": family.capabilities.references,
@@ -37,10 +39,8 @@ def _row(family: type[Family]) -> tuple[str, ...]:
         "video": family.capabilities.video,
     }
     return (
-        family.title,
-        f"{height}x{width}",
-        f"{family.defaults.steps} steps, guidance {family.defaults.guidance:g}",
-        ", ".join(targets),
-        ", ".join(formats),
-        ", ".join(ability for ability, has in abilities.items() if has) or "captions",
+        "\n".join([family.title, *(f"with {ability}" for ability, has in abilities.items() if has)]),
+        f"{height}x{width}\n{family.defaults.steps} steps\nguidance {family.defaults.guidance:g}",
+        "\n".join(targets),
+        "\n".join(formats),
     )

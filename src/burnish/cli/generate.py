@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -16,8 +16,10 @@ from burnish.errors import UserError
 
 if TYPE_CHECKING:
     from burnish.config.schema import Model, RunConfig, SamplePrompt
+    from burnish.sampling.prompts import PromptLine
     from burnish.sampling.sampler import PictureRequest
 
+_Number = TypeVar("_Number", int, float)
 _SIZE = re.compile(r"(\d+)(?:[xX](\d+))?")
 
 
@@ -35,7 +37,9 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; repeatable.")] = [],  # noqa: B006
     prompt_file: Annotated[
         Path | None,
-        typer.Option("--prompt-file", help="A prompt per line, as text or as JSON; # begins a comment."),
+        typer.Option(
+            "--prompt-file", help="A prompt per line: text with options such as --d 7 --w 832, or JSON."
+        ),
     ] = None,
     negative: Annotated[str | None, typer.Option("--negative", help="What to steer away from.")] = None,
     seed: Annotated[
@@ -125,20 +129,18 @@ def _model(run: RunConfig | None, path: str | None, family: str | None) -> Model
     return chosen.model_copy(update={"family": family}) if family else chosen
 
 
-def _prompts(run: RunConfig | None, texts: Sequence[str], file: Path | None) -> list[SamplePrompt]:
+def _prompts(run: RunConfig | None, texts: Sequence[str], file: Path | None) -> list[PromptLine]:
     """Prompts of the command line and the file; those of the config where there are none.
 
     Raises:
         UserError: there are none at all, or the file has a line that is no prompt.
     """
-    from burnish.config.schema import SamplePrompt
+    from burnish.sampling.prompts import PromptLine, read_prompts
 
-    prompts = [SamplePrompt(prompt=_filled(text, run)) for text in texts]
-    prompts += _prompts_of_file(file, run) if file else []
+    prompts = [PromptLine(text, line=0) for text in texts] + (read_prompts(file) if file else [])
+    prompts = [replace(prompt, prompt=_filled(prompt.prompt, run)) for prompt in prompts]
     if not prompts and run:
-        prompts = [
-            SamplePrompt(prompt=entry) if isinstance(entry, str) else entry for entry in run.sample.prompts
-        ]
+        prompts = [_of_config(entry) for entry in run.sample.prompts]
     if not prompts:
         raise UserError(
             "no prompt", remedy="Give --prompt or --prompt-file, or a config with sample.prompts."
@@ -146,31 +148,13 @@ def _prompts(run: RunConfig | None, texts: Sequence[str], file: Path | None) -> 
     return prompts
 
 
-def _prompts_of_file(path: Path, run: RunConfig | None) -> list[SamplePrompt]:
-    from pydantic import ValidationError
+def _of_config(entry: str | SamplePrompt) -> PromptLine:
+    from burnish.sampling.prompts import PromptLine
 
-    from burnish.config.schema import SamplePrompt
-
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        try:
-            entry: Any = json.loads(line) if line.startswith("{") else {"prompt": line}
-            prompt = SamplePrompt.model_validate(entry)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path}:{number}: {where}: {first['msg']}; got {first['input']!r}") from error
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not a JSON object: {error}") from error
-        prompts.append(prompt.model_copy(update={"prompt": _filled(prompt.prompt, run)}))
-    return prompts
+    if isinstance(entry, str):
+        return PromptLine(entry, line=0)
+    height, width = _pair(entry.size)
+    return PromptLine(entry.prompt, 0, entry.negative, entry.seed, height, width)
 
 
 def _filled(text: str, run: RunConfig | None) -> str:
@@ -212,7 +196,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _requests(
-    prompts: Sequence[SamplePrompt],
+    prompts: Sequence[PromptLine],
     run: RunConfig | None,
     *,
     negative: str | None,
@@ -222,31 +206,35 @@ def _requests(
     steps: int | None,
     guidance: float | None,
 ) -> list[PictureRequest]:
-    """`count` requests per prompt. The command line wins over the prompt's own entry, that over the config."""
+    """`count` requests per prompt. The command line wins over the prompt's own settings, those over the config."""
     from burnish.sampling.sampler import PictureRequest
 
     sample = run.sample if run else None
     first_seed = seed if seed is not None else sample.seed if sample else 0
+    height, width = size or _pair(sample.size if sample else None)
     requests = []
     for index, prompt in enumerate(prompts):
-        height, width = size or _pair(prompt.size) or _pair(sample.size if sample else None) or (None, None)
-        begin = prompt.seed if prompt.seed is not None and seed is None else first_seed + index * count
-        requests += [
-            PictureRequest(
-                prompt=prompt.prompt,
-                negative=negative if negative is not None else prompt.negative,
-                seed=begin + number,
-                height=height,
-                width=width,
-                steps=steps or (sample.steps if sample else None),
-                guidance=guidance if guidance is not None else sample.guidance if sample else None,
-            )
-            for number in range(count)
-        ]
+        begin = first_seed + index * count if seed is not None or prompt.seed is None else prompt.seed
+        request = PictureRequest(
+            prompt=prompt.prompt,
+            negative=prompt.negative if negative is None else negative,
+            height=height if size else prompt.height or height,
+            width=width if size else prompt.width or width,
+            steps=steps or prompt.steps or (sample.steps if sample else None),
+            guidance=_first(guidance, prompt.guidance, sample.guidance if sample else None),
+        )
+        requests += [replace(request, seed=begin + number) for number in range(count)]
     return requests
 
 
-def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def _first(*values: _Number | None) -> _Number | None:
+    """The first that is given; 0 is a value."""
+    return next((value for value in values if value is not None), None)
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | tuple[None, None]:
+    if size is None:
+        return None, None
     return (size, size) if isinstance(size, int) else size
 
 

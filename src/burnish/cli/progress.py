@@ -56,7 +56,7 @@ def step_facts(report: StepReport) -> str:
 
 
 def saved_line(step: int, adapter: Path, facts: Mapping[str, object]) -> str:
-    figures = ", ".join(f"{key} {_figure(value)}" for key, value in facts.items())
+    figures = ", ".join(f"{key} {figure(value)}" for key, value in facts.items())
     return f"step {step}: saved and verified {adapter}" + (f" ({figures})" if figures else "")
 
 
@@ -77,7 +77,7 @@ def result_lines(result: RunResult) -> list[str]:
     return lines
 
 
-def _figure(value: object) -> str:
+def figure(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -181,7 +181,8 @@ class PlainProgress(Listener):
     def phase(self, name: str, done: int, total: int) -> None:
         is_new = name != self._phase
         self._phase = name
-        if is_new or (total and done >= total) or self._is_due():
+        if self._is_due() or is_new or (total and done >= total):
+            self._told = self._clock()
             self._say(f"{name}: {done}/{total}" if total else name)
 
     def started(self, step: int, steps: int) -> None:

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -59,7 +59,7 @@ class Inspection:
     adapters: list[AdapterFile]
     checkpoints: list[CheckpointFolder]
     samples: int
-    data: dict[str, int]  # entries per list of the data report
+    data: dict[str, int]  # pictures used, skipped, fixed; buckets
 
 
 @app.callback()
@@ -201,13 +201,21 @@ def _verification(path: Path) -> str:
 
 
 def _data_counts(folder: RunFolder) -> dict[str, int]:
-    """How many entries each list of the data report has, whatever the lists are."""
-    try:
-        report: Any = json.loads(folder.data_report.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Pictures used, skipped and fixed, by the data report; empty where there is none yet.
+
+    Raises:
+        UserError: the report is damaged.
+    """
+    if not folder.data_report.is_file():
         return {}
-    entries = report.items() if isinstance(report, dict) else ()
-    return {key: len(value) for key, value in entries if isinstance(value, list)}
+    try:
+        report = json.loads(folder.data_report.read_text(encoding="utf-8"))
+        sources = report["sources"]
+        counts = {"pictures": int(report["used"])}
+        counts |= {key: sum(len(source[key]) for source in sources) for key in ("skipped", "fixed")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.data_report} is damaged: {error!r}") from error
+    return {**counts, "buckets": len(report.get("buckets", []))}
 
 
 def _rows(found: Inspection) -> list[tuple[str, str]]:
@@ -240,14 +248,16 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     if found.samples:
         rows.append(("samples", f"{found.samples} pictures"))
     if found.data:
-        rows.append(("data report", ", ".join(f"{count} {key}" for key, count in found.data.items())))
+        rows.append(("data", ", ".join(f"{count} {key}" for key, count in found.data.items())))
     return rows
 
 
 def _verified(adapter: AdapterFile) -> str:
+    from burnish.cli.progress import figure
+
     if adapter.verification is None:
         return "no verification noted"
-    facts = ", ".join(f"{key} {value}" for key, value in adapter.verification.items())
+    facts = ", ".join(f"{key} {figure(value)}" for key, value in adapter.verification.items())
     return f"verified ({facts})" if facts else "verified"
 
 

@@ -42,7 +42,7 @@ class StarterFacts:
 
 def starter(facts: StarterFacts) -> str:
     """A commented config for one folder of about twenty pictures; loads as it is."""
-    return _TEMPLATE.format(
+    text = _TEMPLATE.format(
         schema=SCHEMA_FILE,
         title=facts.title,
         family=facts.name,
@@ -54,6 +54,13 @@ def starter(facts: StarterFacts) -> str:
         objective=_GUIDANCE_EMBEDDING if facts.guidance_embedding else "",
         negative=_NEGATIVE if facts.negative_prompt else "",
     )
+    return "".join(f"{_aligned(line)}\n" for line in text.splitlines())
+
+
+def _aligned(line: str) -> str:
+    """Comments behind options begin in one column, however long the family's name is."""
+    option, mark, comment = line.partition("  # ")
+    return f"{option.rstrip():<30} # {comment}" if mark else line
 
 
 _GUIDANCE_EMBEDDING = """\
@@ -68,7 +75,7 @@ _NEGATIVE = """\
 _TEMPLATE = """\
 # yaml-language-server: $schema={schema}
 # {title}: a first config. Check it with `burnish train THIS_FILE --check`, start it without `--check`.
-# `burnish config schema --output {schema}` writes the file of the line above, for completion in an editor;
+# `burnish config schema --output {schema}` writes the file of the line above, for an editor;
 # `burnish config show THIS_FILE` prints every option there is, with its value.
 
 name: my-{family}            # the run goes to runs/my-{family}, the adapter is called my-{family}.safetensors
