@@ -137,7 +137,10 @@ def assert_same_answers(one: Family, other: Family) -> None:
 def test_a_single_file_in_the_original_layout_answers_as_the_folder(model: Model, tmp_path: Path) -> None:
     path = saved(model.single_file(), tmp_path / "model.safetensors")
     assert detect_family(ModelSource(str(path))) is family_named(model.name)
-    assert_same_answers(loaded(model.name, model.folder), loaded(model.name, path))
+    from_file = loaded(model.name, path)
+    assert_same_answers(loaded(model.name, model.folder), from_file)
+    identities = {from_file.identity(part) for part in PARTS}
+    assert len(identities) == len(PARTS)  # though all three parts are the same file
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from burnish.errors import ModelError, UserError
-from burnish.families import fingerprints
+from burnish.families import fingerprints, registry
 from burnish.families.fingerprints import fingerprint
 from burnish.families.registry import detect_family, family_named, family_names
 from burnish.families.sources import TensorInfo, locate, locate_parts, read_header, weight_files
@@ -274,3 +274,27 @@ def test_weights_of_no_family_say_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "folder" / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
     with pytest.raises(ModelError, match="a diffusers folder of SanaPipeline"):
         detect_family(ModelSource(str(tmp_path / "folder")))
+
+
+def test_another_package_brings_a_family_but_cannot_replace_a_built_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_family.py").write_text("class Theirs:\n    title = 'Theirs'\n")
+    metadata = tmp_path / "theirs-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[burnish.families]\ntheirs = their_family:Theirs\nsdxl = their_family:Theirs\nbroken = nowhere_at_all:Gone\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._others.cache_clear()
+    family_names.cache_clear()
+    try:
+        assert "theirs" in family_names()
+        assert family_named("theirs").title == "Theirs"
+        assert family_named("sdxl").title == "Stable Diffusion XL"
+        with pytest.raises(UserError, match="'broken' of the package nowhere_at_all cannot be imported"):
+            family_named("broken")
+    finally:
+        registry._others.cache_clear()
+        family_names.cache_clear()
