@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from burnish.checkpoint.atomic import atomic_write_bytes
 
-BACKGROUND, INK, FAINT, EMPTY = "#fbfaf8", "#23211f", "#8a857e", "#ece9e4"
+BACKGROUND, INK, EMPTY = "#fbfaf8", "#23211f", "#ece9e4"
 SMALLEST_CELL, LARGEST_CELL = 96, 384  # pixels; smaller pictures are enlarged, larger ones reduced
 MARGIN_SHARE = 0.05  # of a cell, between pictures and around them
 LABEL_LINES = 6
@@ -48,7 +48,7 @@ def make_grid(
         shape = [len(row) for row in pictures]
         raise ValueError(f"{len(rows)} rows and {len(columns)} columns, but pictures of {shape}")
     cell_width, cell_height = _cell(pictures)
-    margin = max(6, round(MARGIN_SHARE * cell_width))
+    margin = max(10, round(MARGIN_SHARE * cell_width))
     font = ImageFont.load_default(max(13, min(20, cell_width // 14)))
     label_width = _label_width(rows, font, cell_width)
     line_height = _line_height(font)

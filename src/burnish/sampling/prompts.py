@@ -26,6 +26,10 @@ _WHOLE = {"seed": (0, 2**63 - 1), "width": (16, 8192), "height": (16, 8192), "st
 _GUIDANCE = (0.0, 50.0)
 
 
+class _Mistake(Exception):
+    """What is wrong with one line."""
+
+
 @dataclass(frozen=True)
 class PromptLine:
     """One prompt of a file; None where the line leaves a setting open. Sizes in pixels."""
@@ -67,7 +71,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
         try:
             as_json = path.suffix == ".jsonl" or line.startswith("{")
             found.append(_from_json(line, number) if as_json else _from_text(line, number))
-        except ValueError as error:
+        except _Mistake as error:
             problems.append(f"{path}:{number}  {error}")
     if problems:
         raise UserError("\n".join([f"{len(problems)} problem(s) in {path}", *problems]))
@@ -79,16 +83,16 @@ def read_prompts(path: Path) -> list[PromptLine]:
 def _from_text(line: str, number: int) -> PromptLine:
     matches = list(_OPTION.finditer(line))
     prompt = line[: matches[0].start()].strip() if matches else line
-    ends = [match.start() for match in matches[1:]] + [len(line)]
     values: dict[str, Any] = {}
-    for match, end in zip(matches, ends, strict=True):
+    for index, match in enumerate(matches):
+        end = matches[index + 1].start() if index + 1 < len(matches) else len(line)
         letter, value = match[1], line[match.end() : end].strip()
         name = _LETTERS.get(letter)
         if name is None:
             known = ", ".join(f"--{known}" for known in _LETTERS if known != "l")
-            raise ValueError(f"no option --{letter}; known: {known}")
+            raise _Mistake(f"no option --{letter}; known: {known}")
         if name in values:
-            raise ValueError(f"{name} is given twice")
+            raise _Mistake(f"{name} is given twice")
         values[name] = value if name == "negative" else _number(name, value)
     return _prompt_line({"prompt": prompt, **values}, number)
 
@@ -97,18 +101,18 @@ def _from_json(line: str, number: int) -> PromptLine:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"not a JSON object: {error}") from error
+        raise _Mistake(f"not a JSON object: {error}") from error
     if not isinstance(entry, dict):
-        raise ValueError(f"should be a JSON object, got {line[:40]}")
+        raise _Mistake(f"should be a JSON object, got {line[:40]}")
     known = ("prompt", *dict.fromkeys(_LETTERS.values()))
     for name, value in entry.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"no such entry {name!r}; {hint}")
+            raise _Mistake(f"no such entry {name!r}; {hint}")
         wants_text = name in ("prompt", "negative")
         if wants_text != isinstance(value, str) or isinstance(value, bool):
-            raise ValueError(f"{name} should be a {'text' if wants_text else 'number'}, got {value!r}")
+            raise _Mistake(f"{name} should be a {'text' if wants_text else 'number'}, got {value!r}")
     numbers = {name: _number(name, str(entry[name])) for name in entry if name not in ("prompt", "negative")}
     return _prompt_line({**entry, **numbers}, number)
 
@@ -123,11 +127,11 @@ def _number(name: str, text: str) -> int | float:
         value = -1
     if not low <= value <= high:  # also False for NaN
         what = "a whole number" if name in _WHOLE else "a number"
-        raise ValueError(f"{name} should be {what} from {low} to {high}, got {text!r}")
+        raise _Mistake(f"{name} should be {what} from {low} to {high}, got {text!r}")
     return value
 
 
 def _prompt_line(values: dict[str, Any], number: int) -> PromptLine:
     if not values.get("prompt", "").strip():
-        raise ValueError("has no prompt")
+        raise _Mistake("has no prompt")
     return PromptLine(line=number, **values)
