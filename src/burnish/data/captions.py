@@ -18,8 +18,10 @@ LARGEST_CAPTION_BYTES = 64 << 10  # no text encoder reads a tenth of this
 LARGEST_LIST_BYTES = 1 << 30
 OTHER_EXTENSIONS = (".txt", ".caption", ".captions", ".cap", ".tags")
 
-# What Windows-1252 has in its upper half besides letters and may stand in a caption.
-_TYPOGRAPHY = frozenset("€‚„…‰‹‘’“”•–—˜™›\u00a0¡£¥§©ª«®°±²³´·¹º»¼½¾¿×")
+# What Windows-1252 has in its upper half besides letters and may stand in a caption: marks beside anything,
+# symbols beside ASCII only.
+_MARKS = frozenset("‚„…‘’“”•–—‹›«»\u00a0")
+_SYMBOLS = frozenset("€‰˜™¡£¥§©ª®°±²³´·¹º»¼½¾¿×")
 
 
 class BadCaption(DataError):
@@ -114,12 +116,13 @@ def _windows_1252(data: bytes) -> str | None:
     if sum(not character.isascii() for character in text) > 0.5 * len(text):
         return None
     for at, character in enumerate(text):
-        if character.isascii() or character in _TYPOGRAPHY:
+        if character.isascii() or character in _MARKS:
             continue
-        run = text[max(0, at - 2) : at + 1]
+        before, run = text[at - 1 : at], text[max(0, at - 2) : at + 1]
+        if character in _SYMBOLS and (before.isascii() or before in _MARKS):
+            continue
         if not character.isalpha() or (len(run) == 3 and all(_accented(c) for c in run)):
             return None
-        before = text[at - 1] if at else " "
         # "ÖÐ" is half a Chinese word and "xÆ" of another; in "CRÉÉE" all letters are capitals.
         if character.isupper() and (before.islower() or (_accented(before) and not _shouting(text, at))):
             return None
