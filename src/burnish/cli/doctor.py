@@ -10,13 +10,16 @@ import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from burnish import __version__, hardware
+from burnish import __version__
 from burnish.cli.edge import guarded
 from burnish.errors import MachineError
+
+if TYPE_CHECKING:
+    from burnish import hardware
 
 # Distribution and lowest version, as pyproject.toml says; a test compares the two.
 REQUIRED = {
@@ -39,6 +42,7 @@ REQUIRED = {
     "nvidia-ml-py": "12.560",
     "jinja2": "3.1",
     "prodigyopt": "1.1.2",
+    "matplotlib": "3.9",
 }
 EXTRAS = {
     "ui": ("fastapi", "uvicorn", "nicegui", "sqlalchemy", "alembic"),
@@ -87,6 +91,8 @@ def doctor(
 
 def examine(runs: Path) -> Findings:
     """Look at everything; imports torch to ask it what it can use."""
+    from burnish import hardware
+
     gpus, gpu_trouble = hardware.gpus()
     torch, torch_trouble = _torch()
     packages = {name: _installed(name) for name in REQUIRED}
@@ -116,6 +122,8 @@ def examine(runs: Path) -> Findings:
 
 
 def _torch() -> tuple[hardware.TorchDevices | None, str]:
+    from burnish import hardware
+
     try:
         return hardware.torch_devices(), ""
     except (ImportError, OSError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -162,6 +161,8 @@ def _pace(folder: RunFolder) -> float | None:
 
 
 def _metric(folder: RunFolder, key: str) -> list[tuple[int, float]]:
+    import sqlite3
+
     try:
         return folder.metrics(key)
     except sqlite3.Error as error:

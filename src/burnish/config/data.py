@@ -101,7 +101,9 @@ class Generated(Pictures):
     """Pictures that the base model draws before training, to keep it as it was (prior preservation)."""
 
     kind: Literal["generated"]
-    role: Literal["train", "regularization"] = "regularization"
+    role: Literal["train", "regularization"] = Field(
+        "regularization", description="`regularization` keeps the model as it was; `train` teaches them."
+    )
     prompts: list[str] = Field(min_length=1, description="What to draw; used in turn.")
     count: int = Field(48, ge=1, le=100000, description="How many pictures.")
     steps: int | None = Field(

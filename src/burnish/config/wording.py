@@ -66,13 +66,13 @@ def _judged(details: ErrorDetails, values: Any, root: type[Section]) -> tuple[Ke
         if location.path == fork.path and details["type"].endswith(_WRONG_SHAPE):
             hint = _literal_hint(fork.members, value)
             return fork.path, f"should be {_either(map(_name, fork.members))}; got {shown(value)}{hint}"
-    return location.path, _text(details, location, values)
+    return location.path, _text(details, location, values, root)
 
 
-def _text(details: ErrorDetails, location: Location, values: Any) -> str:
+def _text(details: ErrorDetails, location: Location, values: Any, root: type[Section]) -> str:
     value, kind = details["input"], details["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(location, values)
+        return _unknown_key(location, values, root)
     if kind == "missing":
         return f"{MISSING} {_description(location)}"
     if kind == "value_error":
@@ -94,7 +94,7 @@ def _text(details: ErrorDetails, location: Location, values: Any) -> str:
     return f"{details['msg']}; got {shown(value)}"
 
 
-def _unknown_key(location: Location, values: Any) -> str:
+def _unknown_key(location: Location, values: Any, root: type[Section]) -> str:
     key, owner = str(location.path[-1]), location.owner
     if owner is None:
         return "no such option"
@@ -108,14 +108,7 @@ def _unknown_key(location: Location, values: Any) -> str:
             kinds = _either(str(kind_of(member)) for member in others)
             return f"no such option of kind {kind_of(owner)}{why}; {key} belongs to kind {kinds}"
     prefix = "".join("[]" if isinstance(part, int) else f".{part}" for part in location.path[:-1]).lstrip(".")
-    return unknown_key_hint(key, tuple(owner.model_fields), _root_of(location), prefix)
-
-
-def _root_of(location: Location) -> type[Section]:
-    # Imported here: the schema imports section.py, which this module's neighbours describe.
-    from burnish.config.schema import RunConfig
-
-    return RunConfig
+    return unknown_key_hint(key, tuple(owner.model_fields), root, prefix)
 
 
 def _not_a_mapping(location: Location, value: Any) -> str:
