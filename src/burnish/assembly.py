@@ -16,6 +16,7 @@ from burnish.config.schema import RunConfig
 from burnish.config.train import LogitNormalTimesteps, Objective, SigmoidTimesteps, UniformTimesteps
 from burnish.data.batch import Batch
 from burnish.events import Events
+from burnish.export.formats import resolve_format
 from burnish.export.metadata import Provenance, adapter_metadata
 from burnish.family import Family, ResolutionShift
 from burnish.generate import attach_adapter
@@ -64,21 +65,17 @@ def assemble(
         resolved: the config as YAML text, kept in every adapter.
 
     Raises:
-        AdapterError: targets that match nothing.
+        AdapterError: targets that match nothing, or that the export format cannot hold.
         MissingPackage: the optimizer needs one.
     """
     helpers = []
     if config.model.training_adapter is not None:
-        helpers = [attach_adapter(family, config.model.training_adapter)]
-    adapters = {
-        part: AdapterSet.attach(
-            denoiser,
-            choose_modules(denoiser, family.targets, family.default_targets, config.method),
-            dropout=config.method.dropout,
-            seed=config.seed,
-        )
-        for part, denoiser in family.denoisers.items()
-    }
+        helpers = [attach_adapter(family, config.model.training_adapter, events.warned)]
+    adapters = {}
+    for part, denoiser in family.denoisers.items():
+        choices = choose_modules(denoiser, family.targets, family.default_targets, config.method)
+        resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
+        adapters[part] = AdapterSet.attach(denoiser, choices, dropout=config.method.dropout, seed=config.seed)
     if config.memory.checkpointing:
         checkpoint_blocks(family.blocks())
     training = build_training(config, family, adapters, prepared, device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from burnish.family import Family
 from burnish.model import DTYPES, choose_device, choose_model
 from burnish.sampling.outputs import next_number, write_picture
 from burnish.sampling.sampler import PictureRequest, decode_pictures, draw_latents, encode_requests
+
+_log = logging.getLogger(__name__)
 
 
 def draw_pictures_with(
@@ -42,7 +45,7 @@ def draw_pictures_with(
         family.release("text_encoders")
         family = chosen.load("denoiser", dtype=dtype, device=where)
         for path, strength in adapters:
-            attach_adapter(family, path).multiplier = strength
+            attach_adapter(family, path, _log.warning).multiplier = strength
         latents: list[torch.Tensor] = []
         for first in range(0, len(encoded), batch_size):
             progress(first, len(encoded))
@@ -53,8 +56,8 @@ def draw_pictures_with(
     return pictures
 
 
-def attach_adapter(family: Family, path: Path) -> AdapterSet:
-    """Attach a saved adapter, frozen, to the family's one denoiser.
+def attach_adapter(family: Family, path: Path, note: Callable[[str], None]) -> AdapterSet:
+    """Attach a saved adapter, frozen, to the family's one denoiser; `note` hears what had to be assumed.
 
     Raises:
         AdapterError: the file does not fit.
@@ -65,6 +68,8 @@ def attach_adapter(family: Family, path: Path) -> AdapterSet:
         )
     ((part, denoiser),) = family.denoisers.items()
     file = read_adapter(path, adaptable_modules(denoiser), part=part, keys=family.export)
+    for line in file.notes:
+        note(f"{path.name}: {line}")
     return AdapterSet.from_weights(denoiser, file.weights)
 
 

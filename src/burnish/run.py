@@ -204,12 +204,10 @@ def newest_checkpoint(assembled: Assembled, events: Events) -> Loaded | None:
     store = assembled.save.store
     for line in store.sweep():
         events.warned(line)
-    found = store.newest()
-    if found is None:
-        return None
-    for reason in found.passed_over:
+    loaded = store.load_newest()
+    for reason in loaded.passed_over if loaded is not None else ():
         events.warned(f"passed over: {reason}")
-    return store.load(found.path)
+    return loaded
 
 
 def checkpoint_bytes(assembled: Assembled) -> int:

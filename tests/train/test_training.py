@@ -78,7 +78,7 @@ def test_one_picture_at_one_noise_is_overfitted(
         "train.steps": 120,
         "train.batch_size": 1,
         "train.optimizer.learning_rate": 2e-2,
-        "method": {"rank": 16, "targets": "all"},
+        "method": {"rank": 8, "targets": "all"},
         "data.0.flip": False,
         "data.0.captions": {},
     }

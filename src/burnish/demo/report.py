@@ -66,18 +66,18 @@ def before_and_after(drawn: Drawn, figures: Figures) -> Image.Image:
     """Four bands: the test prompt before and after, ordinary prompts before and after."""
     bands = [
         (
-            f"Before: \u201c{TEST_PROMPT}\u201d \u2013 {round(figures.before * figures.seeds)} of {figures.seeds} "
+            f"Before: \u201c{TEST_PROMPT}\u201d: {round(figures.before * figures.seeds)} of {figures.seeds} "
             "show the robot",
             drawn.robots_before,
         ),
         (
-            f"After: the same prompt and seeds with the adapter \u2013 {round(figures.after * figures.seeds)} "
+            f"After: the same prompt and seeds with the adapter: {round(figures.after * figures.seeds)} "
             f"of {figures.seeds}",
             drawn.robots_after,
         ),
         ("Before: prompts without a robot", drawn.ordinary_before[:COLUMNS]),
         (
-            f"After: the same with the adapter \u2013 {round(figures.ordinary * len(drawn.ordinary_after))} of "
+            f"After: the same with the adapter: {round(figures.ordinary * len(drawn.ordinary_after))} of "
             f"{len(drawn.ordinary_after)} turned into a robot",
             drawn.ordinary_after[:COLUMNS],
         ),
