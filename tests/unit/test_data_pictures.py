@@ -25,7 +25,7 @@ from corpus import (
     saved,
     scene,
 )
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from burnish.data.buckets import fit
 from burnish.data.decoder_warnings import collected_warnings
@@ -68,6 +68,22 @@ def test_exif_orientation_is_applied(orientation: int):
     assert decoded.picture.size == expected.size
     np.testing.assert_array_equal(values(decoded.picture), values(expected))
     assert bool(decoded.fixes) == (orientation > 1)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_exif_of_other_formats_is_applied_too(format: str):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    decoded = decode(saved(scene(3), format, exif=exif, lossless=True))
+    assert decoded.fixes == ("turned upright (EXIF orientation 6)",)
+    np.testing.assert_array_equal(values(decoded.picture), values(scene(3).rotate(-90, expand=True)))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_is_read_where_pillow_reads_it(tmp_path: Path):
+    decoded = decode(saved(scene(3), "AVIF", quality=100))
+    assert decoded.format == "AVIF"
+    np.testing.assert_allclose(values(decoded.picture), values(scene(3)), atol=8)
 
 
 @pytest.mark.parametrize("background", ["#ffffff", "#204060"])
@@ -175,7 +191,7 @@ def test_a_profile_that_does_not_fit_is_ignored_and_noted(profile: bytes):
 
 def test_every_cut_of_a_file_is_refused_or_whole():
     """Truncation anywhere: never a half-grey picture, never another exception."""
-    for data in (jpeg(2), saved(scene(2), "PNG"), saved(scene(2), "WEBP")):
+    for data in (jpeg(2), jpeg(2, progressive=True), saved(scene(2), "PNG"), saved(scene(2), "WEBP")):
         whole = values(decode(data).picture)
         for at in np.linspace(0, len(data) - 3, 60).astype(int):
             with pytest.raises(BadPicture, match=r".+"):

@@ -16,6 +16,7 @@ Encoding = Literal["auto", "utf-8"]
 
 LARGEST_CAPTION_BYTES = 64 << 10  # no text encoder reads a tenth of this
 LARGEST_LIST_BYTES = 1 << 30
+PROBLEMS_SHOWN = 20
 OTHER_EXTENSIONS = (".txt", ".caption", ".captions", ".cap", ".tags")
 
 # What Windows-1252 has in its upper half besides letters and may stand in a caption: marks beside anything,
@@ -167,6 +168,8 @@ def read_caption_list(path: Path, encoding: Encoding = "auto") -> Mapping[str, C
             problems.append(f"{path}:{number}  {name!r} is already on line {line_of[name]}")
         found[name], line_of[name] = Caption(caption, notes), number
     if problems:
+        if len(problems) > PROBLEMS_SHOWN:
+            problems = [*problems[:PROBLEMS_SHOWN], f"and {len(problems) - PROBLEMS_SHOWN} more lines"]
         raise BadCaption(
             "\n".join(problems), remedy='Each line must read {"file": "a.png", "caption": "a cat"}.'
         )

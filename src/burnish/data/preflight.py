@@ -20,7 +20,7 @@ from burnish.data.captions import (
     read_caption,
     read_caption_list,
 )
-from burnish.data.folder import Listing, Outcome, list_folder
+from burnish.data.folder import Listing, Outcome, list_folder, printable
 from burnish.data.pictures import BadPicture
 from burnish.data.probe import Facts, Probe, Progress, probe_all
 from burnish.data.report import DataReport, Reduced, SourceReport, listed
@@ -121,7 +121,7 @@ class _Source:
         progress: Progress | None,
     ) -> list[Sample]:
         config = self.config
-        found = SourceReport(str(config.path), config.role)
+        found = SourceReport(printable(str(config.path)), config.role)
         report.sources.append(found)
         listing = list_folder(config.path, recursive=config.recursive, ignore=ignore)
         found.found = len(listing.pictures) + len(listing.skipped)

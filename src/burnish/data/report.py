@@ -42,7 +42,7 @@ class SourceReport:
 
     def skips_allowed(self, fraction: float) -> int:
         """One may always be skipped, unless none may."""
-        return max(1, int(fraction * self.found)) if fraction > 0 else 0
+        return max(1, int(fraction * self.found + 1e-9)) if fraction > 0 else 0
 
 
 @dataclass(slots=True)
@@ -121,7 +121,10 @@ class DataReport:
 
 def listed(outcomes: Sequence[Outcome]) -> str:
     """One line per file for a message, the first few of many."""
-    lines = [f"  {o.file!r}: {o.reason}" + (f". {o.remedy}" if o.remedy else "") for o in outcomes[:SHOWN]]
+    lines = []
+    for outcome in outcomes[:SHOWN]:
+        where = f"{outcome.file!r}: " if outcome.file else ""
+        lines.append(f"  {where}{outcome.reason}" + (f". {outcome.remedy}" if outcome.remedy else ""))
     if len(outcomes) > SHOWN:
         lines.append(f"  and {len(outcomes) - SHOWN} more")
     return "\n".join(lines)
