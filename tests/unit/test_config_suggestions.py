@@ -60,6 +60,13 @@ def test_every_key_in_a_wrong_section_is_sent_to_its_own() -> None:
     assert checked > 60
 
 
+def test_a_slip_in_this_section_is_likelier_than_a_wrong_section() -> None:
+    """`prompt` is an option of a single prompt too, but in `sample` it is `prompts` without its last letter."""
+    place = next(place for place in PLACES if place.prefix == "sample.")
+    hint = unknown_key_hint("prompt", tuple(place.section.model_fields), RunConfig, "sample")
+    assert hint == "no such option; did you mean prompts?"
+
+
 @pytest.mark.parametrize(
     ("word", "choices", "expected"),
     [

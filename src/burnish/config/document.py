@@ -209,6 +209,7 @@ class _Builder:
         if wrong:
             self._report(node, path, wrong)
             return None
+        # ruamel's tag is `str` for `!!str 3`, and for the few numbers it does not know (`.5e3`), which pydantic reads.
         is_text = node.style is not None or (
             node.tag == _TAG_PREFIX + "str" and plain_value(node.value) != node.value
         )

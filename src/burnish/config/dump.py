@@ -6,28 +6,13 @@ import io
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.nodes import ScalarNode
-from ruamel.yaml.representer import SafeRepresenter
 
-from burnish.config.document import plain_value
 from burnish.config.schema import RunConfig
-
-
-class _Representer(SafeRepresenter):
-    """Quotes every text that would be read as something else."""
-
-    def represent_str(self, data: str) -> ScalarNode:
-        style = '"' if plain_value(data) is not data or data != data.strip() else None
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-
-_Representer.add_representer(str, _Representer.represent_str)
 
 
 def to_yaml(config: RunConfig) -> str:
     """Every option with its value, defaults included; reading it again gives an equal config."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.allow_unicode = True
