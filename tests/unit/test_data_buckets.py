@@ -69,13 +69,13 @@ def test_equal_buckets_of_two_resolutions_are_there_once():
 
 
 def test_a_mirrored_picture_says_where_its_cut_begins():
-    placed = fit(512, 700, 512, 64, 1.0)
+    placed = fit(512, 701, 512, 64, 1.0)
     assert placed is not None
-    assert placed.resized == (512, 700)
+    assert placed.resized == (512, 701)
     assert placed.left == 94
     plain, mirrored = placed.describe(flipped=False), placed.describe(flipped=True)
-    assert plain.original == mirrored.original == (512, 700)
+    assert plain.original == mirrored.original == (512, 701)
     assert plain.target == (512, 512)
     assert plain.crop == (0, 94)
-    assert mirrored.crop == (0, 700 - 512 - 94)
-    assert placed.cut_share == pytest.approx(1 - 512 / 700)
+    assert mirrored.crop == (0, 701 - 512 - 94)
+    assert placed.cut_share == pytest.approx(1 - 512 / 701)

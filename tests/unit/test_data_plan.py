@@ -75,6 +75,8 @@ def test_seed_epoch_and_position_all_matter():
 
     assert ids(plan, 0) != ids(plan, 1)
     assert ids(plan, 0) != ids(other, 0)
+    together = [{frozenset(d.id for d in plan.draws(e * count + at)) for at in range(count)} for e in (0, 1)]
+    assert together[0] != together[1]  # not the same batches in another order
     draws: list[Draw] = [d for at in range(60 * count) for d in plan.draws(at)]
     assert sum(d.flip for d in draws) / len(draws) == pytest.approx(0.5, abs=0.05)
     assert sum(not d.caption for d in draws) / len(draws) == pytest.approx(0.2, abs=0.05)

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 import torch
@@ -167,11 +168,13 @@ def _from_workers(
         while True:
             try:
                 item = next(stream)
-            except RuntimeError as error:
-                if "worker" not in str(error):
+            except (RuntimeError, EOFError, ConnectionError) as error:
+                # A dead process shows as torch's own message, or as an end of the pipe that tensors come by.
+                if isinstance(error, RuntimeError) and "worker" not in str(error):
                     raise
+                said = str(error).partition("\n")[0] or "it closed its end of the pipe"
                 raise MachineError(
-                    f"a loader process died: {str(error).splitlines()[0]}",
+                    f"a loader process died: {said}",
                     remedy="Memory may have run out; lower train.loader_workers, or set it to 0.",
                 ) from error
             yield item
@@ -195,6 +198,7 @@ def _signals_held_back() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # starting it would let the signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
