@@ -133,12 +133,21 @@ def take(run: Training) -> Generator[Batch, None, None]:
 
 def micro_step(run: Training, batch: Batch) -> Judged:
     """Forward and backward of one micro-batch; gradients add up in the parameters."""
-    # Dropout inside adapters draws from torch's own generator: seeding it here makes it a function of the position.
-    torch.manual_seed(stable_seed(run.seed, "dropout", batch.position))
+    seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
     loss_B, t_B = run.objective.losses(run.family, batch, run.seed)
     scaled = run.scaler.scale((loss_B * batch.weight_B).mean() / run.accumulate)
     torch.autograd.backward(scaled)
     return Judged(batch, loss_B.detach(), t_B)
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Make what dropout draws a function of the position: it takes from the device's own generator.
+
+    Not `torch.manual_seed`: that also prepares every other device, which took a millisecond per micro-step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def report(run: Training, loss: float, grad_norm: float, seconds: float) -> StepReport:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,14 @@ def picture_folder(folder: Path, count: int = 6, size: int = 64) -> Path:
         (folder / f"{number}.txt").write_text(
             f"a sks {SUBJECTS[number % len(SUBJECTS)]}, high quality, soft light"
         )
+    return folder
+
+
+def short_prompts(pipeline: Path, folder: Path, tokens: int = 16) -> Path:
+    """A copy of a FLUX pipeline that pads captions to `tokens` rather than 512: the same code, in less time."""
+    shutil.copytree(pipeline, folder)
+    path = folder / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": tokens}))
     return folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from kill_often import config_for
-from runs import digest, last_checkpoint, picture_folder
+from runs import digest, last_checkpoint, picture_folder, short_prompts
 
 from burnish.events import Listener
 from burnish.run import train_run
@@ -20,11 +20,12 @@ KILLS = 40
 @pytest.mark.slow
 def test_forty_kills_while_saving(tiny_flux: Path, tmp_path: Path) -> None:
     pictures = picture_folder(tmp_path / "pictures")
-    train_run(config_for(tiny_flux, pictures, tmp_path / "straight"), progress=Listener())
+    model = short_prompts(tiny_flux, tmp_path / "model")
+    train_run(config_for(model, pictures, tmp_path / "straight"), progress=Listener())
     expected = digest(last_checkpoint(tmp_path / "straight"))
 
     script = Path(__file__).with_name("kill_often.py")
-    arguments = [str(tiny_flux), str(pictures), str(tmp_path / "killed"), str(KILLS), "3"]
+    arguments = [str(model), str(pictures), str(tmp_path / "killed"), str(KILLS), "3"]
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,

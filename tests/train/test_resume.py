@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import last_checkpoint, picture_folder, run_config
+from runs import last_checkpoint, picture_folder, run_config, short_prompts
 
 from burnish.data.batch import Batch
 from burnish.errors import Interrupted
@@ -68,11 +68,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return picture_folder(tmp_path_factory.mktemp("pictures") / "six")
 
 
+@pytest.fixture(scope="module")
+def model(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return short_prompts(tiny_flux, tmp_path_factory.mktemp("model") / "flux")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ema", [False, True], ids=["plain", "ema"])
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 def test_an_interrupted_run_ends_in_the_same_bits(
-    tiny_flux: Path,
+    model: Path,
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -80,7 +85,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     ema: bool,
 ) -> None:
     watch = Watch(monkeypatch)
-    train_run(config_for(tiny_flux, pictures, tmp_path / "straight", optimizer, ema, 0), progress=Listener())
+    train_run(config_for(model, pictures, tmp_path / "straight", optimizer, ema, 0), progress=Listener())
     expected, expected_order = last_checkpoint(tmp_path / "straight"), list(watch.seen)
     assert len(expected_order) == STEPS * ACCUMULATE
 
@@ -93,7 +98,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     for workers in (0, 2):
         for label, position in moments.items():
             output = tmp_path / f"{workers}-{position}"
-            config = config_for(tiny_flux, pictures, output, optimizer, ema, workers)
+            config = config_for(model, pictures, output, optimizer, ema, workers)
             watch.seen.clear()
             watch.kill_within = position
             with pytest.raises(Interrupted) as stopped:

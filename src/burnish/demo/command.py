@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def run_demo(output: Path, progress: Listener) -> DemoResult:
     from burnish.demo.report import write_report
     from burnish.run import train_run
 
-    config = load_config(ASSETS / "demo.yaml", overrides=[f"save.folder={output}"]).config
+    config = load_config(ASSETS / "demo.yaml", overrides=[f"save.folder={json.dumps(str(output))}"]).config
     if (output / config.name / "status.json").exists():
         shutil.rmtree(output / config.name)
     result = train_run(config, progress=progress)
