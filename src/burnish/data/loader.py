@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, Entry, Kind, RamCache
@@ -164,6 +166,7 @@ def _from_workers(
     )
     with _signals_held_back():
         stream = iter(loader)
+    assert isinstance(stream, _MultiProcessingDataLoaderIter)
     try:
         while True:
             try:
@@ -179,7 +182,8 @@ def _from_workers(
                 ) from error
             yield item
     finally:
-        del stream  # ends the processes
+        # Not left to `del`: a traceback that is still held would keep the processes alive.
+        stream._shutdown_workers()
 
 
 def _as_it_is(item: T) -> T:
@@ -194,16 +198,23 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Processes started inside never see SIGINT or SIGTERM, not even before they get to ignore them."""
+    """Processes started inside never see SIGINT or SIGTERM, not even before they get to ignore them.
+
+    torch's loader also sets a SIGCHLD handler that raises wherever the main thread happens to be, in the middle
+    of an optimizer step too. It is taken off again: `next` notices a dead worker within seconds by itself.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     resource_tracker.ensure_running()  # starting it would let the signals through again
+    on_child = signal.getsignal(signal.SIGCHLD)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if threading.current_thread() is threading.main_thread() and on_child is not None:
+            signal.signal(signal.SIGCHLD, on_child)
 
 
 def _cpus() -> int:
