@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from burnish.checkpoint.atomic import atomic_write_text
+from burnish.atomic import atomic_write_text
 from burnish.config.data import Captions, Folder, Generated
 from burnish.config.schema import Model
 from burnish.generate import draw_pictures_with

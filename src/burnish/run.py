@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from burnish.assembly import Assembled, assemble
-from burnish.checkpoint.atomic import atomic_write_text
+from burnish.atomic import atomic_write_text
 from burnish.checkpoint.space import check_space
 from burnish.checkpoint.store import Loaded
 from burnish.config.load import load_config, to_yaml

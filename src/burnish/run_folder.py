@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import psutil
 
-from burnish.checkpoint.atomic import atomic_write_text
+from burnish.atomic import atomic_write_text
 from burnish.events import Listener, RunResult, StepReport
 
 State = Literal["preparing", "running", "done", "stopped", "failed"]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from burnish.checkpoint.atomic import Json, publish_folder
+from burnish.atomic import Json, publish_folder
 from burnish.checkpoint.store import CheckpointStore, Loaded
 from burnish.config.train import AdamW
 from burnish.optim.build import build_optimizer

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from burnish.checkpoint.atomic import atomic_write_bytes, free_bytes
+from burnish.atomic import atomic_write_bytes, free_bytes
 from burnish.checkpoint.space import check_space, nap, wait_for_space
 from burnish.checkpoint.store import CheckpointStore
 from burnish.errors import DiskFull

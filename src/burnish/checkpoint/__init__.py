@@ -1,4 +1,1 @@
-"""Checkpoints that survive a crash: atomic files and folders, verification, retention, space.
-
-Nothing is imported here: `burnish.checkpoint.atomic` must stay usable without torch.
-"""
+"""Checkpoints that survive a crash: verification, retention, space."""

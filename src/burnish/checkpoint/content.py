@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from burnish.checkpoint.atomic import Json
+from burnish.atomic import Json
 from burnish.checkpoint.tensor_file import file_size
 from burnish.errors import CheckpointError, NonFiniteLoss
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from burnish.checkpoint.atomic import (
+from burnish.atomic import (
     cannot_write,
     free_bytes,
     fsync_folder,

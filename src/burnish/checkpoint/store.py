@@ -26,8 +26,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from burnish.checkpoint import atomic
-from burnish.checkpoint.atomic import Json
+from burnish import atomic
+from burnish.atomic import Json
 from burnish.checkpoint.content import named_files, refuse_non_finite, required_bytes, state_bytes
 from burnish.checkpoint.manifest import (
     MANIFEST,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from burnish.checkpoint.atomic import write_all
+from burnish.atomic import write_all
 from burnish.errors import CheckpointError
 
 _CHUNK = 16 * 2**20

@@ -21,8 +21,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from burnish.atomic import atomic_write_bytes, cannot_write, sweep
 from burnish.data import pictures
-from burnish.data.atomic import sweep_scratch, write_whole
 from burnish.data.samples import Sample
 
 ENCODING_VERSION = 1  # raise it when the same pixels or words would be encoded or stored differently
@@ -118,8 +118,8 @@ class DiskCache:
         self._recent: OrderedDict[tuple[Kind, str], Entry] = OrderedDict()
         self._recent_bytes = 0
         if not (folder / "CACHEDIR.TAG").exists():
-            write_whole(folder / "CACHEDIR.TAG", _TAG, scratch=self._scratch)
-        sweep_scratch(self._scratch)
+            write_entry(folder / "CACHEDIR.TAG", _TAG, scratch=self._scratch)
+        sweep(self._scratch)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_recent": OrderedDict(), "_recent_bytes": 0, "repaired": 0}
@@ -147,7 +147,7 @@ class DiskCache:
         """Raises:
         DiskFull: no space, or the folder cannot be written.
         """
-        write_whole(self.path(kind, key), pack(entry, key), scratch=self._scratch)
+        write_entry(self.path(kind, key), pack(entry, key), scratch=self._scratch)
 
     def path(self, kind: Kind, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
@@ -162,6 +162,20 @@ class DiskCache:
         while self._recent_bytes > self._limit:
             _, dropped = self._recent.popitem(last=False)
             self._recent_bytes -= _size(dropped)
+
+
+def write_entry(path: Path, data: bytes, *, scratch: Path) -> None:
+    """Write a file of the cache whole or not at all, and the folders on the way to it.
+
+    Raises:
+        DiskFull: no space, or the folder cannot be written.
+    """
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(error, path, needed=len(data)) from error
+    atomic_write_bytes(path, data, scratch=scratch)
 
 
 def pack(entry: Entry, key: str) -> bytes:

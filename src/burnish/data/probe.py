@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import __version__ as pillow_version
 
-from burnish.data.atomic import write_whole
+from burnish.data.cache import write_entry
 from burnish.data.pictures import (
     CODE_VERSION,
     BadPicture,
@@ -97,7 +97,7 @@ class Probe:
         if self.folder is None:
             return
         text = json.dumps(asdict(found))
-        write_whole(self._entry(self.folder, sha256), text.encode(), scratch=self.folder / "scratch")
+        write_entry(self._entry(self.folder, sha256), text.encode(), scratch=self.folder / "scratch")
 
 
 def probe_all(

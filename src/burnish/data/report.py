@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from burnish.data.atomic import write_whole
+from burnish.atomic import atomic_write_text
 from burnish.data.folder import Outcome
 from burnish.data.samples import Sample, all_captions
 
@@ -116,7 +116,7 @@ class DataReport:
             DiskFull: it cannot be written.
         """
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
-        write_whole(path, text.encode(), scratch=path.parent)
+        atomic_write_text(path, text)
 
 
 def listed(outcomes: Sequence[Outcome]) -> str:

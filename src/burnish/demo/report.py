@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
-from burnish.checkpoint.atomic import atomic_write_text
+from burnish.atomic import atomic_write_text
 from burnish.demo.robot import ORDINARY_PROMPTS, TEST_PROMPT
 from burnish.run_folder import RunFolder
 

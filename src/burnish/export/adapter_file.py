@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from burnish.adapters.lora import LoraWeights
-from burnish.checkpoint.atomic import atomic_write_bytes
+from burnish.atomic import atomic_write_bytes
 from burnish.errors import AdapterError, NonFiniteLoss
 from burnish.export.formats import key_prefix, resolve_format, to_tensors
 from burnish.export.metadata import file_hashes

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from burnish.atomic import atomic_write_text
+from burnish.errors import DiskFull
 from burnish.families.sources import user_cache_folder
 
 _CHUNK = 1 << 22
@@ -34,7 +35,7 @@ def fingerprint(files: Sequence[Path]) -> str:
         total.update(bytes.fromhex(known))
     if learned:
         # A cache folder that cannot be written costs time on the next run, nothing else.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, DiskFull):
             _remember(memory_file, learned)
     return total.hexdigest()
 
@@ -65,6 +66,4 @@ def _remembered(memory_file: Path) -> dict[str, str]:
 def _remember(memory_file: Path, learned: dict[str, str]) -> None:
     memory_file.parent.mkdir(parents=True, exist_ok=True)
     memory = {**_remembered(memory_file), **learned}
-    temporary = memory_file.with_name(f".{memory_file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(memory, indent=0), encoding="utf-8")
-    temporary.replace(memory_file)
+    atomic_write_text(memory_file, json.dumps(memory, indent=0))

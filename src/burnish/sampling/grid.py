@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from burnish.checkpoint.atomic import atomic_write_bytes
+from burnish.atomic import atomic_write_bytes
 
 BACKGROUND, INK, EMPTY = "#fbfaf8", "#23211f", "#ece9e4"
 SMALLEST_CELL, LARGEST_CELL = 96, 384  # pixels; smaller pictures are enlarged, larger ones reduced

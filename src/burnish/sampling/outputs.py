@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from burnish import __version__
-from burnish.checkpoint.atomic import atomic_write_bytes, atomic_write_text
+from burnish.atomic import atomic_write_bytes, atomic_write_text
 from burnish.sampling.sampler import WARNING, PictureRequest
 
 _NUMBERED = re.compile(r"(\d+)\.(png|txt|json)")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from burnish.checkpoint.atomic import (
+from burnish.atomic import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
@@ -153,5 +153,5 @@ def test_a_failed_write_says_why_and_how_much(number: int, reason: str, tmp_path
 
 
 def test_torch_is_not_imported_for_a_status_file() -> None:
-    code = "import sys, burnish.checkpoint.atomic; sys.exit('torch' in sys.modules)"
+    code = "import sys, burnish.atomic; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
