@@ -267,7 +267,18 @@ class Family(Protocol):
         """Drop a part so that its memory can be used."""
         ...
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning: ...
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """What the denoiser is told about captions; text beyond `prompt_limit` tokens is cut off."""
+        ...
+
+    @property
+    def prompt_limit(self) -> int:
+        """Tokens of a prompt that are read, special ones included."""
+        ...
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, special ones included, as if nothing were cut off; needs the text encoders."""
+        ...
 
     def describe_pictures(self, pictures: Sequence[PictureInfo]) -> Conditioning:
         """Conditioning that depends on the picture rather than the caption; empty for most families."""

@@ -115,7 +115,8 @@ def prepare(
         else source
         for index, source in enumerate(config.data)
     ]
-    samples = check_data(config, sources, family, folder, events).samples
+    checked = check_data(config, sources, family, folder, events)
+    samples = checked.samples
     held: Sequence[Sample] = ()
     trained: Sequence[Sample] = samples
     if config.train.validation is not None:
@@ -125,7 +126,7 @@ def prepare(
     if config.memory.cache == "disk":
         cache = DiskCache(config.memory.cache_folder or user_cache_folder())
     keys = CacheKeys(family.identity("vae"), family.identity("text_encoders"), dtype)
-    requests = encode(config, model, samples, cache, keys, device, dtype, events)
+    requests = encode(config, model, checked, folder, cache, keys, device, dtype, events)
     return Prepared(
         model=model,
         family=family,
@@ -156,7 +157,8 @@ def draw_source(
 def encode(
     config: RunConfig,
     model: ChosenModel,
-    samples: Sequence[Sample],
+    checked: PreparedData,
+    folder: RunFolder,
     cache: Cache,
     keys: CacheKeys,
     device: torch.device,
@@ -164,11 +166,13 @@ def encode(
     events: Listener,
 ) -> list[EncodedRequest]:
     """Fill the cache and encode the sample prompts; a part that nothing asks for is not loaded."""
+    samples = checked.samples
     captions = all_captions(samples, config.seed)
     requests: list[EncodedRequest] = []
     if config.sample.prompts or any(cache.get("captions", keys.caption(text)) is None for text in captions):
         events.phase("loading the text encoders", 0, 0)
         encoder = model.load("text_encoders", dtype=dtype, device=device)
+        note_long_captions(checked, config.seed, encoder, folder, events)
         counts = encode_captions(
             captions, encoder, cache, keys, progress=partial(events.phase, "encoding captions")
         )
@@ -189,6 +193,16 @@ def encode(
         say_repaired(counts, "latents", events.warned)
         encoder.release("vae")
     return requests
+
+
+def note_long_captions(
+    checked: PreparedData, seed: int, family: Family, folder: RunFolder, events: Listener
+) -> None:
+    """Say which captions the text encoder cuts off, and add it to data_report.json."""
+    report = checked.report
+    if report.count_tokens(checked.samples, seed, family.count_tokens, family.prompt_limit):
+        events.warned(report.warnings[-1])
+    report.write(folder.data_report)
 
 
 def latent_keys(sample: Sample, keys: CacheKeys) -> list[str]:

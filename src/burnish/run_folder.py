@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import psutil
 
-from burnish.atomic import atomic_write_text
+from burnish.atomic import atomic_write_text, sweep
 from burnish.events import Listener, RunResult, StepReport
 
 State = Literal["preparing", "running", "done", "stopped", "failed"]
@@ -160,6 +160,8 @@ class Recorder(Listener):
 
     def __init__(self, folder: RunFolder, steps: int) -> None:
         folder.make()
+        for place in (folder.path, folder.adapters, folder.samples):
+            sweep(place)  # what a killed process was writing
         self._folder = folder
         self._metrics = Metrics(folder.metrics_file)
         self._rows: list[tuple[int, str, float]] = []

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from burnish.errors import ModelError
 from burnish.families.sources import read_json, weight_files
@@ -86,6 +92,11 @@ def tokenizer_in(folder: Path) -> CLIPTokenizer:
     if not folder.is_dir():
         raise ModelError(f"The model lacks {folder}.", remedy="Fetch the model again.")
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Tokens of a prompt with its begin and end, uncut."""
+    return len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

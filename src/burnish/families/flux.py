@@ -216,6 +216,16 @@ class Flux:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    @property
+    def prompt_limit(self) -> int:
+        return self.prompt_tokens
+
+    def count_tokens(self, prompt: str) -> int:
+        """Of T5, which reads the whole caption; CLIP's pooled embedding is of its beginning in any case."""
+        if self._text_encoders is None:
+            raise RuntimeError("the part 'text_encoders' is not loaded")
+        return clip.count_tokens(self._text_encoders.t5_tokenizer, prompt)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """CLIP reads the first 75 tokens of a caption, T5 the first `prompt_tokens` - 1."""

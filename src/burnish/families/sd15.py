@@ -140,6 +140,13 @@ class StableDiffusion15:
     def release(self, part: Part) -> None:
         self._parts.release(part)
 
+    @property
+    def prompt_limit(self) -> int:
+        return clip.TOKENS
+
+    def count_tokens(self, prompt: str) -> int:
+        return clip.count_tokens(self._parts.loaded_text_encoders()[0][0], prompt)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Captions beyond 75 tokens are cut."""
