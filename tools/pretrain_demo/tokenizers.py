@@ -19,7 +19,7 @@ CLIP_LENGTH: Final = 32
 T5_LENGTH: Final = 32
 """Prompt tokens in training; call the pipeline with `max_sequence_length=32`."""
 
-_LONGEST_CLIP, _LONGEST_T5 = 77, 512  # what the pipeline pads to unless told otherwise
+_LONGEST_CLIP = 77  # what the pipeline pads to
 _CORPUS_SCENES: Final = 6000
 _WORD_START: Final = "\u2581"
 _SMALL_WORDS: Final = frozenset(("a", "an", "on", "from", "with", "dots", "stripes", "background"))
@@ -50,7 +50,7 @@ def train_tokenizers() -> tuple[CLIPTokenizer, T5TokenizerFast]:
     clip = CLIPTokenizer(
         vocab=vocabulary, merges=merges, pad_token="<|endoftext|>", model_max_length=_LONGEST_CLIP
     )
-    return clip, T5TokenizerFast(vocab=_t5_vocabulary(corpus), model_max_length=_LONGEST_T5)
+    return clip, T5TokenizerFast(vocab=_t5_vocabulary(corpus), model_max_length=T5_LENGTH)
 
 
 def tokenize(clip: CLIPTokenizer, t5: T5TokenizerFast, prompts: list[str]) -> TokenIds:

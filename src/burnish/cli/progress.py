@@ -56,8 +56,7 @@ def step_facts(report: StepReport) -> str:
 
 
 def saved_line(step: int, adapter: Path, facts: Mapping[str, object]) -> str:
-    figures = ", ".join(f"{key} {figure(value)}" for key, value in facts.items())
-    return f"step {step}: saved and verified {adapter}" + (f" ({figures})" if figures else "")
+    return f"step {step}: saved and verified {adapter}" + (f" ({facts_text(facts)})" if facts else "")
 
 
 def validated_line(step: int, loss: float, is_best: bool) -> str:
@@ -77,8 +76,12 @@ def result_lines(result: RunResult) -> list[str]:
     return lines
 
 
-def figure(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def facts_text(facts: Mapping[str, object]) -> str:
+    """What a verification measured, such as `keys 88, modules 44, max relative difference 1.2e-15`."""
+    return ", ".join(
+        f"{key.replace('_', ' ')} {f'{value:.3g}' if isinstance(value, float) else value}"
+        for key, value in facts.items()
+    )
 
 
 class TerminalProgress(Listener):

@@ -134,7 +134,7 @@ def inspected(path: Path, verify: bool = False) -> Inspection:
         best_loss=status.best_loss,
         adapters=_adapters(folder, status),
         checkpoints=_checkpoints(folder, verify),
-        samples=len(list(folder.samples.rglob("*.png"))),
+        samples=sum(path.name != "grid.png" for path in folder.samples.rglob("*.png")),
         data=_data_counts(folder),
     )
 
@@ -254,11 +254,11 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _verified(adapter: AdapterFile) -> str:
-    from burnish.cli.progress import figure
+    from burnish.cli.progress import facts_text
 
     if adapter.verification is None:
         return "no verification noted"
-    facts = ", ".join(f"{key} {figure(value)}" for key, value in adapter.verification.items())
+    facts = facts_text(adapter.verification)
     return f"verified ({facts})" if facts else "verified"
 
 

@@ -30,7 +30,15 @@ from burnish.families.flux_layout import (
     refuse_scaled,
     transformer_config,
 )
-from burnish.families.sources import locate, locate_parts, read_header, read_json, weight_files
+from burnish.families.sources import (
+    files_behind,
+    locate,
+    locate_parts,
+    read_header,
+    read_json,
+    separate_file,
+    weight_files,
+)
 from burnish.families.weights import Layout, below, layout_of, load_module
 from burnish.family import ModelSource, Part
 
@@ -155,7 +163,7 @@ class FluxSource:
     def load_vae(self, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
         if self.source.vae is None and self.path.is_dir():
             return autoencoder.load_from_folder(self.path / "vae", dtype=dtype, device=device)
-        whole = self.single_file if self.source.vae is None else layout_of([_separate_file(self.source.vae)])
+        whole = self.single_file if self.source.vae is None else layout_of([separate_file(self.source.vae)])
         inside = [below(whole, prefix) for prefix in _VAE_PREFIXES if below(whole, prefix)]
         if self.source.vae is None and not inside:
             raise ModelError(
@@ -190,7 +198,7 @@ class FluxSource:
     def _text_layouts(self) -> tuple[Layout, Layout]:
         """CLIP and T5, told apart by their names, from the separate files or from within the single one."""
         named = self.source.text_encoders
-        layouts = [layout_of([_separate_file(file)]) for file in named] or [self.single_file]
+        layouts = [layout_of([separate_file(file)]) for file in named] or [self.single_file]
         clip_layout: Layout | None = None
         t5_layout: Layout | None = None
         for layout in layouts:
@@ -220,26 +228,4 @@ class FluxSource:
         return digest.hexdigest()
 
     def files(self, part: Part) -> list[Path]:
-        """Every file that a part's numbers depend on."""
-        if part == "vae" and self.source.vae is not None:
-            return [_separate_file(self.source.vae)]
-        if part == "text_encoders" and self.source.text_encoders:
-            return [_separate_file(file) for file in self.source.text_encoders]
-        if self.path.is_file():
-            return [self.path]
-        root = locate_parts(self.source, FOLDERS[part])
-        found: list[Path] = []
-        for folder in FOLDERS[part]:
-            if not folder.startswith("tokenizer"):
-                found += weight_files(root / folder)
-            settings = (".json", ".txt", ".model")
-            found += sorted(path for path in (root / folder).iterdir() if path.suffix in settings)
-        return found
-
-
-def _separate_file(path: Path) -> Path:
-    """A file beside the checkpoint, known to exist."""
-    found = locate(ModelSource(str(path), offline=True))
-    if found.is_dir():
-        raise ModelError(f"{path} is a folder.", remedy="Name the .safetensors file itself.")
-    return found
+        return files_behind(self.source, self.path, part, FOLDERS[part])

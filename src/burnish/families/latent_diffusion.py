@@ -24,7 +24,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from burnish.errors import ModelError, UserError
 from burnish.families import autoencoder, clip, unet
 from burnish.families.fingerprints import fingerprint
-from burnish.families.sources import locate, locate_parts, read_header, read_json, weight_files
+from burnish.families.sources import (
+    files_behind,
+    locate,
+    locate_parts,
+    read_header,
+    read_json,
+    separate_file,
+)
 from burnish.families.weights import Layout, below, layout_of
 from burnish.family import ModelSource, Part, Prediction, Schedule
 
@@ -140,7 +147,7 @@ class Checkpoint:
         if self.source.vae is None and self.path.is_dir():
             return autoencoder.load_from_folder(self.path / "vae", dtype=dtype, device=device)
         if self.source.vae is not None:
-            whole = layout_of([_separate_file(self.source.vae)])
+            whole = layout_of([separate_file(self.source.vae)])
             layout = below(whole, VAE_PREFIX) or whole
         else:
             layout = below(self.single_file, VAE_PREFIX)
@@ -194,7 +201,7 @@ class Checkpoint:
                 remedy="Name one file per text encoder.",
             )
         layouts = [
-            clip.transformers_names(layout_of([_separate_file(file)])) for file in self.source.text_encoders
+            clip.transformers_names(layout_of([separate_file(file)])) for file in self.source.text_encoders
         ]
         return sorted(layouts, key=lambda layout: layout["embeddings.token_embedding.weight"].shape[1])
 
@@ -205,21 +212,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def files(self, part: Part) -> list[Path]:
-        """Every file that a part's numbers depend on."""
-        if part == "vae" and self.source.vae is not None:
-            return [_separate_file(self.source.vae)]
-        if part == "text_encoders" and self.source.text_encoders:
-            return [_separate_file(file) for file in self.source.text_encoders]
-        if self.path.is_file():
-            return [self.path]
-        folders = self.layouts.folders(part)
-        root = locate_parts(self.source, folders)
-        found: list[Path] = []
-        for folder in folders:
-            if not folder.startswith("tokenizer"):
-                found += weight_files(root / folder)
-            found += sorted(path for path in (root / folder).iterdir() if path.suffix in (".json", ".txt"))
-        return found
+        return files_behind(self.source, self.path, part, self.layouts.folders(part))
 
     def schedule(self, prediction: Prediction | None) -> Schedule:
         """The schedule that came with the weights, or the released one; `prediction` overrides it."""
@@ -232,14 +225,6 @@ class Checkpoint:
             config["prediction_type"] = "v_prediction"
             config["rescale_betas_zero_snr"] = "ztsnr" in self.single_file
         return schedule_of(config, prediction)
-
-
-def _separate_file(path: Path) -> Path:
-    """A file beside the checkpoint, known to exist."""
-    found = locate(ModelSource(str(path), offline=True))
-    if found.is_dir():
-        raise ModelError(f"{path} is a folder.", remedy="Name the .safetensors file itself.")
-    return found
 
 
 def schedule_of(config: Mapping[str, Any], prediction: Prediction | None) -> Schedule:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from burnish.errors import ModelError
-from burnish.family import ModelSource
+from burnish.family import ModelSource, Part
 
 CONFIG_FILES = ("*.json", "*/*.json")
 REFUSED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -86,6 +86,41 @@ def locate_parts(source: ModelSource, folders: Sequence[str]) -> Path:
     if is_remote and any(_lacks_weights(path / folder) for folder in folders):
         path = locate(source, [*CONFIG_FILES, *_part_files(folders, ".fp16")])
     return path
+
+
+def separate_file(path: Path) -> Path:
+    """A file beside the checkpoint, such as a VAE of its own.
+
+    Raises:
+        ModelError: it is not there, or is a folder.
+    """
+    found = locate(ModelSource(str(path), offline=True))
+    if found.is_dir():
+        raise ModelError(f"{path} is a folder.", remedy="Name the .safetensors file itself.")
+    return found
+
+
+def files_behind(source: ModelSource, path: Path, part: Part, folders: Sequence[str]) -> list[Path]:
+    """Every file that a part's numbers depend on: weights, configs, tokenizers.
+
+    Args:
+        path: what `locate` found for the source.
+        folders: below a diffusers folder, those that hold the part.
+    """
+    if part == "vae" and source.vae is not None:
+        return [separate_file(source.vae)]
+    if part == "text_encoders" and source.text_encoders:
+        return [separate_file(file) for file in source.text_encoders]
+    if path.is_file():
+        return [path]
+    root = locate_parts(source, folders)
+    found: list[Path] = []
+    for folder in folders:
+        if not folder.startswith("tokenizer"):
+            found += weight_files(root / folder)
+        settings = (".json", ".txt", ".model")
+        found += sorted(file for file in (root / folder).iterdir() if file.suffix in settings)
+    return found
 
 
 def _part_files(folders: Sequence[str], variant: str) -> list[str]:
