@@ -138,6 +138,12 @@ def test_metadata_that_cannot_be_followed_is_refused(tmp_path: Path, text: str) 
         read(rewritten(path, str, {"lora_adapter_metadata": text}))
 
 
+def test_a_file_in_diffusers_names_needs_no_alpha(tmp_path: Path) -> None:
+    file = read(write(tmp_path / "a.safetensors", format="diffusers"))
+    assert {weights.scale for weights in file.weights.values()} == {1.0}
+    assert file.notes == ()
+
+
 def test_without_alpha_the_scale_is_one_and_that_is_said(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors")
     tensors = safetensors.torch.load_file(path)

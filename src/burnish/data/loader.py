@@ -6,6 +6,7 @@ Shape letters: B batch, C channels, H W height and width of the latents.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 import torch
@@ -162,7 +164,7 @@ def _from_workers(
         prefetch_factor=prefetch,
         collate_fn=_as_it_is,
         worker_init_fn=_leave_signals_to_the_run,
-        multiprocessing_context="spawn",  # a forked copy of a process with threads or CUDA may hang
+        multiprocessing_context=_context(),
     )
     with _signals_held_back():
         stream = iter(loader)
@@ -184,6 +186,19 @@ def _from_workers(
     finally:
         # Not left to `del`: a traceback that is still held would keep the processes alive.
         stream._shutdown_workers()
+
+
+def _context() -> BaseContext:
+    """How loader processes start. A forked copy of a process with threads or CUDA may hang.
+
+    Where there is one, a server that has imported torch and nothing else is forked: it starts a worker in
+    milliseconds, and the second run of a process finds it there. Windows starts each anew.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _as_it_is(item: T) -> T:

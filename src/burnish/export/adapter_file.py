@@ -107,11 +107,14 @@ def read_adapter(path: Path, modules: Iterable[str], *, part: str, keys: ExportK
         raise _unknown_keys(path, unknown, len(tensors), names)
 
     alphas = _metadata_alphas(path, metadata, part, found)
+    # Files in diffusers' names carry no alpha by rule: it is folded into the weights.
+    prefix = keys.prefix.get("diffusers", "")
+    folded = {entry.spelling for entry in found.values() if prefix and entry.spelling.startswith(prefix)}
     assumed = 0
     weights = {}
     for name, entry in found.items():
         weights[name], known = _assemble(path, name, entry, alphas)
-        assumed += not known
+        assumed += not known and entry.spelling not in folded
     notes = (f"{path.name}: no alpha for {assumed} modules; strength 1 is assumed",) if assumed else ()
     return AdapterFile(weights, metadata, notes)
 
