@@ -256,6 +256,32 @@ def test_a_changed_method_refuses_to_go_on(tiny_flux: Path, pictures: Path, tmp_
         train_run(run_config(tiny_flux, pictures, tmp_path, {"method.rank": 8}), progress=Listener())
 
 
+def test_a_training_adapter_works_in_training_and_not_in_samples(
+    tiny_flux_schnell: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """An adapter trained first becomes the training adapter of a second run (FLUX.1-schnell's way)."""
+    strong = {"train.optimizer.learning_rate": 5e-2, "method": {"rank": 8, "targets": "attention"}}
+    helper = train_run(
+        run_config(tiny_flux_schnell, pictures, tmp_path / "helper", strong), progress=Listener()
+    )
+    sample = {"every": 0, "at_start": True, "prompts": ["a cat"], "size": 64, "steps": 2}
+    plain, helped = Notes(), Notes()
+    train_run(run_config(tiny_flux_schnell, pictures, tmp_path / "plain", {"sample": sample}), progress=plain)
+    overrides = {"sample": sample, "model.training_adapter": str(helper.adapter)}
+    result = train_run(
+        run_config(tiny_flux_schnell, pictures, tmp_path / "helped", overrides), progress=helped
+    )
+    assert helped.losses[0] != pytest.approx(plain.losses[0], rel=1e-3)
+    first = [
+        (tmp_path / run / "tiny" / "samples" / "step-00000000-01.png").read_bytes()
+        for run in ("plain", "helped")
+    ]
+    assert first[0] == first[1]
+    assert result.adapter is not None
+    with safe_open(result.adapter, framework="pt") as opened:
+        assert {opened.get_slice(key).get_shape()[0] for key in opened.keys() if "lora_A" in key} == {4}
+
+
 def test_check_looks_without_loading_a_model(
     tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -339,7 +339,7 @@ def test_a_file_size_limit_is_told_as_a_full_disk(tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(DiskFull, match=r"[0-9,]+ bytes needed, [0-9,]+ free") as raised:
+        with pytest.raises(DiskFull, match=r"cannot write .* needed, .* free") as raised:
             cache.put("latents", "b" * 48, {"latents": torch.zeros(4, 64, 64)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
