@@ -49,8 +49,8 @@ class Figures:
 
 
 def judged_scenes(single: int, two: int) -> tuple[Scenes, Scenes]:
-    """The first scenes of the judged seed with one object, and with two."""
-    scenes = sample_scenes(JUDGED_SEED, 4 * (single + two) + 100)
+    """The first scenes of the judged seed with one object, and with two; settled, as in training."""
+    scenes = settle(sample_scenes(JUDGED_SEED, 4 * (single + two) + 100))
     return scenes.take(np.flatnonzero(~scenes.two)[:single]), scenes.take(np.flatnonzero(scenes.two)[:two])
 
 
@@ -73,7 +73,7 @@ def evaluate(
     for name, scenes in (("one object", singles), ("two objects", twos)):
         if not len(scenes):
             continue
-        real = judge(checker, draw(settle(scenes)), scenes)
+        real = judge(checker, draw(scenes), scenes)
         report[f"{name}, drawn pictures"] = figures(real)
         verdicts = judge(checker, sample(pipeline, prompts(scenes), sampling), scenes)
         report[name] = figures(verdicts)

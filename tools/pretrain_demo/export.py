@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Final
@@ -28,12 +29,21 @@ def export(source: Path, out: Path) -> int:
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     shutil.rmtree(out, ignore_errors=True)
     load_pipeline(source).to(torch.float16).save_pretrained(out)
+    for path in out.rglob("*.json"):
+        _forget_source(path)
     if text:
         readme.write_text(text, encoding="utf-8")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if size > LARGEST_BYTES:
         raise ValueError(f"{out} has {size / 1e6:.1f} MB; at most {LARGEST_BYTES / 1e6:.0f} MB may ship")
     return size
+
+
+def _forget_source(path: Path) -> None:
+    """Remove the name of the folder that a config was loaded from: it says something about this machine only."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_dataset(out: Path) -> int:

@@ -23,7 +23,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from .tokenizers import train_tokenizers
+from .tokenizers import T5_LENGTH, train_tokenizers
 from .world import SIZE
 
 GRID: Final = SIZE // 16  # packed latents are GRID x GRID tokens: 8x from the VAE, 2x from packing
@@ -50,6 +50,7 @@ def load_pipeline(folder: Path) -> FluxPipeline:
     """A saved pipeline in float32, whatever precision it was saved in."""
     pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.tokenizer_2.model_max_length = T5_LENGTH  # folders of the first stages still say 512
     return pipeline
 
 
