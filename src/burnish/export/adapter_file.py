@@ -108,8 +108,8 @@ def read_adapter(path: Path, modules: Iterable[str], *, part: str, keys: ExportK
 
     alphas = _metadata_alphas(path, metadata, part, found)
     # Files in diffusers' names carry no alpha by rule: it is folded into the weights.
-    prefix = keys.prefix.get("diffusers", "")
-    folded = {entry.spelling for entry in found.values() if prefix and entry.spelling.startswith(prefix)}
+    prefix = key_prefix("diffusers", part, keys)
+    folded = {entry.spelling for entry in found.values() if entry.spelling.startswith(prefix)}
     assumed = 0
     weights = {}
     for name, entry in found.items():
