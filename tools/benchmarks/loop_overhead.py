@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from burnish.preparation import Prepared, prepare
 from torch.nn.utils import clip_grad_norm_
 
 from burnish.assembly import Assembled, assemble
@@ -27,6 +26,7 @@ from burnish.data.batch import Batch
 from burnish.demo.command import ASSETS
 from burnish.events import Events, Listener, StepReport
 from burnish.loop import Training, train
+from burnish.preparation import Prepared, prepare
 from burnish.run_folder import Recorder, RunFolder
 from burnish.signals import StopRequest
 
