@@ -102,7 +102,7 @@ def train_to_the_end(
 
     stop.deferred = True
     if run.step == 0 and isinstance(config.train.on_nonfinite, RollBackOnNonFinite):
-        assembled.save.save(run)  # something to roll back to
+        assembled.save.checkpoint(run)  # something to roll back to
     with saved_when_memory_runs_out(assembled):
         while True:
             try:

@@ -105,9 +105,16 @@ class Save:
             self.save(run)
 
     def save(self, run: Training) -> None:
-        """Commit the state of `run.step`; older checkpoints go only after this one verified (rule R3)."""
+        """A checkpoint of `run.step` and its adapters, unless that was saved already."""
         if self.saved_step == run.step:
             return
+        checkpoint = self.checkpoint(run)
+        self.write_adapters(run, checkpoint, f"-{run.step:08d}" if self.keep_adapters else "")
+        if run.best_step == run.step:
+            self.write_adapters(run, checkpoint, "-best")
+
+    def checkpoint(self, run: Training) -> Path:
+        """Commit the state of `run.step`; older checkpoints go only after this one verified (rule R3)."""
         tensors, state = checkpoint_content(run)
         if self.wait_for_space:
             checkpoint = self.store.save_waiting(
@@ -122,12 +129,7 @@ class Save:
             checkpoint = self.store.save(run.step, tensors, state, config_hash=self.config_hash)
         self.saved_step = run.step
         self.store.prune(self.keep, protect={run.best_step} if run.best_step is not None else set())
-        if self.keep_adapters:
-            self.write_adapters(run, checkpoint, f"-{run.step:08d}")
-        else:
-            self.write_adapters(run, checkpoint, "")
-        if run.best_step == run.step:
-            self.write_adapters(run, checkpoint, "-best")
+        return checkpoint
 
     def finish(self, run: Training, ended: bool) -> None:
         """Save what is not saved yet; at the end of the run also write the adapter under its plain name."""

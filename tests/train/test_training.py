@@ -14,7 +14,7 @@ from PIL import Image
 from runs import last_checkpoint, picture_folder, run_config
 from safetensors import safe_open
 
-from burnish import tasks
+from burnish import preparation, tasks
 from burnish.checkpoint.store import CheckpointStore
 from burnish.errors import DataError, Interrupted, OutOfMemory, UserError
 from burnish.events import Listener, StepReport
@@ -248,6 +248,41 @@ def test_a_signal_while_sampling_saves_and_leaves_the_samples_out(
     status = RunFolder(tmp_path / "tiny").status()
     assert status is not None
     assert (status.state, status.step) == ("stopped", 2)
+
+
+def test_a_signal_while_preparing_ends_the_run_at_once(
+    tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "encode_captions", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted) as raised:
+        train_run(run_config(tiny_flux, pictures, tmp_path), progress=Listener())
+    assert raised.value.exit_code == 130
+    status = RunFolder(tmp_path / "tiny").status()
+    assert status is not None
+    assert (status.state, status.step) == ("stopped", 0)
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_half_precision_and_checkpointing_follow_the_same_curve(
+    tiny_folder: Callable[[str], Path],
+    pictures: Path,
+    tmp_path: Path,
+    family: str,
+    precision: str,
+    checkpointing: bool,
+) -> None:
+    notes = Notes()
+    overrides = {
+        "data.0.captions": {"dropout": 1.0},
+        "train.precision": precision,
+        "memory.checkpointing": checkpointing,
+    }
+    train_run(run_config(tiny_folder(family), pictures, tmp_path, overrides), progress=notes)
+    assert notes.losses == pytest.approx(GOLDEN[family], rel=1.5e-2)
+    adapter = last_checkpoint(tmp_path).tensors["adapter"]
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
 
 
 def test_a_changed_method_refuses_to_go_on(tiny_flux: Path, pictures: Path, tmp_path: Path) -> None:
