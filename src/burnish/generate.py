@@ -1,12 +1,11 @@
-"""Pictures from a model and adapters, in phases: text encoders, then denoiser, then VAE, one at a time in memory."""
+"""Pictures from a model and adapters: prompts are encoded first, then the denoiser and the VAE take turns."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from burnish.adapters.lora import AdapterSet, adaptable_modules
@@ -30,8 +29,10 @@ def draw_pictures_with(
     precision: str = "bf16",
     batch_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Image.Image]:
-    """One picture per request, in order; each adapter is a file and its strength.
+) -> Iterator[Image.Image]:
+    """One picture per request, in order, batch by batch; each adapter is a file and its strength.
+
+    The text encoders are gone before the denoiser loads.
 
     Raises:
         ModelError, AdapterError: files that are missing or do not fit.
@@ -39,21 +40,17 @@ def draw_pictures_with(
     """
     where, dtype = choose_device(device, precision), DTYPES[precision]
     chosen = choose_model(model)
-    with torch.no_grad():
-        family = chosen.load("text_encoders", dtype=dtype, device=where)
-        encoded = encode_requests(family, requests)
-        family.release("text_encoders")
-        family = chosen.load("denoiser", dtype=dtype, device=where)
-        for path, strength in adapters:
-            attach_adapter(family, path, _log.warning).multiplier = strength
-        latents: list[torch.Tensor] = []
-        for first in range(0, len(encoded), batch_size):
-            progress(first, len(encoded))
-            latents += draw_latents(family, encoded[first : first + batch_size], device=where, dtype=dtype)
-        family.release("denoiser")
-        pictures = decode_pictures(chosen.load("vae", dtype=dtype, device=where), latents)
+    family = chosen.load("text_encoders", dtype=dtype, device=where)
+    encoded = encode_requests(family, requests)
+    family.release("text_encoders")
+    family = chosen.load("denoiser", "vae", dtype=dtype, device=where)
+    for path, strength in adapters:
+        attach_adapter(family, path, _log.warning).multiplier = strength
+    for first in range(0, len(encoded), batch_size):
+        progress(first, len(encoded))
+        latents = draw_latents(family, encoded[first : first + batch_size], device=where, dtype=dtype)
+        yield from decode_pictures(family, latents)
     progress(len(encoded), len(encoded))
-    return pictures
 
 
 def attach_adapter(family: Family, path: Path, note: Callable[[str], None]) -> AdapterSet:
@@ -84,7 +81,10 @@ def generate_pictures(
     batch_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
-    """Draw, and write numbered pictures with a .txt and a .json beside each; numbers go on from what is there."""
+    """Draw, and write numbered pictures with a .txt and a .json beside each; numbers go on from what is there.
+
+    Each is written as soon as its batch is drawn, so that an interruption loses no more than a batch.
+    """
     pictures = draw_pictures_with(
         model,
         requests,

@@ -116,17 +116,16 @@ def draw_before_and_after(
         ("drawing without the adapter", ()),
         ("drawing with the adapter", ((adapter, 1.0),)),
     ):
-        sets.append(
-            draw_pictures_with(
-                config.model,
-                requests,
-                adapters=adapters,
-                device=config.memory.device,
-                precision=config.train.precision,
-                batch_size=16,
-                progress=partial(phase, label),
-            )
+        drawn = draw_pictures_with(
+            config.model,
+            requests,
+            adapters=adapters,
+            device=config.memory.device,
+            precision=config.train.precision,
+            batch_size=16,
+            progress=partial(phase, label),
         )
+        sets.append(list(drawn))
     before, after = sets
     return Drawn(before[:SEEDS], after[:SEEDS], before[SEEDS:], after[SEEDS:])
 
