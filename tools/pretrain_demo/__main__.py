@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--vae-steps", type=int, default=4540)
     command.add_argument("--checker-steps", type=int, default=1000)
     command.add_argument("--pictures", type=int, default=100_000, help="drawn for the VAE and the checker")
-    _add_recipe(command, steps=12_000, batch=384, scenes=600_000)
+    _add_recipe(command, steps=12_000, batch=384, scenes=600_000, two_share=0.4, text_rate=1.0)
     command.set_defaults(run=_train)
 
     command = commands.add_parser("tune", help="go on from a pipeline folder")
