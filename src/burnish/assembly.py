@@ -117,7 +117,18 @@ def build_training(
         accumulate=train.accumulate,
         max_grad_norm=train.max_grad_norm,
         ema=Ema(parameters, train.ema.decay) if train.ema else None,
+        model_identity=family.identity("denoiser"),
+        data_fingerprint=prepared.plan.fingerprint,
+        held_out_fingerprint=held_out_fingerprint(config, prepared),
     )
+
+
+def held_out_fingerprint(config: RunConfig, prepared: Prepared) -> str:
+    """Changes when held-out losses of before and after no longer compare; empty without validation."""
+    section = config.train.validation
+    if section is None or prepared.held_out is None:
+        return ""
+    return f"{prepared.held_out.fingerprint} at {section.times}"
 
 
 def build_objective(section: Objective, family: Family) -> Denoising:

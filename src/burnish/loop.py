@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -45,12 +46,16 @@ class Training:
     accumulate: int = 1
     max_grad_norm: float = 1.0
     ema: Ema | None = None
+    model_identity: str = ""  # hash of the frozen weights: a checkpoint belongs to them
+    data_fingerprint: str = ""  # of what is drawn in which order
+    held_out_fingerprint: str = ""  # of what the held-out loss is measured on
     step: int = 0  # optimizer steps done
     position: int = 0  # micro-step that the next step begins with
     skipped: set[int] = field(default_factory=set)  # positions that a roll-back passes over
     best_step: int | None = None  # by held-out loss
     best_loss: float | None = None
-    validations_since_best: int = 0
+    patience_loss: float | None = None  # the last loss that counted as an improvement for early stopping
+    validations_without_improvement: int = 0
     updating: bool = False  # inside the optimizer's update: weights and state are not to be saved now
 
 
@@ -94,10 +99,12 @@ def train_from(
         factor = run.learning_rate_factor(run.step)
         apply_learning_rate(run.optimizer, factor)
 
-        judged = [micro_step(run, next(stream)) for _ in range(run.accumulate)]
+        batches = [next(stream) for _ in range(run.accumulate)]
+        samples = sum(len(batch.sample_ids) for batch in batches)  # a partial batch counts for less
+        judged = [micro_step(run, batch, samples) for batch in batches]
         run.scaler.unscale_(run.optimizer)
         grad_norm = clip_grad_norm_(parameters, run.max_grad_norm)
-        loss = torch.stack([(one.loss_B * one.batch.weight_B).mean() for one in judged]).mean()
+        loss = torch.stack([(one.loss_B * one.batch.weight_B).sum() for one in judged]).sum() / samples
 
         loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one host sync of a step
         if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
@@ -131,11 +138,11 @@ def take(run: Training) -> Generator[Batch, None, None]:
             yield batch.to(run.device)
 
 
-def micro_step(run: Training, batch: Batch) -> Judged:
-    """Forward and backward of one micro-batch; gradients add up in the parameters."""
+def micro_step(run: Training, batch: Batch, samples: int) -> Judged:
+    """Forward and backward of one micro-batch; gradients add up to those of the mean over the step's `samples`."""
     seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
     loss_B, t_B = run.objective.losses(run.family, batch, run.seed)
-    scaled = run.scaler.scale((loss_B * batch.weight_B).mean() / run.accumulate)
+    scaled = run.scaler.scale((loss_B * batch.weight_B).sum() / samples)
     torch.autograd.backward(scaled)
     return Judged(batch, loss_B.detach(), t_B)
 
@@ -148,6 +155,8 @@ def seed_dropout(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def report(run: Training, loss: float, grad_norm: float, seconds: float) -> StepReport:
@@ -167,21 +176,19 @@ def report(run: Training, loss: float, grad_norm: float, seconds: float) -> Step
 
 
 def non_finite(run: Training, judged: Sequence[Judged], loss: float, grad_norm: float) -> NonFiniteLoss:
-    """The error that names the samples and times to blame: those whose loss is not finite, or all of the step."""
-    named, every = [], []
-    for one in judged:
-        rows = zip(one.batch.paths, one.t_B.tolist(), one.loss_B.tolist(), strict=True)
-        for path, t, value in rows:
-            text = f"{path} at t = {t:.3f} (loss {value:g})"
-            every.append(text)
-            if not torch.isfinite(torch.tensor(value)):
-                named.append(text)
-    what = "loss" if named else "gradient"
+    """The error that names samples, times and positions to blame: those whose loss is not finite, or all."""
+    bad = [one for one in judged if not torch.isfinite(one.loss_B).all()]
+    named = [
+        f"{path} at t = {t:.3f} (loss {value:g})"
+        for one in bad or judged
+        for path, t, value in zip(one.batch.paths, one.t_B.tolist(), one.loss_B.tolist(), strict=True)
+        if not bad or not math.isfinite(value)
+    ]
     error = NonFiniteLoss(
-        f"step {run.step + 1}: the {what} is not finite (loss {loss:g}, gradient norm {grad_norm:g}, "
-        f"{run.dtype}); the weights are as they were before it. Samples: " + "; ".join(named or every),
+        f"step {run.step + 1}: the {'loss' if bad else 'gradient'} is not finite (loss {loss:g}, gradient norm "
+        f"{grad_norm:g}, {run.dtype}); the weights are as they were before it. Samples: {'; '.join(named)}",
         remedy="Lower train.optimizer.learning_rate, use train.precision: bf16 or fp32, look at the named pictures, "
         "or set train.on_nonfinite: {kind: rollback} to skip such batches.",
     )
-    error.positions = tuple(one.batch.position for one in judged)
+    error.positions = tuple(one.batch.position for one in bad or judged)
     return error

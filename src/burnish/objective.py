@@ -103,11 +103,11 @@ class Denoising:
                 normal = torch.randn((), generator=generator) * self.timesteps.std + self.timesteps.mean
                 draws.append(torch.sigmoid(normal))
         low, high = self.timesteps.low, self.timesteps.high
-        t_B = low + (high - low) * torch.stack(draws)
-        if not self.schedule.is_flow:
-            # An older denoiser knows whole indices 0 to 999 only.
-            return (t_B * 1000).floor().clamp(max=999) / 1000
-        return shift_time(t_B, self.shift_at(tokens))
+        t_B = torch.stack(draws)
+        if self.schedule.is_flow:
+            return low + (high - low) * shift_time(t_B, self.shift_at(tokens))
+        # An older denoiser knows whole indices 0 to 999 only.
+        return ((low + (high - low) * t_B) * 1000).floor().clamp(max=999) / 1000
 
     def shift_at(self, tokens: int) -> float:
         if isinstance(self.shift, ResolutionShift):
@@ -117,14 +117,20 @@ class Denoising:
     def snr_weight(self, t_B: Tensor) -> Tensor:
         """Min-SNR weight (arXiv 2303.09556, equation 6 and its v form); ones where it is off.
 
-        For epsilon min(snr, gamma) / snr, for v and velocity min(snr, gamma) / (snr + 1); for a flow
-        snr = ((1 - t) / t)^2.
+        The weight of an error in the data is min(snr, gamma). An error in epsilon is snr times as large, one in v
+        snr + 1 times. A flow has snr = ((1 - t) / t)^2, and data = x_t - t * velocity makes it 1 / t^2 times.
         """
         if self.min_snr_gamma is None:
             return torch.ones_like(t_B)
         snr_B = signal_to_noise(self.schedule, t_B)
         clipped_B = snr_B.clamp(max=self.min_snr_gamma)
-        return clipped_B / snr_B if self.schedule.prediction == "epsilon" else clipped_B / (snr_B + 1)
+        match self.schedule.prediction:
+            case "epsilon":
+                return clipped_B / snr_B
+            case "v":
+                return clipped_B / (snr_B + 1)
+            case "velocity":
+                return clipped_B * t_B**2
 
 
 def shift_time(t_B: Tensor, shift: float) -> Tensor:
@@ -169,5 +175,6 @@ def _mixing(schedule: Schedule, t_B: Tensor) -> tuple[Tensor, Tensor]:
     if schedule.alphas_cumprod is None:
         return 1 - t_B, t_B
     index_B = (t_B * 1000).round().long().clamp(0, 999)
-    alpha_B = schedule.alphas_cumprod.to(t_B.device)[index_B]
-    return alpha_B.sqrt().float(), (1 - alpha_B).sqrt().float()
+    # On the CPU, in float64: not every device has that type.
+    alpha_B = schedule.alphas_cumprod.cpu()[index_B.cpu()]
+    return alpha_B.sqrt().float().to(t_B.device), (1 - alpha_B).sqrt().float().to(t_B.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -51,9 +51,15 @@ class Prepared:
 
 
 def check_data(
-    config: RunConfig, sources: Sequence[Folder], family: Family, folder: RunFolder, progress: Listener
+    config: RunConfig,
+    sources: Sequence[Folder],
+    family: Family,
+    folder: RunFolder,
+    progress: Listener,
+    *,
+    tell: bool = True,
 ) -> PreparedData:
-    """Decode every picture once, read every caption, write data_report.json (rule R8).
+    """Decode every picture once, read every caption, write data_report.json (rule R8); `tell` a summary.
 
     Raises:
         DataError: captions to be mended, too many pictures skipped, or none left.
@@ -67,9 +73,27 @@ def check_data(
         ignore=[config.save.folder],
         progress=partial(progress.phase, "checking pictures"),
     )
-    for line in summary(prepared):
+    for line in summary(prepared) if tell else ():
         progress.warned(line)
     return prepared
+
+
+def split(config: RunConfig, samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """What is trained on, and what is held out: the latter as it is, once, with its own caption.
+
+    Raises:
+        DataError: too few pictures to hold any out.
+    """
+    if config.train.validation is None:
+        return samples, ()
+    trained, held = hold_out(samples, config.train.validation.pictures, config.seed)
+    as_is = [
+        replace(
+            one, flip=False, repeats=1, rules=replace(one.rules, dropout=0.0, shuffle_tags=False, keep_tags=0)
+        )
+        for one in held
+    ]
+    return trained, as_is
 
 
 def summary(prepared: PreparedData) -> list[str]:
@@ -108,25 +132,25 @@ def prepare(
     family = model.load(dtype=dtype, device=device)
     if len(folders(config)) < len(config.data):
         # The user's own pictures first: a mistake there should not wait for minutes of drawing.
-        check_data(config, folders(config), family, folder, events)
+        check_data(config, folders(config), family, folder, events, tell=False)
     sources = [
-        draw_source(config, source, folder.path / "prior" / str(index), family, events)
+        draw_source(config, source, folder.path / "prior", family, events)
         if isinstance(source, Generated)
         else source
-        for index, source in enumerate(config.data)
+        for source in config.data
     ]
     checked = check_data(config, sources, family, folder, events)
     samples = checked.samples
-    held: Sequence[Sample] = ()
-    trained: Sequence[Sample] = samples
-    if config.train.validation is not None:
-        trained, held = hold_out(samples, config.train.validation.pictures, config.seed)
+    trained, held = split(config, samples)
+    if config.train.loader_workers and config.memory.cache == "ram":
+        events.warned("train.loader_workers has no effect with memory.cache: ram, which is read in the loop")
 
     cache: Cache = RamCache()
     if config.memory.cache == "disk":
         cache = DiskCache(config.memory.cache_folder or user_cache_folder())
     keys = CacheKeys(family.identity("vae"), family.identity("text_encoders"), dtype)
-    requests = encode(config, model, checked, folder, cache, keys, device, dtype, events)
+    seen = [*trained, *held]
+    requests = encode(config, model, checked, seen, folder, cache, keys, device, dtype, events)
     return Prepared(
         model=model,
         family=family,
@@ -158,6 +182,7 @@ def encode(
     config: RunConfig,
     model: ChosenModel,
     checked: PreparedData,
+    samples: Sequence[Sample],
     folder: RunFolder,
     cache: Cache,
     keys: CacheKeys,
@@ -166,7 +191,6 @@ def encode(
     events: Listener,
 ) -> list[EncodedRequest]:
     """Fill the cache and encode the sample prompts; a part that nothing asks for is not loaded."""
-    samples = checked.samples
     captions = all_captions(samples, config.seed)
     requests: list[EncodedRequest] = []
     if config.sample.prompts or any(cache.get("captions", keys.caption(text)) is None for text in captions):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from burnish.atomic import atomic_write_text
 from burnish.config.data import Captions, Folder, Generated
 from burnish.config.schema import Model
 from burnish.generate import draw_pictures_with
+from burnish.sampling.outputs import write_picture
 from burnish.sampling.sampler import PictureRequest
-
-DONE = "drawn.json"
 
 
 def drawn_folder(
     source: Generated,
-    folder: Path,
+    place: Path,
     model: Model,
     identity: str,
     *,
@@ -26,48 +24,46 @@ def drawn_folder(
     precision: str,
     progress: Callable[[int, int], None],
 ) -> Folder:
-    """Draw the pictures of `source` into `folder`, unless the same were drawn there before, and describe them.
+    """Draw the pictures of `source` into a folder below `place`, as far as they are not there, and describe it.
+
+    The folder's name is a hash of all that the pictures depend on: another recipe draws elsewhere, and an
+    interrupted one goes on.
 
     Args:
         identity: hash of the base model's weights; other weights mean other pictures.
     """
-    recipe = {"identity": identity, "precision": precision, **source.model_dump(mode="json")}
-    done = folder / DONE
-    if not done.exists() or json.loads(done.read_text()) != recipe:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        draw_into(source, folder, model, device=device, precision=precision, progress=progress)
-        atomic_write_text(done, json.dumps(recipe))  # last: a folder without it is drawn again
+    side = max(source.resolutions)
+    recipe = source.model_dump(mode="json", include={"prompts", "count", "steps", "guidance", "seed"})
+    text = json.dumps({**recipe, "side": side, "identity": identity, "precision": precision}, sort_keys=True)
+    folder = place / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = {
+        path: request for path, request in requests_of(source, folder, side).items() if not path.exists()
+    }
+    pictures = draw_pictures_with(
+        model,
+        list(missing.values()),
+        device=device,
+        precision=precision,
+        batch_size=source.batch_size,
+        progress=progress,
+    )
+    for (path, request), picture in zip(missing.items(), pictures if missing else (), strict=True):
+        write_picture(path, picture, request)
     shared = {name: getattr(source, name) for name in Folder.model_fields if hasattr(source, name)}
     return Folder(**{**shared, "kind": "folder", "path": folder, "captions": Captions(on_missing="error")})
 
 
-def draw_into(
-    source: Generated,
-    folder: Path,
-    model: Model,
-    *,
-    device: str,
-    precision: str,
-    progress: Callable[[int, int], None],
-) -> None:
-    side = source.resolutions[0]
-    prompts = [source.prompts[index % len(source.prompts)] for index in range(source.count)]
-    requests = [
-        PictureRequest(
-            prompt=prompt,
+def requests_of(source: Generated, folder: Path, side: int) -> dict[Path, PictureRequest]:
+    """What to draw, by file; the prompts take turns, and each picture has a seed of its own."""
+    return {
+        folder / f"{index + 1:06d}.png": PictureRequest(
+            prompt=source.prompts[index % len(source.prompts)],
             seed=source.seed + index,
             height=side,
             width=side,
             steps=source.steps,
             guidance=source.guidance,
         )
-        for index, prompt in enumerate(prompts)
-    ]
-    pictures = draw_pictures_with(
-        model, requests, device=device, precision=precision, batch_size=source.batch_size, progress=progress
-    )
-    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True), 1):
-        picture.save(folder / f"{index:06d}.png")
-        (folder / f"{index:06d}.txt").write_text(prompt, encoding="utf-8")
+        for index in range(source.count)
+    }

@@ -15,8 +15,19 @@ from burnish.errors import CheckpointError, UserError
 from burnish.loop import Training
 from burnish.optim.state import pack_state, unpack_state
 
-# What a checkpoint's tensors depend on: a run cannot go on with another value.
-FIXED = ("model", "method", "seed", "train.optimizer.kind", "train.precision")
+# What a checkpoint's tensors depend on: a run cannot go on with another value. The weights themselves are compared
+# by content when the checkpoint is restored.
+FIXED = (
+    "model.family",
+    "model.prediction",
+    "model.training_adapter",
+    *(f"method.{name}" for name in ("kind", "rank", "alpha", "conv_rank", "conv_alpha")),
+    *(f"method.{name}" for name in ("targets", "include", "exclude", "groups")),
+    "seed",
+    "train.optimizer.kind",
+    "train.precision",
+)
+FREE = (".learning_rate",)  # below a fixed option, what may change all the same
 
 
 def flat(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -45,8 +56,9 @@ def refuse_fixed_changes(changes: Sequence[str]) -> None:
     """Raises:
     UserError: an option changed that a checkpoint's tensors depend on.
     """
+    starts = tuple(f"{path}{end}" for path in FIXED for end in ".:")
     fixed = [
-        line for line in changes if line.startswith(tuple(f"{path}{end}" for path in FIXED for end in ".:"))
+        line for line in changes if line.startswith(starts) and not line.partition(":")[0].endswith(FREE)
     ]
     if fixed:
         raise UserError(
@@ -71,7 +83,11 @@ class TrainingState(BaseModel):
     seed: int
     best_step: int | None
     best_loss: float | None
-    validations_since_best: int
+    patience_loss: float | None
+    validations_without_improvement: int
+    model_identity: str
+    data_fingerprint: str
+    held_out_fingerprint: str
     optimizer: Any
     scaler: dict[str, Any]
     ema: Any = None
@@ -97,7 +113,11 @@ def checkpoint_content(run: Training) -> tuple[dict[str, dict[str, Tensor]], dic
         seed=run.seed,
         best_step=run.best_step,
         best_loss=run.best_loss,
-        validations_since_best=run.validations_since_best,
+        patience_loss=run.patience_loss,
+        validations_without_improvement=run.validations_without_improvement,
+        model_identity=run.model_identity,
+        data_fingerprint=run.data_fingerprint,
+        held_out_fingerprint=run.held_out_fingerprint,
         optimizer=optimizer_state,
         scaler=run.scaler.state_dict(),
         ema=average,
@@ -118,16 +138,23 @@ def restore(run: Training, loaded: Loaded) -> list[str]:
             f"state.json of step {loaded.step} cannot be read: {error.error_count()} fields differ from this version's",
             remedy="Go on with the version of Burnish that made it, or start a new run with --name.",
         ) from error
+    if state.model_identity != run.model_identity:
+        raise UserError(
+            f"the base model's weights are not those that the checkpoint of step {loaded.step} was trained on",
+            remedy="Put the old weights back, or start a new run with --name.",
+        )
     _copy_into(run.parameters, loaded.tensors["adapter"])
     names = {parameter: name for name, parameter in run.parameters.items()}
     unpack_state(run.optimizer, names, loaded.tensors["optimizer"], state.optimizer)
     if run.scaler.is_enabled() and state.scaler:
         run.scaler.load_state_dict(state.scaler)
     run.step, run.skipped = state.step, set(state.skipped)
-    run.best_step, run.best_loss = state.best_step, state.best_loss
-    run.validations_since_best = state.validations_since_best
     run.position, converted = _position(state.position, state.batches_per_epoch, run.batches_per_epoch)
-    notes = [_restore_average(run, loaded), converted]
+    notes = [_restore_average(run, loaded), _restore_best(run, state), converted]
+    if converted:
+        run.skipped.clear()  # positions of other batches
+    elif state.data_fingerprint != run.data_fingerprint:
+        notes.append("the pictures, captions or their settings changed: the order goes on with the new ones")
     if state.steps != run.steps:
         notes.append(
             f"train.steps was {state.steps} and is {run.steps}: the learning-rate curve now spans {run.steps} "
@@ -155,6 +182,22 @@ def _restore_average(run: Training, loaded: Loaded) -> str:
         run.ema.reset()
         return f"train.ema is new: the average begins with the weights of step {run.step}"
     run.ema.load_state_dict(loaded.tensors["ema"], loaded.state["ema"])
+    return ""
+
+
+def _restore_best(run: Training, state: TrainingState) -> str:
+    """Held-out losses compare only where the same is measured."""
+    if state.held_out_fingerprint != run.held_out_fingerprint:
+        run.best_step = run.best_loss = run.patience_loss = None
+        run.validations_without_improvement = 0
+        return (
+            "the held-out pictures or times changed: the best step is looked for anew"
+            if state.best_step
+            else ""
+        )
+    run.best_step, run.best_loss = state.best_step, state.best_loss
+    run.patience_loss = state.patience_loss
+    run.validations_without_improvement = state.validations_without_improvement
     return ""
 
 

@@ -6,8 +6,9 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -19,18 +20,21 @@ from burnish.config.load import load_config, to_yaml
 from burnish.config.schema import RunConfig
 from burnish.config.train import RollBackOnNonFinite
 from burnish.errors import BurnishError, Interrupted, NonFiniteLoss, OutOfMemory, UserError
-from burnish.events import Events, Listener, RunResult
+from burnish.events import Events, Listener, RunResult, StepReport
 from burnish.loop import train
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model
-from burnish.preparation import check_data, folders, prepare
+from burnish.preparation import check_data, folders, prepare, split
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
 from burnish.signals import StopRequest
 
+_log = logging.getLogger(__name__)
+LOGGED_EVERY = 50  # steps; metrics.sqlite has each
+
 
 def check_run(config: RunConfig, progress: Listener) -> None:
-    """Everything that `train_run` does before a model loads: device, weights' headers, pictures, captions, space.
+    """What `train_run` does before a model loads: device, weights' headers, pictures, captions, a test write.
 
     Raises:
         BurnishError: what would stop the run.
@@ -39,8 +43,10 @@ def check_run(config: RunConfig, progress: Listener) -> None:
     folder.make()
     device = choose_device(config.memory.device, config.train.precision)
     family = choose_model(config.model).load(dtype=DTYPES[config.train.precision], device=device)
-    check_data(config, folders(config), family, folder, progress)
-    check_space(folder.checkpoints, 0, config.save.keep)
+    for line in announce_changes(config, folder):
+        progress.warned(line)
+    split(config, check_data(config, folders(config), family, folder, progress).samples)
+    check_space(folder.checkpoints, 0, config.save.keep)  # whether it can be written to at all
 
 
 def train_run(config: RunConfig, *, progress: Listener) -> RunResult:
@@ -53,10 +59,11 @@ def train_run(config: RunConfig, *, progress: Listener) -> RunResult:
     folder = RunFolder(config.save.folder / config.name)
     refuse_if_busy(folder)
     recorder = Recorder(folder, config.train.steps)
-    events = Events(recorder, progress)
-    with log_file(folder), StopRequest() as stop, ended_by(events, folder):
-        result = prepare_and_train(config, folder, events, stop)
-    events.finished(result)
+    events = Events(recorder, progress, RunLog())
+    with log_file(folder), StopRequest() as stop:
+        with ended_by(events, folder):
+            result = prepare_and_train(config, folder, events, stop)
+        events.finished(result)
     if result.state == "stopped":
         stop.raise_if_requested()
     return result
@@ -80,14 +87,13 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     family = prepared.model.load(*parts, dtype=dtype, device=device)
     assembled = assemble(config, resolved, family, prepared, folder, device, dtype, events, stop)
     loaded = newest_checkpoint(assembled, events)
+    check_space(folder.checkpoints, checkpoint_bytes(assembled), config.save.keep + 1)  # and the best
     if loaded is not None:
         for note in restore(assembled.training, loaded):
             events.warned(note)
-        assembled.save.saved_step = loaded.step
-    else:
-        check_space(folder.checkpoints, checkpoint_bytes(assembled), config.save.keep)
-        if assembled.sample is not None and config.sample.at_start:
-            assembled.sample.draw(assembled.training)
+        assembled.save.resumed(assembled.training, folder.checkpoints / f"step-{loaded.step:08d}")
+    if assembled.sample is not None and config.sample.at_start and assembled.training.step == 0:
+        assembled.sample.draw(assembled.training)
     return train_to_the_end(config, assembled, folder, events, stop)
 
 
@@ -98,7 +104,7 @@ def train_to_the_end(
     patience = config.train.validation.early_stop if config.train.validation else None
 
     def no_longer_improves() -> bool:
-        return bool(validate and patience and run.validations_since_best >= patience.patience)
+        return bool(validate and patience and run.validations_without_improvement >= patience.patience)
 
     stop.deferred = True
     if run.step == 0 and isinstance(config.train.on_nonfinite, RollBackOnNonFinite):
@@ -112,11 +118,13 @@ def train_to_the_end(
                 break
             except NonFiniteLoss as error:
                 roll_back(config, assembled, error, events)
-    assembled.save.finish(run, ended=run.step >= run.steps or no_longer_improves())
+    finished = run.step >= run.steps or no_longer_improves()
+    assembled.save.finish(run, ended=finished)
+    if finished and run.step < run.steps and assembled.sample is not None:
+        assembled.sample.draw(run)
     notes = [f"{len(run.skipped)} batch(es) skipped after a non-finite loss"] if run.skipped else []
     if no_longer_improves() and run.step < run.steps:
         notes.append(f"stopped early: no better held-out loss since step {run.best_step}")
-    finished = run.step >= run.steps or no_longer_improves()
     return RunResult(
         state="done" if finished else "stopped",
         step=run.step,
@@ -138,14 +146,18 @@ def roll_back(config: RunConfig, assembled: Assembled, error: NonFiniteLoss, eve
     if not isinstance(policy, RollBackOnNonFinite):
         raise error
     skipped = run.skipped | set(error.positions)
-    if len(skipped) > policy.max_batches:
+    # A gradient at fault blames every micro-batch of its step; without one to blame it would only happen again.
+    if not error.positions or len(skipped) > policy.max_batches * run.accumulate:
         raise error
     loaded = assembled.save.store.load_newest()
     if loaded is None:
         raise error
     run.optimizer.zero_grad(set_to_none=True)
+    if run.scaler.is_enabled():
+        run.scaler.update(run.scaler.get_scale())  # forget that this step's gradients were unscaled
     restore(run, loaded)
     run.skipped = skipped
+    assembled.save.saved_step = loaded.step
     events.warned(f"{error.message}\nback to step {run.step}; {len(skipped)} batch(es) are passed over")
 
 
@@ -163,7 +175,8 @@ def saved_when_memory_runs_out(assembled: Assembled) -> Iterator[None]:
         saved = not run.updating and run.step > 0
         if saved:
             assembled.save.save(run)
-        state = f"the state of step {run.step} is saved" if saved else "nothing was trained yet"
+        kept = assembled.save.store.steps()
+        state = f"the state of step {kept[-1]} is saved" if kept else "nothing was trained yet"
         raise OutOfMemory(
             f"step {run.step + 1} does not fit in memory on {run.device}; {state}",
             remedy="Most saved first: memory.checkpointing: true; train.batch_size: 1 with train.accumulate to make "
@@ -211,9 +224,9 @@ def newest_checkpoint(assembled: Assembled, events: Events) -> Loaded | None:
 
 
 def checkpoint_bytes(assembled: Assembled) -> int:
-    """Size of one checkpoint: weights, average, and two optimizer moments at the most."""
+    """Size of one checkpoint and its adapter at the most: Prodigy keeps four tensors per weight."""
     weights = sum(parameter.numel() * 4 for parameter in assembled.training.parameters.values())
-    return weights * (3 + (assembled.training.ema is not None))
+    return weights * (6 + (assembled.training.ema is not None))
 
 
 @contextmanager
@@ -223,6 +236,7 @@ def ended_by(events: Events, folder: RunFolder) -> Iterator[None]:
         yield
     except Interrupted as error:
         status = folder.status()
+        _log.info("%s", error.message)
         events.finished(
             RunResult("stopped", status.step if status else 0, folder.path, notes=[error.message])
         )
@@ -230,6 +244,7 @@ def ended_by(events: Events, folder: RunFolder) -> Iterator[None]:
     except BaseException as error:
         status = folder.status()
         text = error.message if isinstance(error, BurnishError) else f"{type(error).__name__}: {error}"
+        _log.exception("the run failed")
         events.finished(RunResult("failed", status.step if status else 0, folder.path, notes=[text]))
         raise
 
@@ -243,8 +258,35 @@ def log_file(folder: RunFolder) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("burnish")
     root.addHandler(handler)
+    root.setLevel(logging.INFO)
     try:
         yield
     finally:
         root.removeHandler(handler)
         handler.close()
+
+
+class RunLog(Listener):
+    """The run's events as lines of its log file."""
+
+    def started(self, step: int, steps: int) -> None:
+        _log.info("training from step %d to %d", step, steps)
+
+    def stepped(self, report: StepReport) -> None:
+        if report.step % LOGGED_EVERY == 0:
+            _log.info("step %d: loss %.5f, gradient norm %.4f", report.step, report.loss, report.grad_norm)
+
+    def validated(self, step: int, loss: float, is_best: bool) -> None:
+        _log.info("step %d: held-out loss %.5f%s", step, loss, ", the best so far" if is_best else "")
+
+    def sampled(self, step: int, pictures: Sequence[Path]) -> None:
+        _log.info("step %d: %d samples", step, len(pictures))
+
+    def saved(self, step: int, checkpoint: Path, adapter: Path, facts: Mapping[str, object]) -> None:
+        _log.info("step %d: saved %s and %s %s", step, checkpoint.name, adapter.name, dict(facts))
+
+    def warned(self, text: str) -> None:
+        _log.warning("%s", text)
+
+    def finished(self, result: RunResult) -> None:
+        _log.info("%s at step %d %s", result.state, result.step, "; ".join(result.notes))

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from burnish.errors import Interrupted
-
-STOP_DEADLINE_S = 30.0
 
 
 class StopRequest:
     """Context manager that turns signals into a request.
 
     Outside `deferred` work (loading, preparing) the first signal raises `Interrupted` at once: every file written
-    there is atomic, so nothing is lost. While training, `deferred = True`, it only sets `requested`.
+    there is atomic, so nothing is lost. While training, `deferred = True`, it only sets `requested`: the step is
+    finished and saved, and samples are left out.
     """
 
     def __init__(self) -> None:
         self.requested: int | None = None  # the signal's number
         self.deferred = False
-        self._deadline = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -41,7 +38,6 @@ class StopRequest:
         if self.requested is not None:
             os._exit(128 + number)
         self.requested = number
-        self._deadline = time.monotonic() + STOP_DEADLINE_S
         if not self.deferred:
             self.raise_if_requested()
 

@@ -6,6 +6,7 @@ so that a new best is saved at once and a picture never stands in the way of a c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import torch
 from PIL import Image
 
 from burnish.adapters.lora import AdapterSet
+from burnish.checkpoint.space import nap
 from burnish.checkpoint.store import CheckpointStore
 from burnish.data.batch import Batch
-from burnish.errors import Interrupted
+from burnish.errors import DiskFull, Interrupted, NonFiniteLoss
 from burnish.events import Events
 from burnish.export.adapter_file import write_adapter
 from burnish.export.verify import verify_adapter
@@ -26,9 +28,12 @@ from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.randomness import torch_generator
 from burnish.resume import checkpoint_content
 from burnish.run_folder import RunFolder
-from burnish.sampling.grid import save_grid
+from burnish.sampling.grid import LARGEST_CELL, save_grid
 from burnish.sampling.outputs import write_picture
 from burnish.sampling.sampler import EncodedRequest, decode_pictures, draw_latents
+
+DISK_POLL_S = 5.0
+GRID_COLUMNS = 10  # of more steps than this, the grid shows some
 
 
 def averaged(run: Training) -> AbstractContextManager[None]:
@@ -38,7 +43,11 @@ def averaged(run: Training) -> AbstractContextManager[None]:
 
 @dataclass
 class Validate:
-    """Loss on held-out pictures at fixed noise and times; remembers the best step."""
+    """Loss on held-out pictures at fixed noise and times; remembers the best step, counts those without progress.
+
+    Raises:
+        NonFiniteLoss: the loss is NaN or inf.
+    """
 
     batches: Callable[[], Iterator[Batch]]
     times: Sequence[float]
@@ -51,12 +60,19 @@ class Validate:
             return
         with torch.no_grad(), averaged(run):
             loss = self.loss(run)
-        enough = run.best_loss is None or loss < run.best_loss * (1 - self.min_improvement)
-        if enough:
-            run.best_step, run.best_loss, run.validations_since_best = run.step, loss, 0
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"step {run.step}: the held-out loss is {loss:g} ({run.dtype})",
+                remedy="Lower train.optimizer.learning_rate, or use train.precision: bf16 or fp32.",
+            )
+        is_best = run.best_loss is None or loss < run.best_loss
+        if is_best:
+            run.best_step, run.best_loss = run.step, loss
+        if run.patience_loss is None or loss < run.patience_loss * (1 - self.min_improvement):
+            run.patience_loss, run.validations_without_improvement = loss, 0
         else:
-            run.validations_since_best += 1
-        self.events.validated(run.step, loss, enough)
+            run.validations_without_improvement += 1
+        self.events.validated(run.step, loss, is_best)
 
     def loss(self, run: Training) -> float:
         """Mean over held-out samples and times, each with noise that depends on the sample and time alone."""
@@ -141,23 +157,55 @@ class Save:
         """Write and verify NAME<label>.safetensors, one per denoiser."""
         with averaged(run):
             for part, adapter in self.adapters.items():
-                suffix = f"-{part}" if len(self.adapters) > 1 else ""
-                path = self.folder.adapters / f"{self.name}{suffix}{label}.safetensors"
+                path = self.adapter_path(part, label)
                 facts = self.export_one(run, part, adapter, path)
                 self.events.saved(run.step, checkpoint, path, facts)
                 if label != "-best":
                     self.last_adapter = path
 
+    def when_there_is_space(self, write: Callable[[], object]) -> None:
+        """Call `write`; at a full disk, and if waiting is wanted, again until there is space or a stop is asked for.
+
+        Raises:
+            DiskFull: it is full, and waiting is not wanted or was ended by a stop.
+        """
+        while True:
+            try:
+                write()
+                return
+            except DiskFull as full:
+                if not self.wait_for_space:
+                    raise
+                self.events.warned(f"waiting for space: {full.message}")
+                if not nap(DISK_POLL_S, self.stop_requested):
+                    raise
+
+    def adapter_path(self, part: str, label: str) -> Path:
+        suffix = f"-{part}" if len(self.adapters) > 1 else ""
+        return self.folder.adapters / f"{self.name}{suffix}{label}.safetensors"
+
+    def resumed(self, run: Training, checkpoint: Path) -> None:
+        """Go on from a checkpoint; adapters that a kill kept from being written after it are written now."""
+        self.saved_step = run.step
+        labels = [f"-{run.step:08d}"] if self.keep_adapters and run.step else []
+        if run.best_step == run.step:
+            labels.append("-best")
+        for label in labels:
+            if label == "-best" or not all(self.adapter_path(part, label).exists() for part in self.adapters):
+                self.write_adapters(run, checkpoint, label)
+
     def export_one(self, run: Training, part: str, adapter: AdapterSet, path: Path) -> Mapping[str, object]:
         weights = adapter.weights()
-        write_adapter(
-            path,
-            weights,
-            part=part,
-            keys=run.family.export,
-            format=self.format,
-            dtype=self.dtype,
-            metadata=self.metadata(run, part),
+        self.when_there_is_space(
+            lambda: write_adapter(
+                path,
+                weights,
+                part=part,
+                keys=run.family.export,
+                format=self.format,
+                dtype=self.dtype,
+                metadata=self.metadata(run, part),
+            )
         )
         verified = verify_adapter(
             path, weights, run.family.denoisers[part], part=part, keys=run.family.export
@@ -197,7 +245,12 @@ class Sample:
                 "Lower sample.size or sample.batch_size."
             )
             return
-        self.events.sampled(run.step, self.write(run.step, pictures))
+        try:
+            paths = self.write(run.step, pictures)
+        except (OSError, DiskFull, MemoryError) as error:
+            self.events.warned(f"step {run.step}: samples were drawn and could not be written: {error}")
+            return
+        self.events.sampled(run.step, paths)
 
     def pictures(self, run: Training) -> list[Image.Image]:
         drawn: list[Image.Image] = []
@@ -230,12 +283,28 @@ class Sample:
             s: [self.folder / f"step-{s:08d}-{row:02d}.png" for row in rows] for s in steps if s <= last_step
         }
         whole = {step: paths for step, paths in files.items() if all(path.exists() for path in paths)}
+        shown = evenly(list(whole), GRID_COLUMNS)
         save_grid(
             self.folder / "grid.png",
             rows=[encoded.request.prompt for encoded in self.requests],
-            columns=[f"step {step}" for step in whole],
-            pictures=[[Image.open(paths[row - 1]) for paths in whole.values()] for row in rows],
+            columns=[f"step {step}" for step in shown],
+            pictures=[[thumbnail(whole[step][row - 1]) for step in shown] for row in rows],
         )
+
+
+def evenly(steps: Sequence[int], most: int) -> list[int]:
+    """At most so many of `steps`, the first and the last among them, evenly spread."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(index * (len(steps) - 1) / (most - 1))] for index in range(most)]
+
+
+def thumbnail(path: Path) -> Image.Image:
+    """A picture at the size of a grid's cell; the file is closed."""
+    with Image.open(path) as picture:
+        small = picture.convert("RGB")
+    small.thumbnail((LARGEST_CELL, LARGEST_CELL))
+    return small
 
 
 @contextmanager

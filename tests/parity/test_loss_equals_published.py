@@ -18,7 +18,7 @@ from torch import Tensor
 
 from burnish.data.batch import Batch
 from burnish.families.registry import detect_family
-from burnish.family import Conditioning, Family, ModelSource, PictureInfo, Prediction
+from burnish.family import Conditioning, Family, ModelSource, PictureInfo, Prediction, Schedule
 from burnish.objective import Denoising, Timesteps, noisy_and_target, shift_time
 
 TOLERANCE = 1e-6
@@ -157,3 +157,21 @@ def test_the_scheduler_undoes_what_the_objective_mixes(tiny_flux: Path) -> None:
     scheduler.set_timesteps(sigmas=[0.7])
     restored = scheduler.step(velocity, scheduler.timesteps[0], noisy, return_dict=False)[0]
     torch.testing.assert_close(restored, data, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.5, 0.9])
+def test_min_snr_of_a_flow_weighs_the_error_in_the_data(t: float) -> None:
+    """Equation 6 of arXiv 2303.09556 for x0: min(snr, gamma) * |x0 - x0'|^2, with x0' = x_t - t * velocity'."""
+    gamma = 5.0
+    draw = torch.Generator().manual_seed(0)
+    data, noise, wrong = (torch.randn(1, 4, 2, 2, generator=draw) for _ in range(3))
+    noisy = (1 - t) * data + t * noise
+    weight = Denoising(
+        Schedule("velocity", {"_class_name": "FlowMatchEulerDiscreteScheduler"}), min_snr_gamma=gamma
+    ).snr_weight(torch.tensor([t]))
+    error_in_velocity = (wrong - (noise - data)).square().mean()
+    error_in_data = (noisy - t * wrong - data).square().mean()
+    snr = ((1 - t) / t) ** 2
+    assert float(weight * error_in_velocity) == pytest.approx(
+        min(snr, gamma) * float(error_in_data), rel=1e-4
+    )

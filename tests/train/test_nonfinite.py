@@ -52,10 +52,15 @@ def test_the_run_stops_before_the_update_and_names_the_sample(
     assert "not finite" in status.message
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_roll_back_skips_the_batch_and_counts_it(
-    tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    overrides = {"save.every": 2, "train.on_nonfinite": {"kind": "rollback", "max_batches": 1}}
+    overrides = {
+        "save.every": 2,
+        "train.precision": precision,
+        "train.on_nonfinite": {"kind": "rollback", "max_batches": 1},
+    }
     config = run_config(tiny_flux, pictures, tmp_path, overrides)
     poison(monkeypatch, 5, float("nan"))
     result = train_run(config, progress=Listener())
@@ -72,5 +77,36 @@ def test_more_bad_batches_than_allowed_stop_the_run(
     overrides = {"save.every": 2, "train.on_nonfinite": {"kind": "rollback", "max_batches": 1}}
     poison(monkeypatch, 3, float("nan"))
     poison(monkeypatch, 5, float("nan"))
+    with pytest.raises(NonFiniteLoss):
+        train_run(run_config(tiny_flux, pictures, tmp_path, overrides), progress=Listener())
+
+
+def test_of_a_step_with_several_batches_only_the_one_at_fault_is_skipped(
+    tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = {
+        "save.every": 2,
+        "train.accumulate": 3,
+        "train.on_nonfinite": {"kind": "rollback", "max_batches": 1},
+    }
+    poison(monkeypatch, 10, float("nan"))
+    result = train_run(run_config(tiny_flux, pictures, tmp_path, overrides), progress=Listener())
+    assert result.state == "done"
+    assert last_checkpoint(tmp_path).state["skipped"] == [10]
+
+
+def test_weights_that_cannot_be_saved_end_a_run_that_would_roll_back_for_ever(
+    tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update itself made them infinite: there is no batch to skip."""
+    original = torch.optim.AdamW.step
+
+    def step(optimizer: torch.optim.AdamW, *arguments: object) -> None:
+        original(optimizer, *arguments)
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    overrides = {"save.every": 1, "train.on_nonfinite": {"kind": "rollback"}}
     with pytest.raises(NonFiniteLoss):
         train_run(run_config(tiny_flux, pictures, tmp_path, overrides), progress=Listener())

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from runs import last_checkpoint, picture_folder, run_config, short_prompts
+from safetensors.torch import load_file, save_file
 
 from burnish.data.batch import Batch
-from burnish.errors import Interrupted
+from burnish.errors import Interrupted, UserError
 from burnish.events import Listener, StepReport
 from burnish.objective import Denoising
 from burnish.run import train_run
@@ -155,6 +156,41 @@ def longer(config: Any) -> Any:
 
 def other_batch(config: Any) -> Any:
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": 10, "batch_size": 3})})
+
+
+def test_other_weights_behind_the_same_path_are_refused(
+    tiny_flux: Path, pictures: Path, tmp_path: Path
+) -> None:
+    model = short_prompts(tiny_flux, tmp_path / "model")
+    train_run(run_config(model, pictures, tmp_path, {"train.steps": 3}), progress=Listener())
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["proj_out.bias"] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="weights are not those"):
+        train_run(run_config(model, pictures, tmp_path, {"train.steps": 4}), progress=Listener())
+
+
+def test_a_changed_caption_is_said(tiny_flux: Path, tmp_path: Path) -> None:
+    folder = picture_folder(tmp_path / "mine")
+    train_run(run_config(tiny_flux, folder, tmp_path, {"train.steps": 3}), progress=Listener())
+    (folder / "0.txt").write_text("a sks green chair")
+    steps = Steps()
+    train_run(run_config(tiny_flux, folder, tmp_path, {"train.steps": 5}), progress=steps)
+    assert any("captions or their settings changed" in text for text in steps.warnings), steps.warnings
+
+
+def test_adapters_that_a_kill_left_out_are_written_on_resume(
+    tiny_flux: Path, pictures: Path, tmp_path: Path
+) -> None:
+    train_run(run_config(tiny_flux, pictures, tmp_path, {"train.steps": 3}), progress=Listener())
+    lost = tmp_path / "tiny" / "adapters" / "tiny-00000003.safetensors"
+    before = load_file(lost)
+    lost.unlink()
+    train_run(run_config(tiny_flux, pictures, tmp_path, {"train.steps": 5}), progress=Listener())
+    after = load_file(lost)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from burnish import preparation, tasks
 from burnish.checkpoint.store import CheckpointStore
-from burnish.errors import DataError, Interrupted, OutOfMemory, UserError
+from burnish.errors import DataError, Interrupted, NonFiniteLoss, OutOfMemory, UserError
 from burnish.events import Listener, StepReport
 from burnish.objective import Denoising
 from burnish.run import check_run, train_run
@@ -179,6 +179,26 @@ def test_the_best_checkpoint_is_kept_and_a_run_can_stop_early(
     assert any("stopped early" in note for note in result.notes)
 
 
+def test_a_small_improvement_is_the_best_and_yet_no_progress(
+    tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([2.0, 1.99, 1.98, 1.97])
+    monkeypatch.setattr(tasks.Validate, "loss", lambda self, run: next(losses))
+    stop = {"patience": 3, "min_improvement": 0.1}
+    overrides = {"train.steps": 20, "train.validation": {"every": 1, "pictures": 2, "early_stop": stop}}
+    result = train_run(run_config(tiny_flux, pictures, tmp_path, overrides), progress=Listener())
+    assert (result.step, result.best_step, result.best_loss) == (4, 4, 1.97)
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(
+    tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks.Validate, "loss", lambda self, run: float("nan"))
+    overrides = {"train.validation": {"every": 2, "pictures": 2}}
+    with pytest.raises(NonFiniteLoss, match="step 2: the held-out loss is nan"):
+        train_run(run_config(tiny_flux, pictures, tmp_path, overrides), progress=Listener())
+
+
 def test_held_out_loss_is_the_same_for_the_same_weights(
     tiny_flux: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -291,6 +311,28 @@ def test_a_changed_method_refuses_to_go_on(tiny_flux: Path, pictures: Path, tmp_
         train_run(run_config(tiny_flux, pictures, tmp_path, {"method.rank": 8}), progress=Listener())
 
 
+def test_every_picture_counts_the_same_in_a_step_with_a_partial_batch(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = picture_folder(tmp_path / "pictures", count=5)
+    original, seen = Denoising.losses, []
+
+    def losses(objective: Denoising, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_B, t_B = original(objective, *arguments)  # type: ignore[arg-type]
+        loss_B.register_hook(lambda gradient_B: gradients.append(gradient_B.clone()))
+        seen.append(loss_B.detach())
+        return loss_B, t_B
+
+    gradients: list[torch.Tensor] = []
+    monkeypatch.setattr(Denoising, "losses", losses)
+    notes = Notes()
+    overrides = {"train.steps": 3, "train.accumulate": 3}  # batches of 2, 2 and 1, in some order
+    train_run(run_config(tiny_flux, folder, tmp_path, overrides), progress=notes)
+    assert sorted(len(loss_B) for loss_B in seen[:3]) == [1, 2, 2]
+    assert notes.losses[0] == pytest.approx(float(torch.cat(seen[:3]).mean()))
+    assert torch.cat(gradients[:3]).tolist() == pytest.approx([1 / 5] * 5)
+
+
 def test_a_training_adapter_works_in_training_and_not_in_samples(
     tiny_flux_schnell: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -350,9 +392,12 @@ def test_generated_prior_pictures_are_drawn_once(tiny_flux: Path, pictures: Path
     assert len(drawn) == 3
     with Image.open(drawn[0]) as picture:
         assert picture.size == (64, 64)
-    times = [path.stat().st_mtime_ns for path in drawn]
+    kept = [path.read_bytes() for path in drawn]
+    drawn[1].unlink()  # as if the drawing had been interrupted
+    times = [path.stat().st_mtime_ns for path in (drawn[0], drawn[2])]
     train_run(
         config.model_copy(update={"train": config.train.model_copy(update={"steps": 10})}),
         progress=Listener(),
     )
-    assert [path.stat().st_mtime_ns for path in drawn] == times
+    assert [path.stat().st_mtime_ns for path in (drawn[0], drawn[2])] == times
+    assert [path.read_bytes() for path in drawn] == kept

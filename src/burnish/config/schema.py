@@ -60,7 +60,7 @@ class SamplePrompt(Section):
 class Sample(Section):
     """Pictures drawn while training, always with the same seeds."""
 
-    every: int = Field(250, ge=0, description="Optimizer steps between samples; 0 draws none on the way.")
+    every: int = Field(250, ge=0, description="Optimizer steps between samples; 0 draws only at the end.")
     at_start: bool = Field(True, description="Also before the first step, to compare with.")
     prompts: list[str | SamplePrompt] = Field([], description="What to draw; a text or a full entry.")
     steps: int | None = Field(

@@ -183,13 +183,15 @@ def _draw_batch(
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": generators} if takes_generator else {}
 
+    # Whole steps stay whole in float64, which Apple's GPUs lack.
+    time_type = torch.float32 if torch.device(device).type == "mps" else torch.float64
     timesteps = scheduler.timesteps
     for number, timestep in enumerate(timesteps):
         guided = first.negative is not None
         model_input = torch.cat([latents_BCHW] * 2) if guided else latents_BCHW
         if not family.schedule.is_flow:
             model_input = scheduler.scale_model_input(model_input, timestep)
-        t_B = torch.full((len(model_input),), float(timestep) / 1000, dtype=torch.float64, device=device)
+        t_B = torch.full((len(model_input),), float(timestep) / 1000, dtype=time_type, device=device)
         predicted = family.predict(model_input, t_B, conditioning).float()
         if guided:
             without, with_prompt = predicted.chunk(2)
