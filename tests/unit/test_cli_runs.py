@@ -122,12 +122,23 @@ def test_no_such_run_names_those_that_are(here: Path) -> None:
     assert "Runs in runs: robot." in result.stderr
 
 
+def test_failed_run_tells_why(here: Path) -> None:
+    folder = trained(here, state=None)
+    message = "cannot write runs/robot: no space is left on the disk (1.0 MiB needed, 0 bytes [free])"
+    Recorder(folder, 10).finished(RunResult("failed", 6, folder.path, notes=[message]))
+    lines = [" ".join(line.split()) for line in inspect("robot").stdout.splitlines()]
+    assert {"state failed", "step 6 of 10", f"message {message}"} <= set(lines)
+    assert "adapter robot-00000006.safetensors 1.0 MiB verified (keys 88, difference 0.00123)" in lines
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "done"}', '{"colour": 1}'])
 def test_damaged_status_is_told(content: str, here: Path) -> None:
     trained(here).status_file.write_text(content)
     result = inspect("robot")
     assert result.exit_code == 2
-    assert "status.json is damaged" in result.stderr
+    first, second = result.stderr.splitlines()
+    assert "status.json is damaged, or a newer Burnish wrote it: " in first
+    assert "Start the run again" in second
 
 
 def test_damaged_metrics_and_report_are_told(here: Path) -> None:

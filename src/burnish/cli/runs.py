@@ -140,13 +140,19 @@ def inspected(path: Path, verify: bool = False) -> Inspection:
 
 
 def _status(folder: RunFolder) -> Status:
+    from burnish.run_folder import read_status
+
     try:
-        status = folder.status()
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{folder.status_file} is damaged: {error}") from error
-    if status is None:
-        raise UserError(f"no run in {folder.path}: there is no status.json")
-    return status
+        return read_status(folder.status_file)
+    except FileNotFoundError as error:
+        raise UserError(f"no run in {folder.path}: there is no status.json") from error
+    except OSError as error:
+        raise UserError(f"{folder.status_file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{folder.status_file} is damaged, or a newer Burnish wrote it: {error}",
+            remedy="Start the run again: it goes on from its last checkpoint and writes a new one.",
+        ) from error
 
 
 def _last_loss(folder: RunFolder, told: float | None) -> float | None:
