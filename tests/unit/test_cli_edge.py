@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner, Result
 
@@ -57,6 +60,52 @@ def test_exit_code_of_a_signal(number: int, code: int) -> None:
 def test_keyboard_interrupt_before_a_run() -> None:
     result = run(KeyboardInterrupt())
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+def too_much() -> BaseException:
+    """What the allocator of the CPU says: 4 EiB are more than any machine has."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**62, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), "2.00 GiB."),
+        (MemoryError(), "MemoryError"),
+        (too_much(), "4611686018427387904 bytes"),
+    ],
+    ids=["gpu", "python", "cpu"],
+)
+def test_memory_that_ran_out_is_no_defect(error: BaseException, says: str) -> None:
+    result = run(error)
+    assert result.exit_code == 3
+    first, second = result.stderr.splitlines()
+    assert first.startswith("memory ran out: ")
+    assert says in first
+    assert "memory.checkpointing: true" in second
+    assert "--batch-size 1" in second
+
+
+def test_other_runtime_errors_are_defects() -> None:
+    result = run(RuntimeError("the size of tensor a must match"))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("unexpected RuntimeError: the size of tensor a must match\n")
+    found = re.search(r"The traceback is in (\S+)", result.stderr)
+    assert found
+    Path(found[1]).unlink()
+
+
+def test_telling_an_error_imports_no_torch() -> None:
+    program = (
+        "import sys\nfrom burnish.cli.edge import as_failure\n"
+        "print([as_failure(error).exit_code for error in (MemoryError(), RuntimeError('x'))], 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[3, 1] False"
 
 
 def test_defect_names_the_file_with_its_traceback() -> None:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
+import weakref
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 import burnish.demo
+import burnish.run
 from burnish.cli.main import app
+from burnish.config.schema import RunConfig
+from burnish.errors import CheckpointError, Interrupted
+from burnish.events import Listener, RunResult
 
 DATASET = Path(burnish.demo.__file__).parent / "assets" / "dataset"
 CONFIG = """\
@@ -76,6 +84,65 @@ def test_failure_ends_the_command_unless_recover(folder: Path) -> None:
     assert "two: config, model, pictures and space are in order" in result.stdout
     assert "1 of 2 runs failed" in result.stdout
     assert "nowhere" in (folder / "log.txt").read_text()
+
+
+class Weights:
+    """Stands for a model in the frame of a run that fails."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "says"),
+    [
+        (RuntimeError, 1, "unexpected RuntimeError: shapes differ"),
+        (torch.OutOfMemoryError, 3, "memory ran out: shapes differ"),
+        (CheckpointError, 1, "shapes differ"),
+    ],
+)
+def test_recover_goes_on_after_any_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], code: int, says: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    really_train = burnish.run.train_run
+    held: list[weakref.ref[Weights]] = []
+
+    def train_run(config: RunConfig, *, progress: Listener) -> RunResult:
+        if config.name == "one":
+            weights = Weights()
+            weights.itself = weights  # type: ignore[attr-defined]  # a cycle, as in every module tree
+            held.append(weakref.ref(weights))
+            raise kind("shapes differ")
+        assert held[0]() is None, "the failed run still holds its memory"
+        return really_train(config, progress=progress)
+
+    monkeypatch.setattr(burnish.run, "train_run", train_run)
+    result = invoke("train", "one", "two", "--recover", "--log", "log.txt")
+    assert result.exit_code == code, result.stderr
+    assert result.stderr.startswith(says)
+    assert says in (folder / "log.txt").read_text()
+    assert "done at step 2" in result.stdout
+    assert "1 of 2 runs failed" in result.stdout
+    assert (folder / "runs" / "two" / "adapters" / "two.safetensors").is_file()
+
+    held.clear()
+    result = invoke("train", "one", "two")
+    assert result.exit_code == code
+    assert "two" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(Interrupted("stopped", signal_number=15), 143), (KeyboardInterrupt(), 130)]
+)
+def test_a_signal_stops_all_runs(monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int) -> None:
+    started: list[str] = []
+
+    def train_run(config: RunConfig, *, progress: Listener) -> NoReturn:
+        started.append(config.name)
+        raise stop
+
+    monkeypatch.setattr(burnish.run, "train_run", train_run)
+    assert invoke("train", "one", "two", "--recover").exit_code == code
+    assert started == ["one"]
 
 
 def test_mistake_in_the_last_config_shows_before_the_first_run(folder: Path) -> None:

@@ -13,13 +13,17 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from burnish.errors import BurnishError, Interrupted
+from burnish.errors import BurnishError, Interrupted, OutOfMemory
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 the run failed; 2 the input can be corrected (config, data, model, adapter); "
     "3 the machine cannot (memory, disk, a package); 130 or 143 stopped by SIGINT or SIGTERM, state saved."
 )
 STOPPED_BY_KEYBOARD = 130
+LESS_MEMORY = (
+    "Close what else uses this memory, or ask for less: to train, memory.checkpointing: true, train.batch_size: 1, "
+    "a smaller number in data.resolutions; to draw, --batch-size 1 and a smaller --size."
+)
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -34,17 +38,38 @@ def guarded(command: Callable[_Parameters, _Result]) -> Callable[_Parameters, _R
             return command(*arguments, **options)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
-        except BurnishError as error:
-            report(error)
-            raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             show_error("interrupted")
             raise typer.Exit(STOPPED_BY_KEYBOARD) from error
-        except Exception as error:  # whatever is left is a defect: told, with its traceback kept
-            show_error(defect_message(error, write_traceback(error)))
-            raise typer.Exit(1) from error
+        except Exception as error:
+            failure = as_failure(error)
+            report(failure)
+            raise typer.Exit(failure.exit_code) from error
 
     return wrapper
+
+
+def as_failure(error: Exception) -> BurnishError:
+    """`error` as the user is told it: unless it was raised on purpose, memory ran out or it is a defect.
+
+    The traceback of a defect is written to a file. The result holds nothing of `error` unless it is `error`.
+    """
+    if isinstance(error, BurnishError):
+        return error
+    if is_out_of_memory(error):
+        reason = str(error).strip().partition("\n")[0]
+        return OutOfMemory(f"memory ran out: {reason or type(error).__name__}", remedy=LESS_MEMORY)
+    return BurnishError(defect_message(error, write_traceback(error)))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    if "torch" not in sys.modules:  # then it was not torch that ran out; a message is not worth its import
+        return False
+    from burnish.memory import out_of_memory
+
+    return out_of_memory.is_out_of_memory(error)
 
 
 def report(error: BurnishError) -> None:

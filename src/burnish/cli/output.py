@@ -37,6 +37,7 @@ class Output:
             except OSError as error:
                 raise UserError(f"the log {self._log} cannot be written: {error.strerror}") from error
             self._handler = logging.StreamHandler(self._file)
+            self._handler.setLevel(logging.WARNING)  # what goes well is told by the progress lines
             self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             logging.getLogger().addHandler(self._handler)
         return self

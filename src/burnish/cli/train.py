@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from burnish.cli.edge import guarded
+from burnish.cli.edge import as_failure, guarded
 from burnish.errors import BurnishError, Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -52,37 +53,35 @@ def train(
         loaded, failures = _load_all(configs, overrides, name, recover, output)
         _refuse_same_folder(loaded)
         for one in loaded:
-            try:
+            if not recover:
                 _run(one, check, output)
-            except Interrupted:
-                raise
-            except BurnishError as error:
-                output.end_progress()
-                if not recover:
-                    raise
-                output.say_error(error)
-                failures.append(error)
+            elif code := _exit_code(one, check, output):
+                failures.append(code)
+                _release_memory()
         if failures:
             output.say(f"{len(failures)} of {len(configs)} runs failed")
-            raise typer.Exit(failures[0].exit_code)
+            raise typer.Exit(failures[0])
 
 
 def _load_all(
     configs: Sequence[str], overrides: Sequence[str], name: str | None, recover: bool, output: Output
-) -> tuple[list[LoadedConfig], list[BurnishError]]:
-    """Every config that loads; what is wrong with the others is told, and without `recover` ends the command."""
+) -> tuple[list[LoadedConfig], list[int]]:
+    """Every config that loads, and the exit codes of the others.
+
+    What is wrong with those is told, and without `recover` ends the command.
+    """
     from burnish.config.load import load_config
 
     loaded: list[LoadedConfig] = []
-    failures: list[BurnishError] = []
+    failures: list[int] = []
     for reference in configs:
         try:
             loaded.append(load_config(reference, overrides=overrides, name=name))
         except BurnishError as error:
             output.say_error(error)
-            failures.append(error)
+            failures.append(error.exit_code)
     if failures and not (recover and loaded):
-        raise typer.Exit(failures[0].exit_code)
+        raise typer.Exit(failures[0])
     return loaded, failures
 
 
@@ -98,6 +97,34 @@ def _refuse_same_folder(loaded: Sequence[LoadedConfig]) -> None:
             raise UserError(
                 f"{files} would write to the same folder {folder}", remedy="Give each its own name."
             )
+
+
+def _exit_code(loaded: LoadedConfig, check: bool, output: Output) -> int:
+    """Run one config, tell why it failed if it did, and return its exit code.
+
+    Only the number leaves here: with the error, its traceback would hold the model until the next run has ended.
+
+    Raises:
+        Interrupted: a signal is for all runs, not for one.
+        BrokenPipeError: nobody reads what is told.
+    """
+    try:
+        _run(loaded, check, output)
+    except (Interrupted, BrokenPipeError):
+        raise
+    except Exception as error:  # noqa: BLE001  a defect in one run is no reason to leave the others out
+        output.end_progress()
+        failure = as_failure(error)
+        output.say_error(failure)
+        return failure.exit_code
+    return 0
+
+
+def _release_memory() -> None:
+    if "torch" in sys.modules:
+        from burnish.memory.out_of_memory import release_cached_memory
+
+        release_cached_memory()
 
 
 def _run(loaded: LoadedConfig, check: bool, output: Output) -> None:

@@ -2,8 +2,11 @@
 
 `modelspec.*` is https://github.com/Stability-AI/ModelSpec 1.0.1, read by model browsers. `ss_*` are the names
 that kohya's sd-scripts gave them; A1111 and Forge decide by `ss_base_model_version` whether they list a file,
-and the resize and merge tools need `ss_network_*`. All values are strings. Nothing is taken from the
-environment, and of the base model only its file name is told.
+and the resize and merge tools need `ss_network_*`. All values are strings.
+
+`ss_sd_model_name` tells only the last part of the base model's path. `burnish.config` tells more: it is the whole
+resolved config, with the full paths of pictures, model and caches, the prompts, and what stood for each `${VAR}`.
+Whoever publishes an adapter publishes these too.
 """
 
 from __future__ import annotations
