@@ -132,6 +132,17 @@ def test_terminal_tells_everything_and_clears_its_bars() -> None:
     assert text.endswith("\x1b[2K")  # the last line of the display is wiped
 
 
+def test_cursor_is_shown_all_the_while() -> None:
+    """A process that is killed cannot bring it back."""
+    stream = io.StringIO()
+    terminal = TerminalProgress(Console(file=stream, force_terminal=True, width=160, color_system=None))
+    terminal.started(0, 100)
+    terminal.stepped(report(1))
+    text = stream.getvalue()
+    terminal.stop()
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l") > -1
+
+
 @pytest.mark.parametrize("state", ["stopped", "failed"])
 def test_how_an_unfinished_run_is_told(state: str) -> None:
     stream = io.StringIO()

@@ -100,6 +100,7 @@ class TerminalProgress(Listener):
         self._training: TaskID | None = None
         self._pace = Pace()
         self._progress.start()
+        console.show_cursor(True)  # a second signal exits at once, and would leave it hidden
 
     def stop(self) -> None:
         self._progress.stop()

@@ -14,7 +14,7 @@ import numpy as np
 
 from burnish.config.load import load_config
 from burnish.demo.robot import ORDINARY_PROMPTS, PASS_SCORE, TEST_PROMPT, robot_scores
-from burnish.errors import UserError
+from burnish.errors import ConfigError, UserError
 from burnish.events import Listener, RunResult
 
 if TYPE_CHECKING:
@@ -81,20 +81,53 @@ def run_demo(output: Path, progress: Listener) -> DemoResult:
     An earlier demo in the same place is replaced: the point is to see it train.
 
     Raises:
+        UserError: another run than the demo is in that place.
         BurnishError: as `burnish train`.
     """
     from burnish.demo.report import write_report
     from burnish.run import train_run
 
     config = load_config(ASSETS / "demo.yaml", overrides=[f"save.folder={json.dumps(str(output))}"]).config
-    if (output / config.name / "status.json").exists():
-        shutil.rmtree(output / config.name)
+    clear_earlier_demo(config)
     result = train_run(config, progress=progress)
     assert result.adapter is not None, "a finished run has an adapter"
     drawn = draw_before_and_after(config, result.adapter, progress.phase)
     figures = measure(drawn)
     grid, curve, report = write_report(result, config, drawn, figures)
     return DemoResult(result, figures, grid, curve, report)
+
+
+def clear_earlier_demo(config: RunConfig) -> None:
+    """Delete what an earlier demo left in the folder of `config`.
+
+    Raises:
+        UserError: the folder is being trained in, or holds what the demo did not make.
+    """
+    from burnish.run import refuse_if_busy
+    from burnish.run_folder import RunFolder
+
+    folder = RunFolder(config.save.folder / config.name)
+    refuse_if_busy(folder)
+    if is_run_of(config, folder.config) and not folder.path.is_symlink():
+        shutil.rmtree(folder.path)
+    elif folder.config.exists() or any(
+        place.is_dir() and any(place.iterdir()) for place in (folder.checkpoints, folder.adapters)
+    ):  # without either, a start failed early there, and nothing in it can be lost
+        raise UserError(
+            f"{folder.path} holds another run than this demo's; nothing in it was touched",
+            remedy="Name another folder with --output, or move that run away.",
+        )
+
+
+def is_run_of(config: RunConfig, stored: Path) -> bool:
+    """Whether the resolved config of a run folder says the same as `config`, but for where it is saved."""
+    if not stored.is_file():
+        return False
+    try:
+        before = load_config(stored).config
+    except ConfigError:
+        return False
+    return before.model_dump(exclude={"save"}) == config.model_dump(exclude={"save"})
 
 
 def draw_before_and_after(
