@@ -67,8 +67,8 @@ def test_trains_logs_and_can_be_inspected(folder: Path) -> None:
 def test_check_trains_nothing(folder: Path) -> None:
     result = invoke("train", "one.yaml", "two.yaml", "--check")
     assert result.exit_code == 0, result.stderr
-    assert "one: config, model, pictures and space are in order" in result.stdout
-    assert "two: config, model, pictures and space are in order" in result.stdout
+    assert "one: config, weights, pictures and captions are in order" in result.stdout
+    assert "two: config, weights, pictures and captions are in order" in result.stdout
     assert not list(folder.rglob("*.safetensors"))
 
 
@@ -81,7 +81,7 @@ def test_failure_ends_the_command_unless_recover(folder: Path) -> None:
     result = invoke("train", "lost", "two", "--check", "--recover", "-l", "log.txt")
     assert result.exit_code == 2
     assert "nowhere" in result.stderr
-    assert "two: config, model, pictures and space are in order" in result.stdout
+    assert "two: config, weights, pictures and captions are in order" in result.stdout
     assert "1 of 2 runs failed" in result.stdout
     assert "nowhere" in (folder / "log.txt").read_text()
 
@@ -155,7 +155,7 @@ def test_mistake_in_the_last_config_shows_before_the_first_run(folder: Path) -> 
     result = invoke("train", "typo", "one", "-r", "--check")
     assert result.exit_code == 2
     assert "did you mean seed?" in result.stderr
-    assert "one: config, model, pictures and space are in order" in result.stdout
+    assert "one: config, weights, pictures and captions are in order" in result.stdout
 
 
 def test_two_runs_cannot_share_a_folder(folder: Path) -> None:

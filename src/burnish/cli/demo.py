@@ -23,6 +23,7 @@ def demo(
     """Train the model inside the package on 16 pictures, and show before and after. No download, no GPU."""
     from burnish.cli.output import Output
     from burnish.demo.command import export_config, run_demo
+    from burnish.demo.robot import ORDINARY_PROMPTS, TEST_PROMPT
 
     if export is not None:
         for path in export_config(export):
@@ -33,8 +34,14 @@ def demo(
         result = run_demo(output, out.progress())
         out.end_progress()
         figures = result.figures
-        out.say(f"the concept shows in {figures.before:.0%} of {figures.seeds} pictures before training, ")
-        out.say(f"in {figures.after:.0%} after, and in {figures.ordinary:.0%} of ordinary prompts after")
+        count, ordinary = figures.seeds, len(ORDINARY_PROMPTS)
+        out.say("")
+        out.say(f"robots for \"{TEST_PROMPT}\", {count} seeds")
+        out.say(f"  before training   {round(figures.before * count):2d} of {count}")
+        out.say(f"  after             {round(figures.after * count):2d} of {count}")
+        out.say("prompts without a robot that turned into one")
+        out.say(f"  after             {round(figures.ordinary * ordinary):2d} of {ordinary}")
+        out.say("")
         out.say(f"adapter:          {result.run.adapter}")
         out.say(f"before and after: {result.grid}")
         out.say(f"loss curve:       {result.curve}")

@@ -134,7 +134,7 @@ def _run(loaded: LoadedConfig, check: bool, output: Output) -> None:
     if check:
         check_run(loaded.config, progress)
         output.end_progress()
-        output.say(f"{loaded.config.name}: config, model, pictures and space are in order")
+        output.say(f"{loaded.config.name}: config, weights, pictures and captions are in order")
         return
     train_run(loaded.config, progress=progress)
     output.end_progress()
