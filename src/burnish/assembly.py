@@ -68,9 +68,9 @@ def assemble(
         AdapterError: targets that match nothing, or that the export format cannot hold.
         MissingPackage: the optimizer needs one.
     """
-    helpers = []
+    assistants = []
     if config.model.training_adapter is not None:
-        helpers = [attach_adapter(family, config.model.training_adapter, events.warned)]
+        assistants = [attach_adapter(family, config.model.training_adapter, events.warned)]
     adapters = {}
     for part, denoiser in family.denoisers.items():
         choices = choose_modules(denoiser, family.targets, family.default_targets, config.method)
@@ -83,7 +83,7 @@ def assemble(
         training=training,
         validate=build_validate(config, prepared, events),
         save=build_save(config, resolved, adapters, prepared, folder, events, stop),
-        sample=build_sample(config, prepared, folder, helpers, events, stop),
+        sample=build_sample(config, prepared, folder, assistants, events, stop),
     )
 
 

@@ -36,7 +36,7 @@ def demo(
         figures = result.figures
         count, ordinary = figures.seeds, len(ORDINARY_PROMPTS)
         out.say("")
-        out.say(f"robots for \"{TEST_PROMPT}\", {count} seeds")
+        out.say(f'robots for "{TEST_PROMPT}", {count} seeds')
         out.say(f"  before training   {round(figures.before * count):2d} of {count}")
         out.say(f"  after             {round(figures.after * count):2d} of {count}")
         out.say("prompts without a robot that turned into one")

@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from burnish.config.load import load_config
-from burnish.demo.robot import ORDINARY_PROMPTS, PASS_SCORE, TEST_PROMPT, robot_scores
+from burnish.demo.figures import Drawn, Figures, measure
+from burnish.demo.robot import ORDINARY_PROMPTS, TEST_PROMPT
 from burnish.errors import ConfigError, UserError
 from burnish.events import Listener, RunResult
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from burnish.config.schema import RunConfig
 
 ASSETS = Path(__file__).parent / "assets"
 SEEDS = 32  # pictures per figure
-STEPS = 16
-SHOWN_ORDINARY = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Shares of pictures that show the robot, in [0, 1]."""
-
-    before: float  # the test prompt, base model
-    after: float  # the test prompt, with the adapter
-    ordinary: float  # prompts that name no robot, with the adapter
-    seeds: int
-    best_before: float  # highest score, see robot.robot_scores
-    mean_after: float
+STEPS = 16  # of the sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +31,6 @@ class DemoResult:
     grid: Path
     curve: Path
     report: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """What base model and adapter make of the same prompts and seeds."""
-
-    robots_before: Sequence[Image.Image]
-    robots_after: Sequence[Image.Image]
-    ordinary_before: Sequence[Image.Image]
-    ordinary_after: Sequence[Image.Image]
 
 
 def export_config(folder: Path) -> list[Path]:
@@ -161,19 +135,3 @@ def draw_before_and_after(
         sets.append(list(drawn))
     before, after = sets
     return Drawn(before[:SEEDS], after[:SEEDS], before[SEEDS:], after[SEEDS:])
-
-
-def measure(drawn: Drawn) -> Figures:
-    """Shares of robots by the deterministic picture measure of robot.py."""
-    before, after, ordinary = (
-        robot_scores(np.stack([np.asarray(picture) for picture in pictures]))
-        for pictures in (drawn.robots_before, drawn.robots_after, drawn.ordinary_after)
-    )
-    return Figures(
-        before=float((before >= PASS_SCORE).mean()),
-        after=float((after >= PASS_SCORE).mean()),
-        ordinary=float((ordinary >= PASS_SCORE).mean()),
-        seeds=len(after),
-        best_before=float(before.max()),
-        mean_after=float(after.mean()),
-    )

@@ -17,7 +17,7 @@ from burnish.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from burnish.config.schema import RunConfig
-    from burnish.demo.command import Drawn, Figures
+    from burnish.demo.figures import Drawn, Figures
     from burnish.events import RunResult
 
 COLUMNS = 8
