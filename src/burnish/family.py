@@ -218,7 +218,7 @@ class Family(Protocol):
     capabilities: Capabilities
     targets: ClassVar[Mapping[str, TargetSet]]  # always `attention`, `attention+mlp`, `all`
     default_targets: ClassVar[str]
-    export: ClassVar[ExportKeys]
+    export: ExportKeys
     defaults: SamplerDefaults
     latents: LatentShape
     schedule: Schedule

@@ -358,6 +358,7 @@ def test_a_training_adapter_works_in_training_and_not_in_samples(
     with safe_open(result.adapter, framework="pt") as opened:
         names = list(opened.keys())
         assert {opened.get_slice(name).get_shape()[0] for name in names if "lora_A" in name} == {4}
+        assert opened.metadata()["modelspec.architecture"] == "flux-1-schnell/lora"
 
 
 def test_check_looks_without_loading_a_model(

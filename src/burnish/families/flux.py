@@ -10,6 +10,7 @@ Shape letters: B batch, C channels, H W height and width of latents, S prompt to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -86,7 +87,7 @@ class Flux:
         ),
     }
     default_targets: ClassVar[str] = "attention+mlp"
-    export: ClassVar[ExportKeys] = ExportKeys(
+    export = ExportKeys(
         default="diffusers",
         formats=("diffusers",),
         modelspec="flux-1-dev",
@@ -114,6 +115,8 @@ class Flux:
             size=(size, size),
             negative_prompt=False,
         )
+        if not embeds_guidance:
+            self.export = replace(self.export, modelspec="flux-1-schnell")
         self._dtype = dtype
         self._source = source
         self._transformer: FluxTransformer2DModel | None = None

@@ -59,7 +59,7 @@ class StableDiffusion15:
     title: ClassVar[str] = "Stable Diffusion 1.5"
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     default_targets: ClassVar[str] = "attention+mlp"
-    export: ClassVar[ExportKeys] = ExportKeys(
+    export = ExportKeys(
         default="kohya",
         formats=("kohya", "diffusers"),
         modelspec="stable-diffusion-v1",

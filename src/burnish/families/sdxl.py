@@ -68,7 +68,7 @@ class StableDiffusionXL:
     title: ClassVar[str] = "Stable Diffusion XL"
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     default_targets: ClassVar[str] = "attention+mlp"
-    export: ClassVar[ExportKeys] = ExportKeys(
+    export = ExportKeys(
         default="kohya",
         formats=("kohya", "diffusers"),
         modelspec="stable-diffusion-xl-v1-base",
