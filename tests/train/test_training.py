@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from runs import last_checkpoint, picture_folder, run_config
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from burnish import preparation, tasks
 from burnish.checkpoint.store import CheckpointStore
@@ -309,6 +310,19 @@ def test_a_changed_method_refuses_to_go_on(tiny_flux: Path, pictures: Path, tmp_
     train_run(run_config(tiny_flux, pictures, tmp_path), progress=Listener())
     with pytest.raises(UserError, match=r"method.rank: 4 -> 8"):
         train_run(run_config(tiny_flux, pictures, tmp_path, {"method.rank": 8}), progress=Listener())
+
+
+def test_with_an_average_the_adapter_is_the_average(tiny_flux: Path, pictures: Path, tmp_path: Path) -> None:
+    result = train_run(
+        run_config(tiny_flux, pictures, tmp_path, {"train.ema": {"decay": 0.9}}), progress=Listener()
+    )
+    assert result.adapter is not None
+    saved, tensors = load_file(result.adapter), last_checkpoint(tmp_path).tensors
+    downs = {name.removesuffix(".weight"): value for name, value in saved.items() if "lora_A" in name}
+    assert len(downs) > 10
+    for name, value in downs.items():
+        assert torch.equal(value, tensors["ema"][name])
+        assert not torch.equal(value, tensors["adapter"][name])
 
 
 def test_every_picture_counts_the_same_in_a_step_with_a_partial_batch(
