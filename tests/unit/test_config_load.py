@@ -326,7 +326,10 @@ def test_run_folder_inside_pictures_is_found_through_links(folder: Path) -> None
 
 
 def test_pictures_beside_the_runs_are_fine(folder: Path) -> None:
-    loaded(folder, "name: pics\nmodel: {path: demo}\ndata: [{path: runs-pics}, {path: runs/other}]\n")
+    config = loaded(
+        folder, "name: pics\nmodel: {path: demo}\ndata: [{path: runs-pics}, {path: runs/other}]\n"
+    )
+    assert len(config.data) == 2
 
 
 # The resolved text
