@@ -18,7 +18,7 @@ from burnish.data.batch import Batch
 from burnish.events import Events
 from burnish.export.formats import resolve_format
 from burnish.export.metadata import Provenance, adapter_metadata
-from burnish.family import Family, ResolutionShift
+from burnish.family import Family, ResolutionShift, TokenShift
 from burnish.generate import attach_adapter
 from burnish.loop import Training
 from burnish.memory.activations import checkpoint_blocks
@@ -143,19 +143,20 @@ def build_objective(section: Objective, family: Family) -> Denoising:
             times = Timesteps("logit_normal", mean, std, low, high)
         case SigmoidTimesteps(scale=scale):
             times = Timesteps("logit_normal", 0.0, scale, low, high)
-    shift: float | ResolutionShift
+    shift: float | TokenShift
     match section.shift:
         case "family":
             shift = family.schedule.shift
         case "resolution":
             released = family.schedule.shift
-            shift = released if isinstance(released, ResolutionShift) else ResolutionShift()
+            shift = ResolutionShift() if isinstance(released, float | int) else released
         case number:
             shift = number
     return Denoising(
         schedule=family.schedule,
         timesteps=times,
         shift=shift,
+        sampler_steps=family.defaults.steps,
         min_snr_gamma=section.min_snr_gamma,
         noise_offset=section.noise_offset,
         guidance=None if section.guidance == "bypass" else section.guidance,

@@ -2,7 +2,8 @@
 
 A family answers questions. It never draws noise, never computes a loss, never writes a file of the user's.
 
-Shape letters: B batch, C channels, H W height and width (of pixels or of latents, as said), S tokens, D width.
+Shape letters: B batch, C channels, T frames, H W height and width (of pixels or of latents, as said), S tokens,
+D width. A video family works on pixels (B, 3, T, H, W) and latents (B, C, T, H, W); a picture is a clip of one frame.
 Conventions: data at t = 0, noise at t = 1; pixels in [-1, 1]; sizes in pixels as (height, width).
 A flow family mixes x_t = (1 - t) * data + t * noise and predicts velocity = noise - data. An older family mixes
 x_t = sqrt(alpha_bar) * data + sqrt(1 - alpha_bar) * noise at index t * 1000 and predicts epsilon or v.
@@ -10,8 +11,9 @@ x_t = sqrt(alpha_bar) * data + sqrt(1 - alpha_bar) * noise at index t * 1000 and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import exp
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 Prediction = Literal["velocity", "epsilon", "v"]
 Part = Literal["denoiser", "vae", "text_encoders"]
-AdapterFormat = Literal["kohya", "diffusers"]
+AdapterFormat = Literal["kohya", "diffusers", "comfy"]
 
 
 class Conditioning(Mapping[str, Tensor]):
@@ -113,23 +115,52 @@ class LatentShape:
     channels: int
     compression: int  # pixels per latent, each way
     patch: int = 1  # latents per token, each way
+    frame_compression: int | None = None  # frames per latent frame after the first; None: no time axis
 
     @property
     def pixel_multiple(self) -> int:
         """Heights and widths must be multiples of this."""
         return self.compression * self.patch
 
-    def of(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a picture of `height` x `width` pixels."""
-        return self.channels, height // self.compression, width // self.compression
+    def of(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """(C, H, W) of the latents of a picture, (C, T, H, W) where the family has a time axis.
 
-    def tokens(self, latent_height: int, latent_width: int) -> int:
-        return (latent_height // self.patch) * (latent_width // self.patch)
+        Raises:
+            ValueError: so many frames are not wholly encoded, or there is no time axis for them.
+        """
+        size = (height // self.compression, width // self.compression)
+        if self.frame_compression is None:
+            if frames != 1:
+                raise ValueError(f"{frames} frames for a family of still pictures")
+            return self.channels, *size
+        if frames < 1 or (frames - 1) % self.frame_compression:
+            raise ValueError(
+                f"{frames} frames; the VAE takes 1 and then multiples of {self.frame_compression}"
+            )
+        return self.channels, (frames - 1) // self.frame_compression + 1, *size
+
+    def tokens(self, latents: Sequence[int]) -> int:
+        """Tokens that the denoiser makes of latents of this shape, (..., H, W) or (..., T, H, W)."""
+        *_, height, width = latents
+        frames = 1 if self.frame_compression is None else latents[-3]
+        return frames * (height // self.patch) * (width // self.patch)
+
+
+class TokenShift(Protocol):
+    """A timestep shift that depends on the number of tokens, and for some models on the number of steps."""
+
+    def mu(self, tokens: int, steps: int) -> float:
+        """What diffusers' scheduler calls mu."""
+        ...
+
+    def factor(self, tokens: int, steps: int) -> float:
+        """The shift s of t -> s t / (1 + (s - 1) t) that this comes to."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class ResolutionShift:
-    """Timestep shift that grows with the number of tokens, exp(mu) with mu linear in tokens.
+    """Timestep shift that grows with the number of tokens: mu linear in tokens, the shift exp(mu) or mu itself.
 
     Stable Diffusion 3 paper (arXiv 2403.03206), section 5.3.2; constants as released with each model.
     """
@@ -138,10 +169,15 @@ class ResolutionShift:
     max_tokens: int = 4096
     base_shift: float = 0.5
     max_shift: float = 1.15
+    exponential: bool = True
 
-    def mu(self, tokens: int) -> float:
+    def mu(self, tokens: int, steps: int = 0) -> float:
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return self.base_shift + slope * (tokens - self.base_tokens)
+
+    def factor(self, tokens: int, steps: int = 0) -> float:
+        mu = self.mu(tokens, steps)
+        return exp(mu) if self.exponential else mu
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +187,22 @@ class Schedule:
     prediction: Prediction
     scheduler: Mapping[str, Any]  # diffusers scheduler config, `_class_name` included
     alphas_cumprod: Tensor | None = None  # (1000,) float64 for epsilon and v; None for a flow
-    shift: float | ResolutionShift = 1.0  # timestep shift of a flow, as released
+    shift: float | TokenShift = 1.0  # timestep shift of a flow, as released
+    spacing: Literal["linear", "scheduler"] = (
+        "linear"  # sigmas of a flow before the shift: 1 to 1/steps, or its own
+    )
 
     @property
     def is_flow(self) -> bool:
         return self.alphas_cumprod is None
+
+
+Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def classifier_free_guidance(with_prompt: Tensor, without: Tensor, scale: Tensor) -> Tensor:
+    """arXiv 2207.12598, as diffusers writes it: a scale of 1 is no guidance. `scale` broadcasts over the batch."""
+    return without + scale * (with_prompt - without)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +211,19 @@ class SamplerDefaults:
     guidance: float  # classifier-free guidance, or the embedded guidance where the model has one
     size: tuple[int, int]
     negative_prompt: bool  # classifier-free guidance is how this model is meant to run
+    frames: int = 1
+    fps: float = 0.0  # of clips; 0 for still pictures
+    guide: Guide = classifier_free_guidance
+    guides_above: float = 1.0  # scales up to this one take no second pass
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     guidance_embedding: bool = False  # reads conditioning["guidance_B"]; absent means: bypass the embedding
-    references: bool = False
-    masks: bool = False
+    references: int = 0  # pictures beside the prompt that it can follow, at most; 0 for none
+    prompts_see_references: bool = False  # `encode_prompts` must be given the references
+    masks: bool = False  # fills holes: the first reference is the picture, a mask says where
+    first_frame: bool = False  # the first reference is the clip's first frame
     video: bool = False
 
 
@@ -183,8 +236,21 @@ class TargetSet:
 
 
 @dataclass(frozen=True, slots=True)
+class NativeModule:
+    """A module of the original release that holds one of diffusers' modules, or several stacked along its rows."""
+
+    name: str
+    holds: tuple[str, ...]  # diffusers' names in the order of the rows
+
+
+NativeName = Callable[[str], NativeModule]
+
+
+@dataclass(frozen=True, slots=True)
 class ExportKeys:
     """How this family's adapter keys read in the files of others (the table of docs/interop.md).
+
+    `kohya` and `diffusers` write diffusers' module names, `comfy` those of the original release (`native`).
 
     `default` loads both in ComfyUI and in diffusers. `modelspec` and `ss_base_model_version` go to the metadata.
     """
@@ -194,6 +260,7 @@ class ExportKeys:
     modelspec: str
     base_model_version: str
     prefix: Mapping[AdapterFormat, str] = field(default_factory=dict)  # e.g. {"kohya": "lora_unet_"}
+    native: NativeName | None = None  # where the `comfy` format has other names than diffusers
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +317,9 @@ class Family(Protocol):
         """The denoiser without weights (meta device) at the released width; `depth` repeats of each block."""
         ...
 
-    def example(self, height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
+    def example(
+        self, height: int, width: int, batch: int, frames: int = 1
+    ) -> tuple[Tensor, Tensor, Conditioning]:
         """Noisy latents, times and conditioning of the right shapes and dtypes for the loaded denoiser."""
         ...
 
@@ -267,8 +336,14 @@ class Family(Protocol):
         """Drop a part so that its memory can be used."""
         ...
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """What the denoiser is told about captions; text beyond `prompt_limit` tokens is cut off."""
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
+    ) -> Conditioning:
+        """What the denoiser is told about captions; text beyond `prompt_limit` tokens is cut off.
+
+        `references`, one list per prompt of pictures (3, H, W) in [-1, 1], are given where the capabilities say
+        that prompts see them; other families ignore them.
+        """
         ...
 
     @property
@@ -284,16 +359,37 @@ class Family(Protocol):
         """Conditioning that depends on the picture rather than the caption; empty for most families."""
         ...
 
-    def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] -> latents (B, C, H, W) in the scale the denoiser sees; the mode, not a sample."""
+    def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
+        """The size in pixels at which a reference of `height` x `width` is taken, for a target of that size."""
         ...
 
-    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        """Latents in the scale the denoiser sees -> pixels (B, 3, H, W) in [-1, 1], not clamped."""
+    def encode_references(
+        self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
+    ) -> Conditioning:
+        """What the denoiser is told about pictures besides latents; needs the VAE. Empty for most families.
+
+        Args:
+            references: each (B, 3, H, W) in [-1, 1], of `reference_size`. Where the family fills holes the first is
+                the picture with the hole, where it goes on from a first frame that frame; both of the target's size.
+            mask_B1HW: 1 where the picture is to be filled, of the target's size.
+            frames: of the target.
+        """
         ...
 
-    def predict(self, noisy_BCHW: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        """What `schedule.prediction` names, shape of `noisy_BCHW`, at times `t_B` in [0, 1]."""
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), with a time axis (B, 3, T, H, W) for video, in [-1, 1] -> latents in the scale that
+        the denoiser sees: the posterior's mode, not a sample."""
+        ...
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents in the scale the denoiser sees -> pixels, shaped as those of `encode_pixels`, not clamped."""
+        ...
+
+    def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """What `schedule.prediction` names, in the shape of `noisy`, at times `t_B` in [0, 1].
+
+        A family with several denoisers picks by time, row by row.
+        """
         ...
 
     def blocks(self) -> list[nn.Module]:

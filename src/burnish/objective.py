@@ -6,7 +6,6 @@ An objective sees a batch and a family and gives one loss per sample. Noise and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from burnish.data.batch import Batch
-from burnish.family import Conditioning, Family, ResolutionShift, Schedule
+from burnish.family import Conditioning, Family, Schedule, TokenShift
 from burnish.randomness import torch_generator
 
 TimestepLaw = Literal["uniform", "logit_normal"]
@@ -39,7 +38,8 @@ class Denoising:
 
     schedule: Schedule
     timesteps: Timesteps = Timesteps()
-    shift: float | ResolutionShift = 1.0
+    shift: float | TokenShift = 1.0
+    sampler_steps: int = 50  # what a shift that depends on the number of steps is told
     min_snr_gamma: float | None = None
     noise_offset: float = 0.0
     guidance: float | None = 1.0  # value fed to a guidance embedding; None bypasses it
@@ -52,7 +52,7 @@ class Denoising:
         `predict` stands in for `family.predict` where a caller wraps it (autocast, adapters off).
         """
         noise_BCHW = self.draw_noise(batch, seed)
-        t_B = self.draw_times(batch, seed, family.latents.tokens(*batch.latents_BCHW.shape[-2:]))
+        t_B = self.draw_times(batch, seed, family.latents.tokens(batch.latents_BCHW.shape))
         return self.losses_at(family, batch, noise_BCHW, t_B, predict), t_B
 
     def losses_at(
@@ -110,9 +110,9 @@ class Denoising:
         return ((low + (high - low) * t_B) * 1000).floor().clamp(max=999) / 1000
 
     def shift_at(self, tokens: int) -> float:
-        if isinstance(self.shift, ResolutionShift):
-            return math.exp(self.shift.mu(tokens))
-        return self.shift
+        if isinstance(self.shift, float | int):
+            return self.shift
+        return self.shift.factor(tokens, self.sampler_steps)
 
     def snr_weight(self, t_B: Tensor) -> Tensor:
         """Min-SNR weight (arXiv 2303.09556, equation 6 and its v form); ones where it is off.

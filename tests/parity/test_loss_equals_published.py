@@ -140,7 +140,7 @@ def test_training_shift_is_the_one_the_sampler_uses(tiny_flux: Path, height: int
     family = loaded(tiny_flux)
     objective = Denoising(family.schedule, Timesteps(), shift=family.schedule.shift)
     tokens = (height // 16) * (width // 16)
-    assert family.latents.tokens(height // 8, width // 8) == tokens
+    assert family.latents.tokens((16, height // 8, width // 8)) == tokens
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     plain = torch.linspace(1.0, 0.1, 10, dtype=torch.float64)
     scheduler.set_timesteps(sigmas=plain.numpy(), mu=calculate_shift(tokens))

@@ -34,7 +34,7 @@ def loaded(folder: Path) -> Family:
 
 def our_latents(family: Family, guidance: float, *, true_guidance: float = 1.0) -> Tensor:
     requests = [
-        PictureRequest(prompt, negative, seed, HEIGHT, WIDTH, STEPS, guidance, true_guidance)
+        PictureRequest(prompt, negative, seed, HEIGHT, WIDTH, STEPS, guidance, true_guidance=true_guidance)
         for prompt, negative, seed in zip(PROMPTS, NEGATIVES, SEEDS, strict=True)
     ]
     encoded = encode_requests(family, requests)

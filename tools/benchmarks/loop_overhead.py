@@ -80,7 +80,7 @@ def drawn(run: Training, first: int, count: int) -> list[tuple[Batch, torch.Tens
     stream, rows = run.batches(first), []
     for _ in range(count):
         batch = next(stream)
-        tokens = run.family.latents.tokens(*batch.latents_BCHW.shape[-2:])
+        tokens = run.family.latents.tokens(batch.latents_BCHW.shape)
         rows.append(
             (
                 batch,

@@ -34,7 +34,7 @@ def _row(family: Family) -> tuple[str, ...]:
     formats = [f"{name} *" if name == family.export.default else name for name in family.export.formats]
     abilities = {
         "guidance embedding": family.capabilities.guidance_embedding,
-        "references": family.capabilities.references,
+        "references": bool(family.capabilities.references),
         "masks": family.capabilities.masks,
         "video": family.capabilities.video,
     }

@@ -185,11 +185,13 @@ class Flux:
         family._transformer = nn.Module.to(transformer, torch.bfloat16).requires_grad_(False).eval()
         return family
 
-    def example(self, height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
+    def example(
+        self, height: int, width: int, batch: int, frames: int = 1
+    ) -> tuple[Tensor, Tensor, Conditioning]:
         transformer = self._loaded_transformer()
         config, device = transformer.config, transformer.device
         generator = torch_generator(0, "example")
-        noisy_BCHW = torch.randn(batch, *self.latents.of(height, width), generator=generator)
+        noisy_BCHW = torch.randn(batch, *self.latents.of(height, width, frames), generator=generator)
         tokens_BSD = torch.randn(batch, self.prompt_tokens, config.joint_attention_dim, generator=generator)
         pooled_BD = torch.randn(batch, config.pooled_projection_dim, generator=generator)
         conditioning = Conditioning({"tokens_BSD": tokens_BSD, "pooled_BD": pooled_BD}).to(
@@ -230,7 +232,9 @@ class Flux:
         return clip.count_tokens(self._text_encoders.t5_tokenizer, prompt)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
+    ) -> Conditioning:
         """CLIP reads the first 75 tokens of a caption, T5 the first `prompt_tokens` - 1."""
         if self._text_encoders is None:
             raise RuntimeError("the part 'text_encoders' is not loaded")
@@ -247,24 +251,32 @@ class Flux:
     def describe_pictures(self, pictures: Sequence[PictureInfo]) -> Conditioning:
         return Conditioning({})
 
-    def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
-        return autoencoder.encode(self._loaded_vae(), pixels_B3HW)
+    def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
+        return target
 
-    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        return autoencoder.decode(self._loaded_vae(), latents_BCHW)
+    def encode_references(
+        self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
+    ) -> Conditioning:
+        return Conditioning({})
 
-    def predict(self, noisy_BCHW: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        height, width = noisy_BCHW.shape[-2:]
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return autoencoder.encode(self._loaded_vae(), pixels)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return autoencoder.decode(self._loaded_vae(), latents)
+
+    def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        height, width = noisy.shape[-2:]
         tokens_BSD = conditioning["tokens_BSD"].to(self._dtype)
         guidance_B = conditioning.get("guidance_B") if self.capabilities.guidance_embedding else None
         patches_BND = self._loaded_transformer()(
-            hidden_states=pack(noisy_BCHW).to(self._dtype),
+            hidden_states=pack(noisy).to(self._dtype),
             timestep=t_B,
             guidance=guidance_B,
             pooled_projections=conditioning["pooled_BD"].to(self._dtype),
             encoder_hidden_states=tokens_BSD,
-            txt_ids=torch.zeros(tokens_BSD.shape[1], 3, device=noisy_BCHW.device),
-            img_ids=patch_positions(height // 2, width // 2, noisy_BCHW.device),
+            txt_ids=torch.zeros(tokens_BSD.shape[1], 3, device=noisy.device),
+            img_ids=patch_positions(height // 2, width // 2, noisy.device),
             return_dict=False,
         )[0]
         return unpack(patches_BND, height, width)

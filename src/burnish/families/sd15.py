@@ -119,10 +119,12 @@ class StableDiffusion15:
         unet = without_weights(with_depth(LAYOUTS.config["unet"], depth), torch.bfloat16)
         return cls(Parts(unet=unet), schedule_of(LAYOUTS.config["scheduler"], None), torch.bfloat16, None)
 
-    def example(self, height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
+    def example(
+        self, height: int, width: int, batch: int, frames: int = 1
+    ) -> tuple[Tensor, Tensor, Conditioning]:
         unet = self._parts.loaded_unet()
         generator = torch_generator(0, "example")
-        noisy_BCHW = torch.randn(batch, *self.latents.of(height, width), generator=generator)
+        noisy_BCHW = torch.randn(batch, *self.latents.of(height, width, frames), generator=generator)
         tokens_BSD = torch.randn(batch, clip.TOKENS, unet.config.cross_attention_dim, generator=generator)
         conditioning = Conditioning({"tokens_BSD": tokens_BSD.to(self._dtype)})
         t_B = torch.full((batch,), 0.5, device=unet.device)
@@ -148,7 +150,9 @@ class StableDiffusion15:
         return clip.count_tokens(self._parts.loaded_text_encoders()[0][0], prompt)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
+    ) -> Conditioning:
         """Captions beyond 75 tokens are cut."""
         ((tokenizer, encoder),) = self._parts.loaded_text_encoders()
         ids_BS = clip.token_ids(tokenizer, prompts).to(encoder.device)
@@ -157,17 +161,25 @@ class StableDiffusion15:
     def describe_pictures(self, pictures: Sequence[PictureInfo]) -> Conditioning:
         return Conditioning({})
 
-    def encode_pixels(self, pixels_B3HW: Tensor) -> Tensor:
-        return autoencoder.encode(self._parts.loaded_vae(), pixels_B3HW)
+    def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
+        return target
 
-    def decode_latents(self, latents_BCHW: Tensor) -> Tensor:
-        return autoencoder.decode(self._parts.loaded_vae(), latents_BCHW)
+    def encode_references(
+        self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
+    ) -> Conditioning:
+        return Conditioning({})
 
-    def predict(self, noisy_BCHW: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return autoencoder.encode(self._parts.loaded_vae(), pixels)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return autoencoder.decode(self._parts.loaded_vae(), latents)
+
+    def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         # Scaled in the precision given: a sampler passes float64, so that whole steps stay whole.
         index_B = (t_B * 1000).float()
         predicted_BCHW: Tensor = self._parts.loaded_unet()(
-            noisy_BCHW.to(self._dtype),
+            noisy.to(self._dtype),
             index_B,
             encoder_hidden_states=conditioning["tokens_BSD"].to(self._dtype),
             return_dict=False,

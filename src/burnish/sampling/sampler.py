@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from burnish.errors import ModelError, UserError
-from burnish.family import Conditioning, Family, LatentShape, PictureInfo, ResolutionShift, Schedule
+from burnish.family import Conditioning, Family, PictureInfo, Schedule
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class PictureRequest:
     width: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    frames: int | None = None
     true_guidance: float = 1.0
 
 
@@ -54,6 +55,7 @@ class EncodedRequest:
 
     request: PictureRequest
     size: tuple[int, int]  # height and width in pixels
+    frames: int
     steps: int
     scale: float  # of classifier-free guidance; used where `negative` is there
     conditioning: Conditioning
@@ -88,6 +90,7 @@ def _settled(request: PictureRequest, family: Family) -> PictureRequest:
         width=width if request.width is None else request.width,
         steps=family.defaults.steps if request.steps is None else request.steps,
         guidance=family.defaults.guidance if request.guidance is None else request.guidance,
+        frames=family.defaults.frames if request.frames is None else request.frames,
     )
     multiple = family.latents.pixel_multiple
     for name, length in (("height", settled.height), ("width", settled.width)):
@@ -105,10 +108,11 @@ def _settled(request: PictureRequest, family: Family) -> PictureRequest:
 def _encoded_request(
     family: Family, request: PictureRequest, encoded: Callable[[str], Conditioning]
 ) -> EncodedRequest:
-    height, width, steps = request.height, request.width, request.steps
+    height, width, steps, frames = request.height, request.width, request.steps, request.frames
     assert height is not None
     assert width is not None
     assert steps is not None
+    assert frames is not None
     assert request.guidance is not None
     about_picture = family.describe_pictures([PictureInfo.whole(height, width)]).to("cpu")
     if family.capabilities.guidance_embedding:
@@ -117,10 +121,13 @@ def _encoded_request(
     return EncodedRequest(
         request=request,
         size=(height, width),
+        frames=frames,
         steps=steps,
         scale=scale,
         conditioning=encoded(request.prompt).merged(about_picture),
-        negative=encoded(request.negative).merged(about_picture) if scale > 1 else None,
+        negative=encoded(request.negative).merged(about_picture)
+        if scale > family.defaults.guides_above
+        else None,
     )
 
 
@@ -141,13 +148,13 @@ def draw_latents(
         dtype: of the denoiser; the noise is drawn in it, as diffusers does.
         progress: told the steps done and the steps in all; may raise to stop.
     """
-    groups: dict[tuple[tuple[int, int], int, bool], list[int]] = {}
+    groups: dict[tuple[tuple[int, int], int, int, bool], list[int]] = {}
     for index, one in enumerate(encoded):
-        groups.setdefault((one.size, one.steps, one.negative is not None), []).append(index)
-    total, done = sum(steps for _, steps, _ in groups), 0
+        groups.setdefault((one.size, one.frames, one.steps, one.negative is not None), []).append(index)
+    total, done = sum(steps for _, _, steps, _ in groups), 0
 
     drawn: dict[int, Tensor] = {}
-    for (_, steps, _), indices in groups.items():
+    for (_, _, steps, _), indices in groups.items():
 
         def step_done(step: int, before: int = done) -> None:
             if progress is not None:
@@ -169,16 +176,16 @@ def _draw_batch(
     first = encoded[0]
     generators = [torch.Generator("cpu").manual_seed(one.request.seed) for one in encoded]
     scheduler = make_scheduler(family.schedule)
-    shape = family.latents.of(*first.size)
+    shape = family.latents.of(*first.size, first.frames)
     noise = [torch.randn((1, *shape), generator=generator, dtype=dtype) for generator in generators]
     # The latents stay in float32 whatever the denoiser computes in: small steps would be lost in bfloat16.
     latents_BCHW = torch.cat(noise).to(device).float()
-    _set_timesteps(scheduler, family.schedule, family.latents, first.size, first.steps)
+    _set_timesteps(scheduler, family.schedule, first.steps, family.latents.tokens(shape))
     if not family.schedule.is_flow:
         latents_BCHW = latents_BCHW * scheduler.init_noise_sigma
 
     conditioning = _joined(encoded, device, dtype)
-    scale_B111 = torch.tensor([one.scale for one in encoded], device=device).view(-1, 1, 1, 1)
+    scale = torch.tensor([one.scale for one in encoded], device=device).view(-1, *(1 for _ in shape))
     # Stochastic schedulers (Euler ancestral, LCM) draw on the CPU from each picture's own generator.
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": generators} if takes_generator else {}
@@ -195,7 +202,7 @@ def _draw_batch(
         predicted = family.predict(model_input, t_B, conditioning).float()
         if guided:
             without, with_prompt = predicted.chunk(2)
-            predicted = without + scale_B111 * (with_prompt - without)
+            predicted = family.defaults.guide(with_prompt, without, scale)
         latents_BCHW = scheduler.step(predicted, timestep, latents_BCHW, return_dict=False, **options)[0]
         # A second-order scheduler takes several turns per step.
         step_done(first.steps * (number + 1) // len(timesteps))
@@ -229,18 +236,19 @@ def make_scheduler(schedule: Schedule) -> Any:
     return getattr(diffusers, name).from_config(dict(schedule.scheduler))
 
 
-def _set_timesteps(
-    scheduler: Any, schedule: Schedule, latents: LatentShape, size: tuple[int, int], steps: int
-) -> None:
-    """Prepare a scheduler for `steps` steps; a flow gets the sigmas that FluxPipeline passes."""
+def _set_timesteps(scheduler: Any, schedule: Schedule, steps: int, tokens: int) -> None:
+    """Prepare a scheduler for `steps` steps; most flows get the sigmas that FluxPipeline passes."""
     if not schedule.is_flow:
         scheduler.set_timesteps(steps)
         return
-    options: dict[str, float] = {}
-    if isinstance(schedule.shift, ResolutionShift):
-        _, height, width = latents.of(*size)
-        options["mu"] = schedule.shift.mu(latents.tokens(height, width))
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **options)
+    options: dict[str, Any] = {}
+    if not isinstance(schedule.shift, float | int):
+        options["mu"] = schedule.shift.mu(tokens, steps)
+    if schedule.spacing == "linear":
+        options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    else:
+        options["num_inference_steps"] = steps
+    scheduler.set_timesteps(**options)
     scheduler.set_begin_index(0)
 
 
