@@ -53,8 +53,11 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def build(name: str, folder: Path, seed: int = 0) -> DiffusionPipeline:
-    """Build the pipeline `name` (a key of `PIPELINES`), save it to `folder` and return it (fp32, CPU)."""
-    pipeline = PIPELINES[name](seed)
+    """Build the pipeline `name` (of `PIPELINES` or `tiny.cases()`), save it to `folder`, return it (fp32, CPU)."""
+    from tiny import cases
+
+    make = PIPELINES[name] if name in PIPELINES else cases()[name].build
+    pipeline = make(seed)
     pipeline.save_pretrained(folder)
     return pipeline
 
@@ -62,7 +65,7 @@ def build(name: str, folder: Path, seed: int = 0) -> DiffusionPipeline:
 def _sd15(seed: int) -> DiffusionPipeline:
     tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
-        unet=_drawn(
+        unet=drawn(
             seed,
             lambda: UNet2DConditionModel(
                 sample_size=8,
@@ -72,8 +75,8 @@ def _sd15(seed: int) -> DiffusionPipeline:
                 attention_head_dim=8,  # the number of heads, as in the released config
             ),
         ),
-        vae=_drawn(seed + 1, lambda: kl_vae(latent_channels=4, scaling_factor=0.18215)),
-        text_encoder=_drawn(seed + 2, lambda: clip_l(tokenizer)),
+        vae=drawn(seed + 1, lambda: kl_vae(latent_channels=4, scaling_factor=0.18215)),
+        text_encoder=drawn(seed + 2, lambda: clip_l(tokenizer)),
         tokenizer=tokenizer,
         scheduler=DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None,
@@ -86,7 +89,7 @@ def _sd15(seed: int) -> DiffusionPipeline:
 def _sdxl(seed: int) -> DiffusionPipeline:
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(padding="!")
     return StableDiffusionXLPipeline(
-        unet=_drawn(
+        unet=drawn(
             seed,
             lambda: UNet2DConditionModel(
                 sample_size=8,
@@ -103,9 +106,9 @@ def _sdxl(seed: int) -> DiffusionPipeline:
                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             ),
         ),
-        vae=_drawn(seed + 1, lambda: kl_vae(latent_channels=4, scaling_factor=0.13025, force_upcast=True)),
-        text_encoder=_drawn(seed + 2, lambda: clip_l(tokenizer)),
-        text_encoder_2=_drawn(seed + 3, lambda: clip_g(tokenizer_2)),
+        vae=drawn(seed + 1, lambda: kl_vae(latent_channels=4, scaling_factor=0.13025, force_upcast=True)),
+        text_encoder=drawn(seed + 2, lambda: clip_l(tokenizer)),
+        text_encoder_2=drawn(seed + 3, lambda: clip_g(tokenizer_2)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         scheduler=EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
@@ -130,7 +133,7 @@ def _flux(seed: int, *, guidance: bool) -> DiffusionPipeline:
         else FlowMatchEulerDiscreteScheduler(shift=1.0)
     )
     return FluxPipeline(
-        transformer=_drawn(
+        transformer=drawn(
             seed,
             lambda: FluxTransformer2DModel(
                 patch_size=1,
@@ -145,12 +148,12 @@ def _flux(seed: int, *, guidance: bool) -> DiffusionPipeline:
                 axes_dims_rope=(4, 6, 6),
             ),
         ),
-        vae=_drawn(
+        vae=drawn(
             seed + 1,
             lambda: kl_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant=False),
         ),
-        text_encoder=_drawn(seed + 2, lambda: clip_l(tokenizer)),
-        text_encoder_2=_drawn(seed + 3, lambda: t5(tokenizer_2)),
+        text_encoder=drawn(seed + 2, lambda: clip_l(tokenizer)),
+        text_encoder_2=drawn(seed + 3, lambda: t5(tokenizer_2)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         scheduler=scheduler,
@@ -167,7 +170,7 @@ PIPELINES: dict[str, Callable[[int], DiffusionPipeline]] = {
 }
 
 
-def _drawn(seed: int, make: Callable[[], Model]) -> Model:
+def drawn(seed: int, make: Callable[[], Model]) -> Model:
     """The model that `make` gives under `seed`, in eval mode, with no parameter left at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -207,6 +210,11 @@ def clip_l(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(_clip_config(tokenizer, width=24, heads=12, activation="quick_gelu"))
 
 
+def clip_l_with_projection(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    """As in Stable Diffusion 3 and HiDream, which take its pooled embedding projected."""
+    return CLIPTextModelWithProjection(_clip_config(tokenizer, width=24, heads=12, activation="quick_gelu"))
+
+
 def clip_g(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(_clip_config(tokenizer, width=40, heads=20, activation="gelu"))
 
@@ -227,11 +235,11 @@ def _clip_config(tokenizer: CLIPTokenizer, *, width: int, heads: int, activation
     )
 
 
-def t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
+def t5(tokenizer: T5TokenizerFast, width: int = 32) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=32,
+            d_model=width,
             d_kv=8,
             d_ff=64,
             num_layers=2,

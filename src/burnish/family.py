@@ -241,6 +241,7 @@ class NativeModule:
 
     name: str
     holds: tuple[str, ...]  # diffusers' names in the order of the rows
+    halves_swapped: bool = False  # the release keeps shift, then scale where diffusers keeps scale, then shift
 
 
 NativeName = Callable[[str], NativeModule]
@@ -253,6 +254,9 @@ class ExportKeys:
     `kohya` and `diffusers` write diffusers' module names, `comfy` those of the original release (`native`).
 
     `default` loads both in ComfyUI and in diffusers. `modelspec` and `ss_base_model_version` go to the metadata.
+    Modules are named by `fnmatch` patterns over diffusers' names: `unreadable` those that some reader would not find,
+    or find otherwise than trained, in a format; `complete` those without which a reader refuses a `comfy` file, which
+    are written without effect where they were not trained.
     """
 
     default: AdapterFormat
@@ -261,6 +265,9 @@ class ExportKeys:
     base_model_version: str
     prefix: Mapping[AdapterFormat, str] = field(default_factory=dict)  # e.g. {"kohya": "lora_unet_"}
     native: NativeName | None = None  # where the `comfy` format has other names than diffusers
+    unreadable: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
+    complete: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)  # of several denoisers, by part, in file names
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
     kohya       lora_unet_down_blocks_0_...to_q.lora_down.weight, .lora_up.weight, .alpha (0-d, float)
     diffusers   unet.down_blocks.0...to_q.lora_A.weight, .lora_B.weight; alpha / rank folded into B
+    comfy       diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight, .lora_B.weight: as diffusers, but in the
+                names of the original release, whose modules may stack several of diffusers'
 
 Every module of a kohya file gets the same alpha, whatever it was trained with, and B takes up the difference:
 diffusers loses the alphas of a UNet's attention layers where they differ from the commonest one, with a warning
 at most (0.42, `utils/peft_utils.py`, keys of `alpha_pattern`).
 
-A reader of the first computes up @ down * alpha / rank, a reader of the second B @ A. The second writes no
+A reader of the first computes up @ down * alpha / rank, a reader of the others B @ A. These write no
 alpha because diffusers would take it from the file's metadata and ComfyUI only from a key that diffusers
 refuses: folded, both agree. Convolutions: down (rank, in, *kernel), up (out, rank, 1, 1).
 """
@@ -22,13 +24,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from burnish.adapters.lora import LoraWeights
+from burnish.adapters.lora import Adaptable, LoraWeights
 from burnish.errors import AdapterError
+from burnish.export.stacking import stacked
 from burnish.family import AdapterFormat, ExportKeys
-
-# Modules that a format has a name for, but which some reader does not find under it. diffusers 0.42 takes
-# `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).
-_UNREADABLE: dict[AdapterFormat, tuple[str, ...]] = {"kohya": ("add_embedding.*",), "diffusers": ()}
 
 
 def resolve_format(requested: str, keys: ExportKeys, modules: Iterable[str] = ()) -> AdapterFormat:
@@ -38,7 +37,8 @@ def resolve_format(requested: str, keys: ExportKeys, modules: Iterable[str] = ()
         AdapterError: this family's adapters, or one of the modules, cannot be written so that it is read.
     """
     chosen = _named_format(requested, keys)
-    lost = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in _UNREADABLE[chosen])]
+    unreadable = keys.unreadable.get(chosen, ())
+    lost = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in unreadable)]
     if lost:
         others = [format for format in keys.formats if format != chosen]
         instead = f", or set save.format: {others[0]}, which fewer programs read" if others else ""
@@ -65,10 +65,15 @@ def _named_format(requested: str, keys: ExportKeys) -> AdapterFormat:
 
 
 def key_prefix(format: AdapterFormat, part: str, keys: ExportKeys) -> str:
-    """What stands before the module name, such as `lora_unet_` or `transformer.`."""
+    """What stands before the module name, such as `lora_unet_` or `transformer.`.
+
+    Each of several denoisers (`transformer`, `transformer_2`) has a file of its own, with the same prefix in all.
+    """
     if format in keys.prefix:
         return keys.prefix[format]
-    return "lora_unet_" if format == "kohya" else f"{part}."
+    if format == "comfy":
+        return "diffusion_model."
+    return "lora_unet_" if format == "kohya" else f"{part.partition('_')[0]}."
 
 
 def spelled_name(format: AdapterFormat, name: str) -> str:
@@ -83,12 +88,17 @@ def to_tensors(
     part: str,
     keys: ExportKeys,
     dtype: torch.dtype,
+    modules: Mapping[str, Adaptable],
 ) -> dict[str, Tensor]:
     """The tensors of a file, by key, contiguous and of `dtype`.
 
+    `modules` are those of the denoiser, trained or not: a `comfy` file needs the rows of both.
+
     Raises:
-        AdapterError: two modules would get the same key.
+        AdapterError: two modules would get the same key, or do not stack as the release stacks them.
     """
+    if format == "comfy":
+        weights = stacked(weights, keys, {name: module.weight.shape for name, module in modules.items()})
     prefix = key_prefix(format, part, keys)
     common = Counter(adapter.alpha for adapter in weights.values()).most_common(1)[0][0]
     tensors: dict[str, Tensor] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from burnish.errors import ModelError
 from burnish.families.sources import read_json, weight_files
-from burnish.families.weights import Layout, layout_of, load_module
+from burnish.families.weights import Layout, below, layout_of, load_module
 
 # Part of training the autoencoder; copies that some programs saved.
 UNUSED = ("loss.*", "model_ema.*")
@@ -63,17 +63,28 @@ def _load(
             "This VAE has its own mean and deviation per channel (as Playground 2.5); this is not supported.",
             remedy="Use a VAE of the family's own kind with `model.vae`.",
         )
-    # Released to overflow in float16 unless `force_upcast` is off (diffusers' pipelines do the same).
-    if dtype == torch.float16 and config.get("force_upcast", True):
-        dtype = torch.float32
     return load_module(
         lambda: AutoencoderKL.from_config(dict(config)),
         diffusers_names(layout),
-        dtype=dtype,
+        dtype=safe_dtype(config, dtype),
         device=device,
         what="VAE",
         unused=UNUSED,
     )
+
+
+def safe_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """Float32 in place of float16, in which VAEs overflow unless `force_upcast` is off (as in diffusers)."""
+    return torch.float32 if dtype == torch.float16 and config.get("force_upcast", True) else dtype
+
+
+def layout_in(layout: Layout, prefixes: Sequence[str]) -> Layout | None:
+    """The VAE inside a file, under diffusers' names: below a prefix, or the whole file; None if there is none."""
+    for prefix in (*prefixes, ""):
+        inside = below(layout, prefix)
+        if "decoder.conv_in.weight" in inside:
+            return diffusers_names(inside)
+    return None
 
 
 def diffusers_names(layout: Layout) -> Layout:

@@ -153,7 +153,7 @@ def _load(
 
     return load_module(
         make,
-        _as_transformers_spells(layout, projection),
+        as_transformers_spells(layout, projection),
         dtype=dtype,
         device=device,
         what=what,
@@ -161,7 +161,7 @@ def _load(
     )
 
 
-def _as_transformers_spells(layout: Layout, projection: bool) -> Layout:
+def as_transformers_spells(layout: Layout, projection: bool) -> Layout:
     """Names as the installed transformers wants: since 5.6 CLIPTextModel does without `text_model.`."""
     inner = {name.removeprefix("text_model."): piece for name, piece in layout.items()}
     wrapped = projection or "text_model" in CLIPTextModel(_smallest_config())._modules

@@ -24,6 +24,7 @@ BUILT_IN = {
     "sd15": "burnish.families.sd15:StableDiffusion15",
     "sdxl": "burnish.families.sdxl:StableDiffusionXL",
     "flux": "burnish.families.flux:Flux",
+    "sd3": "burnish.families.sd3:StableDiffusion3",
 }
 
 

@@ -1,0 +1,101 @@
+"""From the same seed our sampler draws what each family's diffusers pipeline draws (fp32, CPU)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from reference import NEGATIVES, PROMPTS, SEEDS, STEPS
+from tiny import Case, cases
+from torch import Tensor
+
+from burnish.families.registry import detect_family
+from burnish.family import Family, ModelSource
+from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
+
+TOLERANCE = 1e-4
+TinyFolder = Callable[[str], Path]
+CASES = cases()
+
+
+def loaded(folder: Path) -> Family:
+    source = ModelSource(str(folder))
+    parts = frozenset(("denoiser", "vae", "text_encoders"))
+    return detect_family(source).load(source, parts, dtype=torch.float32, device="cpu")
+
+
+def ours(family: Family, case: Case, guidance: float) -> Tensor:
+    height, width = case.size
+    requests = [
+        PictureRequest(
+            prompt,
+            negative if case.negatives else "",
+            seed,
+            height,
+            width,
+            STEPS,
+            guidance,
+            frames=case.frames,
+        )
+        for prompt, negative, seed in zip(PROMPTS, NEGATIVES, SEEDS, strict=True)
+    ]
+    encoded = encode_requests(family, requests)
+    return torch.stack(draw_latents(family, encoded, device="cpu", dtype=torch.float32))
+
+
+def theirs(folder: Path, case: Case, guidance: float, output: str) -> Tensor:
+    pipeline = case.pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = case.size
+    call: dict[str, Any] = {case.guidance_argument: guidance, **case.call}
+    if case.negatives:
+        call["negative_prompt"] = list(NEGATIVES)
+    if case.frames > 1:
+        call["num_frames"] = case.frames
+    drawn = pipeline(
+        prompt=list(PROMPTS),
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS],
+        output_type=output,
+        **call,
+    )
+    found: Tensor = drawn.frames if hasattr(drawn, "frames") else drawn.images
+    found = found.detach()
+    return case.unpack(pipeline, found) if output == "latent" else found
+
+
+def assert_same(found: Tensor, reference: Tensor) -> None:
+    assert found.shape == reference.shape
+    assert reference.std() > 0.1, "the reference is flat: it would not tell a wrong sampler from a right one"
+    torch.testing.assert_close(found, reference, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance"), [(name, scale) for name, case in CASES.items() for scale in case.guidance]
+)
+def test_latents(tiny_folder: TinyFolder, name: str, guidance: float) -> None:
+    folder, case = tiny_folder(name), CASES[name]
+    assert_same(ours(loaded(folder), case, guidance), theirs(folder, case, guidance, "latent"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pixels(tiny_folder: TinyFolder, name: str) -> None:
+    folder, case = tiny_folder(name), CASES[name]
+    family = loaded(folder)
+    reference = theirs(folder, case, case.guidance[0], "pt")
+    latents = ours(family, case, case.guidance[0])
+    with torch.no_grad():
+        pixels = torch.cat([family.decode_latents(one[None]) for one in latents])
+    if pixels.dim() == 5:  # diffusers puts the frames before the channels
+        pixels = pixels.transpose(1, 2)
+    assert_same((pixels / 2 + 0.5).clamp(0, 1), reference)
+
+
+def test_a_family_that_has_a_pipeline_is_compared() -> None:
+    assert all(issubclass(case.pipeline, DiffusionPipeline) for case in CASES.values())

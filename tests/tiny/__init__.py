@@ -1,0 +1,49 @@
+"""Tiny pipelines of the families, one module per group; each says how diffusers' own pipeline is called beside ours.
+
+A module lists its `CASES`. Everything that is checked for every family runs over all of them: `tests/family`,
+`tests/parity/test_families_equal_pipelines.py` and `tests/train/test_families_learn.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+
+def as_it_is(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    return latents
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny pipeline and how to compare with it. Sizes in pixels as (height, width)."""
+
+    family: str  # key of the registry
+    build: Callable[[int], DiffusionPipeline]  # seed -> pipeline, fp32, CPU
+    call: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # arguments of the pipeline's call besides the common ones
+    unpack: Callable[[DiffusionPipeline, Tensor], Tensor] = as_it_is  # its latents -> those of our sampler
+    size: tuple[int, int] = (64, 96)
+    frames: int = 1
+    guidance: tuple[float, ...] = (1.0, 4.0)
+    guidance_argument: str = "guidance_scale"
+    negatives: bool = True  # the pipeline takes `negative_prompt`
+    loads_adapters: bool = True  # diffusers loads the family's default adapter file
+    idle: tuple[str, ...] = ()  # targets that cannot change the output, as released (patterns)
+    pipeline: type[DiffusionPipeline] = DiffusionPipeline  # by which the folder is loaded
+
+
+def cases() -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for module in pkgutil.iter_modules(__path__):
+        listed: Mapping[str, Case] = importlib.import_module(f"{__name__}.{module.name}").CASES
+        assert not found.keys() & listed.keys()
+        found.update(listed)
+    return found
