@@ -15,6 +15,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from burnish.families.native import NativeNames
+
 
 def as_it_is(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     return latents
@@ -36,6 +38,15 @@ class Case:
     guidance_argument: str = "guidance_scale"
     negatives: bool = True  # the pipeline takes `negative_prompt`
     loads_adapters: bool = True  # diffusers loads the family's default adapter file
+    side: int = 64  # of the square pictures it is trained on
+    learns: bool = True  # is trained in `test_families_learn.py`
+    native: NativeNames | None = None  # its single file is written by this table
+    swapped: tuple[
+        str, ...
+    ] = ()  # modules whose halves the release stores the other way round, besides the table's
+    upstream: str | None = (
+        None  # diffusers' function that reads such a file, in `loaders/single_file_utils.py`
+    )
     idle: tuple[str, ...] = ()  # targets that cannot change the output, as released (patterns)
     pipeline: type[DiffusionPipeline] = DiffusionPipeline  # by which the folder is loaded
 

@@ -7,6 +7,7 @@ from functools import partial
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tiny_pipelines import clip_g, clip_l_with_projection, clip_tokenizer, drawn, kl_vae, t5, t5_tokenizer
 
+from burnish.families.sd3 import NAMES
 from tiny import Case
 
 
@@ -47,7 +48,12 @@ def _sd3(seed: int, *, medium: bool) -> StableDiffusion3Pipeline:
 
 # The context's tokens leave after the last block: their query there has no effect.
 IDLE = ("transformer_blocks.2.attn.add_q_proj",)
+SINGLE_FILE = {
+    "native": NAMES,
+    "swapped": ("transformer_blocks.2.norm1_context.linear",),
+    "upstream": "convert_sd3_transformer_checkpoint_to_diffusers",
+}
 CASES = {
-    "sd3": Case("sd3", partial(_sd3, medium=False), idle=IDLE),
-    "sd35_medium": Case("sd3", partial(_sd3, medium=True), idle=IDLE),
+    "sd3": Case("sd3", partial(_sd3, medium=False), idle=IDLE, **SINGLE_FILE),
+    "sd35_medium": Case("sd3", partial(_sd3, medium=True), idle=IDLE, **SINGLE_FILE),
 }

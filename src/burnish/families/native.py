@@ -73,6 +73,9 @@ class NativeNames:
                 return tuple(_numbered(ours, numbers) for ours in held)
         return (native,)
 
+    def is_swapped(self, ours: str) -> bool:
+        return any(fnmatchcase(ours, pattern) for pattern in self.swapped)
+
     def native_module(self, ours: str) -> NativeModule:
         """The native module that holds one of diffusers'."""
         for pattern, held in self._lines:
@@ -99,7 +102,7 @@ class NativeNames:
             module, _, kind = name.rpartition(".")
             held = self.held_by(module) if module else self.held_by(name)
             for ours, part in zip(held, _parts(piece, held, rows or {}), strict=True):
-                if any(fnmatchcase(ours, pattern) for pattern in self.swapped):
+                if self.is_swapped(ours):
                     part = HalvesSwapped(part.file, part.name, part.shape)
                 renamed[f"{ours}.{self.kinds.get(kind, kind)}" if module else ours] = part
         return renamed

@@ -1,0 +1,138 @@
+"""Every family: a short run lowers the loss, and its adapter does in diffusers' pipeline what it does in ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from numpy.random import default_rng
+from PIL import Image
+from tiny import Case, cases
+from torch import Tensor
+
+from burnish.config.schema import RunConfig
+from burnish.data.batch import Batch
+from burnish.data.prepare import pixels_of
+from burnish.events import Listener
+from burnish.families.registry import family_named
+from burnish.family import Family, ModelSource, PictureInfo
+from burnish.generate import attach_adapter
+from burnish.objective import Denoising
+from burnish.run import train_run
+from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
+
+TinyFolder = Callable[[str], Path]
+CASES = cases()
+CAPTION = "a sks dog on a red chair"
+STEPS, GUIDANCE, SIDE, SEED = 2, 3.0, 64, 7
+
+
+def pictures(folder: Path, side: int) -> list[Image.Image]:
+    folder.mkdir()
+    draw, drawn = default_rng(1), []
+    for number in range(2):
+        blobs = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype="uint8"))
+        drawn.append(blobs.resize((side, side), Image.Resampling.BICUBIC))
+        drawn[-1].save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(CAPTION)
+    return drawn
+
+
+def train(model: Path, case: Case, folder: Path) -> Path:
+    config = RunConfig.model_validate(
+        {
+            "name": "trained",
+            "model": {"path": str(model), "family": case.family},
+            "method": {"rank": 4, "alpha": 10},
+            "data": [{"kind": "folder", "path": str(folder / "pictures"), "resolutions": [case.side]}],
+            "train": {
+                "steps": 20,
+                "batch_size": 2,
+                "precision": "fp32",
+                "optimizer": {"kind": "adamw", "learning_rate": 1e-2},
+            },
+            "sample": {"every": 0, "at_start": False},
+            "save": {"folder": str(folder), "dtype": "float32"},
+            "memory": {"device": "cpu", "cache": "ram"},
+        }
+    )
+    adapter = train_run(config, progress=Listener()).adapter
+    assert adapter is not None
+    return adapter
+
+
+def load(model: Path, case: Case) -> Family:
+    parts = frozenset(("denoiser", "vae", "text_encoders"))
+    return family_named(case.family).load(ModelSource(str(model)), parts, dtype=torch.float32, device="cpu")
+
+
+def fixed_loss(family: Family, drawn: list[Image.Image]) -> float:
+    """Of the training pictures, at times from 0.05 to 0.95 and eight draws of noise."""
+    pixels = torch.stack([pixels_of(picture) for picture in drawn])
+    if family.capabilities.video:
+        pixels = pixels.unsqueeze(2)
+    whole = [PictureInfo.whole(*drawn[0].size)] * len(drawn)
+    with torch.no_grad():
+        batch = Batch(
+            latents_BCHW=family.encode_pixels(pixels),
+            conditioning=family.encode_prompts([CAPTION] * len(drawn)).merged(
+                family.describe_pictures(whole)
+            ),
+            weight_B=torch.ones(len(drawn)),
+            sample_ids=("0", "1"),
+            paths=("0", "1"),
+            position=0,
+        )
+        objective, losses = Denoising(family.schedule), []
+        for number in range(8):
+            noise = torch.randn(batch.latents_BCHW.shape, generator=torch.Generator().manual_seed(number))
+            t_B = torch.full((len(drawn),), 0.05 + 0.9 * number / 7)
+            t_B = t_B if family.schedule.is_flow else (t_B * 1000).floor() / 1000
+            losses.append(objective.losses_at(family, batch, noise, t_B).mean())
+    return float(torch.stack(losses).mean())
+
+
+def ours(family: Family, case: Case) -> Tensor:
+    request = PictureRequest(CAPTION, "", SEED, *case.size, STEPS, GUIDANCE, frames=case.frames)
+    encoded = encode_requests(family, [request])
+    return draw_latents(family, encoded, device="cpu", dtype=torch.float32)[0]
+
+
+def theirs(model: Path, adapter: Path, case: Case) -> Tensor:
+    pipeline = case.pipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    height, width = case.size
+    drawn = pipeline(
+        prompt=[CAPTION],
+        height=height,
+        width=width,
+        num_inference_steps=STEPS,
+        generator=[torch.Generator("cpu").manual_seed(SEED)],
+        output_type="latent",
+        **{case.guidance_argument: GUIDANCE},
+        **({"negative_prompt": [""]} if case.negatives else {}),
+        **({"num_frames": case.frames} if case.frames > 1 else {}),
+        **case.call,
+    )
+    found: Tensor = drawn.frames if hasattr(drawn, "frames") else drawn.images
+    return case.unpack(pipeline, found.detach())[0]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.learns])
+def test_twenty_steps_lower_the_loss_and_diffusers_draws_the_same(
+    tiny_folder: TinyFolder, tmp_path: Path, name: str
+) -> None:
+    case, model = CASES[name], tiny_folder(name)
+    drawn = pictures(tmp_path / "pictures", case.side)
+    adapter = train(model, case, tmp_path)
+    family = load(model, case)
+    before, plain = fixed_loss(family, drawn), ours(family, case)
+    attach_adapter(family, adapter, note=pytest.fail)
+    assert fixed_loss(family, drawn) < 0.97 * before
+    with_adapter = ours(family, case)
+    assert (with_adapter - plain).abs().max() > 0.01, "the adapter has no effect to compare"
+    if case.loads_adapters:
+        torch.testing.assert_close(with_adapter, theirs(model, adapter, case), atol=1e-4, rtol=0)
