@@ -1,0 +1,83 @@
+"""Gemma 2 by Google (arXiv 2408.00118) as a text encoder: its slot, its names in files, its tokens.
+
+The denoisers read hidden states of a causal model, so tokens behind a prompt's end change none before it: padding
+stands on the right, although Gemma's own tokenizer pads on the left, and is dropped by a mask.
+
+Shape letters: B batch, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
+
+from burnish.families.native import depth
+from burnish.families.pipeline import Config, Slot
+from burnish.families.text_slots import language_model_slot
+from burnish.families.weights import Layout, below
+
+# As ComfyUI saves it, with the name of the module before it or not.
+_PREFIXES = ("model.", "text_encoders.gemma2_2b.transformer.model.", "gemma2_2b.transformer.model.")
+_SIGN = (
+    "layers.0.pre_feedforward_layernorm.weight"  # Gemma 1, Llama and Qwen have two norms in a block, not four
+)
+
+
+def slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") -> Slot:
+    """Gemma 2 without its head."""
+    return language_model_slot(
+        folder,
+        tokenizer,
+        config=Gemma2Config,
+        model=Gemma2Model,
+        signs=(_SIGN,),
+        tidy=without_model,
+        prefixes=_PREFIXES,
+        config_of=config_from_shapes,
+        unused=("lm_head.*", "*rotary_emb.inv_freq", "logit_scale", "spiece_model"),
+        file_hint="gemma_2_2b_fp16.safetensors",
+    )
+
+
+def without_model(layout: Layout) -> Layout:
+    """Names as Gemma2Model has them: releases of the whole language model put `model.` in front."""
+    return below(layout, "model.") or layout
+
+
+def config_from_shapes(shipped: Config, layout: Layout) -> dict[str, Any]:
+    """The shipped config with the widths, heads and depth of `layout`."""
+    vocabulary, width = layout["embed_tokens.weight"].shape
+    head_dim = int(shipped["head_dim"])
+    return {
+        **shipped,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": layout["layers.0.mlp.gate_proj.weight"].shape[0],
+        "num_hidden_layers": depth(layout, "layers."),
+        "num_attention_heads": layout["layers.0.self_attn.q_proj.weight"].shape[0] // head_dim,
+        "num_key_value_heads": layout["layers.0.self_attn.k_proj.weight"].shape[0] // head_dim,
+    }
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
+) -> tuple[Tensor, Tensor]:
+    """Token numbers (B, S) with S = `length`, and where they are no padding (B, S): begin mark, the caption cut where
+    it is too long, padding."""
+    encoded = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    return encoded.input_ids, encoded.attention_mask.bool()
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Tokens of a prompt with its begin mark, uncut."""
+    return len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
