@@ -19,7 +19,7 @@ from burnish.events import Events
 from burnish.export.formats import resolve_format
 from burnish.export.metadata import Provenance, adapter_metadata
 from burnish.family import Family, ResolutionShift, TokenShift
-from burnish.generate import attach_adapter
+from burnish.generate import attach_adapter, part_labels
 from burnish.loop import Training
 from burnish.memory.activations import checkpoint_blocks
 from burnish.objective import Denoising, Timesteps
@@ -82,7 +82,7 @@ def assemble(
     return Assembled(
         training=training,
         validate=build_validate(config, prepared, events),
-        save=build_save(config, resolved, adapters, prepared, folder, events, stop),
+        save=build_save(config, resolved, family, adapters, prepared, folder, events, stop),
         sample=build_sample(config, prepared, folder, assistants, events, stop),
     )
 
@@ -179,6 +179,7 @@ def build_validate(config: RunConfig, prepared: Prepared, events: Events) -> Val
 def build_save(
     config: RunConfig,
     resolved: str,
+    family: Family,
     adapters: dict[str, AdapterSet],
     prepared: Prepared,
     folder: RunFolder,
@@ -199,6 +200,7 @@ def build_save(
                 epoch=run.position // run.batches_per_epoch,
                 seed=config.seed,
                 config=resolved,
+                part=part,
                 tag_frequency=prepared.tag_frequency,
                 trigger=config.trigger,
             ),
@@ -207,6 +209,7 @@ def build_save(
     return Save(
         store=CheckpointStore(folder.checkpoints),
         adapters=adapters,
+        labels=part_labels(family),
         folder=folder,
         name=config.name,
         every=config.save.every,

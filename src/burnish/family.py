@@ -241,7 +241,7 @@ class NativeModule:
 
     name: str
     holds: tuple[str, ...]  # diffusers' names in the order of the rows
-    halves_swapped: bool = False  # the release keeps shift, then scale where diffusers keeps scale, then shift
+    halves_swapped: bool = False  # shift, then scale, where diffusers keeps scale, then shift
 
 
 NativeName = Callable[[str], NativeModule]

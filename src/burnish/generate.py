@@ -11,7 +11,8 @@ from PIL import Image
 from burnish.adapters.lora import AdapterSet, adaptable_modules
 from burnish.config.schema import Model
 from burnish.errors import AdapterError
-from burnish.export.adapter_file import read_adapter
+from burnish.export.adapter_file import read_adapter, read_metadata
+from burnish.export.metadata import PART
 from burnish.family import Family
 from burnish.model import DTYPES, choose_device, choose_model
 from burnish.sampling.outputs import next_number, write_picture
@@ -54,20 +55,55 @@ def draw_pictures_with(
 
 
 def attach_adapter(family: Family, path: Path, note: Callable[[str], None]) -> AdapterSet:
-    """Attach a saved adapter, frozen, to the family's one denoiser; `note` hears what had to be assumed.
+    """Attach a saved adapter, frozen, to the denoiser it is for; `note` hears what had to be assumed.
 
     Raises:
-        AdapterError: the file does not fit.
+        AdapterError: the file does not fit, or does not tell which of several denoisers it is for.
     """
-    if len(family.denoisers) != 1:
-        raise AdapterError(
-            f"{family.title} has {len(family.denoisers)} denoisers; one adapter file cannot serve them all"
-        )
-    ((part, denoiser),) = family.denoisers.items()
+    part = _part_of(family, path)
+    denoiser = family.denoisers[part]
     file = read_adapter(path, adaptable_modules(denoiser), part=part, keys=family.export)
     for line in file.notes:
         note(f"{path.name}: {line}")
     return AdapterSet.from_weights(denoiser, file.weights)
+
+
+def part_labels(family: Family) -> dict[str, str]:
+    """What file names call each of several denoisers; empty where the model has only one."""
+    parts = list(family.denoisers)
+    if len(parts) == 1:
+        return {part: family.export.labels[part] for part in parts if part in family.export.labels}
+    return {part: family.export.labels.get(part, part) for part in parts}
+
+
+def _part_of(family: Family, path: Path) -> str:
+    """The denoiser that an adapter file is for: from its metadata, else from its name."""
+    parts = list(family.denoisers)
+    if len(parts) == 1:
+        return parts[0]
+    told = read_metadata(path).get(PART)
+    if told in parts:
+        return told
+    labels = part_labels(family)
+    in_name = {part: label for part, label in labels.items() if _letters(label) in _letters(path.stem)}
+    # `transformer` is also found where `transformer_2` is meant.
+    longest = [
+        part
+        for part, label in in_name.items()
+        if not any(_letters(label) in _letters(other) for other in in_name.values() if other != label)
+    ]
+    if len(longest) != 1:
+        names = " or ".join(labels.values())
+        raise AdapterError(
+            f"{path.name} does not tell which denoiser of {family.title} it is for: {names}",
+            remedy=f"Give one file for each, renamed so that {names} is part of its name.",
+        )
+    return longest[0]
+
+
+def _letters(text: str) -> str:
+    """Lower case, without what separates words in file names."""
+    return "".join(one for one in text.lower() if one.isalnum())
 
 
 def generate_pictures(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from burnish.adapters.lora import AdapterSet
+from burnish.adapters.lora import AdapterSet, adaptable_modules
 from burnish.checkpoint.space import nap
 from burnish.checkpoint.store import CheckpointStore
 from burnish.data.batch import Batch
@@ -100,6 +100,7 @@ class Save:
 
     store: CheckpointStore
     adapters: Mapping[str, AdapterSet]  # by denoiser
+    labels: Mapping[str, str]  # what file names call each denoiser; those alone in their model have none
     folder: RunFolder
     name: str
     every: int
@@ -181,7 +182,7 @@ class Save:
                     raise
 
     def adapter_path(self, part: str, label: str) -> Path:
-        suffix = f"-{part}" if len(self.adapters) > 1 else ""
+        suffix = f"-{self.labels[part]}" if part in self.labels else ""
         return self.folder.adapters / f"{self.name}{suffix}{label}.safetensors"
 
     def resumed(self, run: Training, checkpoint: Path) -> None:
@@ -196,12 +197,14 @@ class Save:
 
     def export_one(self, run: Training, part: str, adapter: AdapterSet, path: Path) -> Mapping[str, object]:
         weights = adapter.weights()
+        modules = adaptable_modules(adapter.denoiser)
         self.when_there_is_space(
             lambda: write_adapter(
                 path,
                 weights,
                 part=part,
                 keys=run.family.export,
+                modules=modules,
                 format=self.format,
                 dtype=self.dtype,
                 metadata=self.metadata(run, part),

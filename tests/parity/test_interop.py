@@ -82,7 +82,14 @@ class Case:
         weights = adapter.weights()
         keys = self.family.export
         write_adapter(
-            path, weights, part=self.part, keys=keys, format=format, dtype=torch.float32, metadata={}
+            path,
+            weights,
+            part=self.part,
+            keys=keys,
+            modules=adaptable_modules(adapter.denoiser),
+            format=format,
+            dtype=torch.float32,
+            metadata={},
         )
         verify_adapter(path, weights, adapter.denoiser, part=self.part, keys=keys)
         return path

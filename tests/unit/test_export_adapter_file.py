@@ -20,7 +20,13 @@ from burnish.export.adapter_file import read_adapter, write_adapter
 from burnish.export.formats import resolve_format
 from burnish.family import ExportKeys
 
-KEYS = ExportKeys("kohya", ("kohya", "diffusers"), "stable-diffusion-v1", "sd_v1")
+KEYS = ExportKeys(
+    "kohya",
+    ("kohya", "diffusers"),
+    "stable-diffusion-v1",
+    "sd_v1",
+    unreadable={"kohya": ("add_embedding.*",)},
+)
 DIFFUSERS_ONLY = ExportKeys("diffusers", ("diffusers",), "flux-1-dev", "flux1")
 CHOICES = {
     "down_blocks.0.attn1.to_q": ModuleChoice(4, 8.0),
@@ -51,7 +57,9 @@ def trained() -> dict[str, LoraWeights]:
 
 
 def write(path: Path, weights: Mapping[str, LoraWeights] | None = None, **options: object) -> Path:
-    settings = {"part": "unet", "keys": KEYS, "dtype": torch.float32, "metadata": {}, **options}
+    modules = adaptable_modules(Denoiser())
+    settings = {"part": "unet", "keys": KEYS, "modules": modules, "dtype": torch.float32, **options}
+    settings.setdefault("metadata", {})
     return write_adapter(path, trained() if weights is None else weights, **settings)  # type: ignore[arg-type]
 
 
@@ -261,8 +269,10 @@ def test_formats_that_would_not_load_are_refused() -> None:
     assert resolve_format("diffusers", KEYS, ["add_embedding.linear_1"]) == "diffusers"
     with pytest.raises(AdapterError, match=r"flux-1-dev adapters have no kohya spelling"):
         resolve_format("kohya", DIFFUSERS_ONLY)
-    with pytest.raises(AdapterError, match="no adapter format 'comfy'"):
+    with pytest.raises(AdapterError, match=r"stable-diffusion-v1 adapters have no comfy spelling"):
         resolve_format("comfy", KEYS)
+    with pytest.raises(AdapterError, match="no adapter format 'pickle'"):
+        resolve_format("pickle", KEYS)
     with pytest.raises(AdapterError, match=r"add_embedding\.linear_1"):
         resolve_format("auto", KEYS, ["mid_block.attn", "add_embedding.linear_1"])
 

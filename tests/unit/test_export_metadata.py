@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from burnish.adapters.lora import LoraWeights
 from burnish.export.adapter_file import write_adapter
@@ -99,6 +100,7 @@ def test_hashes_are_those_of_sd_scripts(tmp_path: Path) -> None:
         weights,
         part="unet",
         keys=KEYS,
+        modules={"a": nn.Linear(3000, 4000)},
         dtype=torch.float32,
         metadata={"ss_output_name": "robot"},
     )

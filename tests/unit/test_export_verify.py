@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from burnish.adapters.lora import AdapterSet, LoraWeights, ModuleChoice
+from burnish.adapters.lora import AdapterSet, LoraWeights, ModuleChoice, adaptable_modules
 from burnish.errors import ExportError
 from burnish.export.adapter_file import write_adapter
 from burnish.export.verify import Verification, verify_adapter
@@ -42,7 +42,16 @@ def attached(spread: float = 1.0) -> tuple[Denoiser, dict[str, LoraWeights]]:
 
 
 def write(path: Path, weights: dict[str, LoraWeights], format: str, dtype: torch.dtype) -> Path:
-    return write_adapter(path, weights, part="unet", keys=KEYS, format=format, dtype=dtype, metadata={})
+    return write_adapter(
+        path,
+        weights,
+        part="unet",
+        keys=KEYS,
+        modules=adaptable_modules(Denoiser()),
+        format=format,
+        dtype=dtype,
+        metadata={},
+    )
 
 
 def verify(path: Path, denoiser: nn.Module, weights: dict[str, LoraWeights]) -> Verification:

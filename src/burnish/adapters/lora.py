@@ -21,6 +21,7 @@ from burnish.errors import AdapterError
 from burnish.randomness import torch_generator
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Adaptable = nn.Linear | Convolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,28 +284,28 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def adaptable_modules(denoiser: nn.Module) -> dict[str, nn.Linear | Convolution]:
+def adaptable_modules(denoiser: nn.Module) -> dict[str, Adaptable]:
     """Linear and ungrouped, zero-padded convolution layers by name, in module order.
 
     Names are those of the denoiser without adapters, also when some are attached.
     """
-    found: dict[str, nn.Linear | Convolution] = {}
+    found: dict[str, Adaptable] = {}
     _collect(denoiser, "", found)
     return found
 
 
-def largest_rank(module: nn.Linear | Convolution) -> int:
+def largest_rank(module: Adaptable) -> int:
     """More rank than this adds numbers but nothing that could be learned with them."""
     weight = module.weight
     return min(weight.shape[0], weight[0].numel())
 
 
-def kernel_volume(module: nn.Linear | Convolution) -> int:
+def kernel_volume(module: Adaptable) -> int:
     """1 for a linear layer and a 1x1 convolution, 9 for 3x3."""
     return 1 if isinstance(module, nn.Linear) else math.prod(module.kernel_size)
 
 
-def _collect(module: nn.Module, path: str, found: dict[str, nn.Linear | Convolution]) -> None:
+def _collect(module: nn.Module, path: str, found: dict[str, Adaptable]) -> None:
     layer = innermost(module)
     if isinstance(layer, nn.Linear):
         found[path] = layer
@@ -316,7 +317,7 @@ def _collect(module: nn.Module, path: str, found: dict[str, nn.Linear | Convolut
             _collect(child, f"{path}.{name}" if path else name, found)
 
 
-def _find(denoiser: nn.Module, names: Mapping[str, Any]) -> dict[str, nn.Linear | Convolution]:
+def _find(denoiser: nn.Module, names: Mapping[str, Any]) -> dict[str, Adaptable]:
     modules = adaptable_modules(denoiser)
     unknown = [name for name in names if name not in modules]
     if unknown:
@@ -351,11 +352,11 @@ def _place(denoiser: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _weight(module: nn.Module) -> Tensor:
     layer = innermost(module)
-    assert isinstance(layer, nn.Linear | Convolution)
+    assert isinstance(layer, Adaptable)
     return layer.weight
 
 
-def _initial(base: nn.Linear | Convolution, choice: ModuleChoice, seed: int, name: str) -> LoraWeights:
+def _initial(base: Adaptable, choice: ModuleChoice, seed: int, name: str) -> LoraWeights:
     kernel = () if isinstance(base, nn.Linear) else base.kernel_size
     width_in = base.in_features if isinstance(base, nn.Linear) else base.in_channels
     down = torch.empty(choice.rank, width_in, *kernel)
@@ -364,7 +365,7 @@ def _initial(base: nn.Linear | Convolution, choice: ModuleChoice, seed: int, nam
     return LoraWeights(down, up, choice.alpha)
 
 
-def _check_fit(name: str, base: nn.Linear | Convolution, weights: LoraWeights) -> None:
+def _check_fit(name: str, base: Adaptable, weights: LoraWeights) -> None:
     kernel = () if isinstance(base, nn.Linear) else base.kernel_size
     width_in = base.in_features if isinstance(base, nn.Linear) else base.in_channels
     width_out = base.out_features if isinstance(base, nn.Linear) else base.out_channels

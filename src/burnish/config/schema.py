@@ -86,7 +86,7 @@ class Save(Section):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "bfloat16", description="Number type of the exported adapter; training keeps float32."
     )
-    format: Literal["auto", "kohya", "diffusers"] = Field(
+    format: Literal["auto", "kohya", "diffusers", "comfy"] = Field(
         "auto", description="Key names of the adapter; `auto` loads in ComfyUI and diffusers alike."
     )
     on_disk_full: Literal["stop", "wait"] = Field(

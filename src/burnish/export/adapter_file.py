@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from burnish.adapters.lora import LoraWeights
+from burnish.adapters.lora import Adaptable, LoraWeights
 from burnish.atomic import atomic_write_bytes
 from burnish.errors import AdapterError, NonFiniteLoss
 from burnish.export.formats import key_prefix, resolve_format, to_tensors
 from burnish.export.metadata import file_hashes
-from burnish.family import ExportKeys
+from burnish.export.stacking import native_module, unstacked
+from burnish.family import ExportKeys, NativeModule
 
 # One matrix each: what sd-scripts, peft (with and without adapter name) and older diffusers call A and B.
 _DOWN = ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight")
@@ -50,13 +54,15 @@ def write_adapter(
     *,
     part: str,
     keys: ExportKeys,
+    modules: Mapping[str, Adaptable],
     format: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str],
 ) -> Path:
     """Write an adapter in `format`, with the hashes of its tensors added to `metadata`; the folder is made.
 
-    `part` is the denoiser's name as diffusers spells it (`unet`, `transformer`).
+    `part` is the denoiser's name as diffusers spells it (`unet`, `transformer`), `modules` are all that could be
+    trained of it.
 
     Raises:
         AdapterError: this family has no such format, or there is nothing to write.
@@ -65,7 +71,8 @@ def write_adapter(
     """
     if not weights:
         raise AdapterError(f"there is no adapter to write to {path.name}: no module was trained")
-    tensors = to_tensors(weights, resolve_format(format, keys, weights), part=part, keys=keys, dtype=dtype)
+    chosen = resolve_format(format, keys, weights)
+    tensors = to_tensors(weights, chosen, part=part, keys=keys, dtype=dtype, modules=modules)
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise NonFiniteLoss(
@@ -80,18 +87,30 @@ def write_adapter(
     return path
 
 
-def read_adapter(path: Path, modules: Iterable[str], *, part: str, keys: ExportKeys) -> AdapterFile:
-    """Read a LoRA for the modules named, whatever program wrote it, if it uses diffusers' module names.
+def read_metadata(path: Path) -> dict[str, str]:
+    """What an adapter file says about itself.
 
-    Known spellings: sd-scripts (`lora_unet_`), diffusers (`unet.`, `transformer.`), bare names or those
-    after `diffusion_model.`, peft (`base_model.model.`, alpha in the metadata). Without alpha the scale is 1.
+    Raises:
+        AdapterError: the file is missing or damaged.
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+def read_adapter(path: Path, modules: Mapping[str, Adaptable], *, part: str, keys: ExportKeys) -> AdapterFile:
+    """Read a LoRA for the modules named, whatever program wrote it.
+
+    Module names may be diffusers' or those of the original release. Known spellings: sd-scripts (`lora_unet_`),
+    diffusers (`unet.`, `transformer.`), bare names or those after `diffusion_model.`, peft (`base_model.model.`,
+    alpha in the metadata). Without alpha the scale is 1. An adapter of several of diffusers' modules at once is
+    taken apart; of these, and of modules in the original names, those without any effect are left out.
 
     Raises:
         AdapterError: the file is damaged, holds NaN, or holds keys that are no LoRA of these modules.
     """
     tensors, metadata = _load(path)
     names = _spellings(modules, part, keys)
-    found: dict[str, _Found] = {}
+    found: dict[NativeModule, _Found] = {}
     unknown = []
     for key, tensor in tensors.items():
         spelling, piece = _split(key)
@@ -101,34 +120,54 @@ def read_adapter(path: Path, modules: Iterable[str], *, part: str, keys: ExportK
             continue
         entry = found.setdefault(name, _Found(spelling))
         if piece in entry.matrices:
-            raise AdapterError(f"{path}: two spellings of {name} ({entry.spelling} and {spelling})")
+            raise AdapterError(f"{path}: two spellings of {name.name} ({entry.spelling} and {spelling})")
         entry.matrices[piece] = tensor.float()
     if unknown:
-        raise _unknown_keys(path, unknown, len(tensors), names)
+        raise _unknown_keys(path, unknown, len(tensors), modules)
 
-    alphas = _metadata_alphas(path, metadata, part, found)
-    # Files in diffusers' names carry no alpha by rule: it is folded into the weights.
-    prefix = key_prefix("diffusers", part, keys)
-    folded = {entry.spelling for entry in found.values() if entry.spelling.startswith(prefix)}
+    alphas = _metadata_alphas(path, metadata, part, [target.name for target in found])
+    # Files in these spellings carry no alpha by rule: it is folded into the weights.
+    folds = tuple(
+        key_prefix(format, part, keys) for format in ("diffusers", "comfy") if format in keys.formats
+    )
+    folded = {entry.spelling for entry in found.values() if entry.spelling.startswith(folds)}
     assumed = 0
-    weights = {}
-    for name, entry in found.items():
-        weights[name], known = _assemble(path, name, entry, alphas)
+    read = {}
+    for target, entry in found.items():
+        read[target], known = _assemble(path, target.name, entry, alphas)
         assumed += not known and entry.spelling not in folded
     notes = (f"{path.name}: no alpha for {assumed} modules; strength 1 is assumed",) if assumed else ()
-    return AdapterFile(weights, metadata, notes)
+    return AdapterFile(_by_module(path, read, modules, keys), metadata, notes)
+
+
+def _by_module(
+    path: Path, read: Mapping[NativeModule, LoraWeights], modules: Mapping[str, Adaptable], keys: ExportKeys
+) -> dict[str, LoraWeights]:
+    """What was read by diffusers' names.
+
+    Raises:
+        AdapterError: two adapters of a file are for the same module, or none has any effect.
+    """
+    shapes = {name: module.weight.shape for name, module in modules.items()}
+    weights: dict[str, LoraWeights] = {}
+    for target, adapter in read.items():
+        as_is = target.holds == (target.name,) and not target.halves_swapped
+        filled = any(fnmatchcase(target.name, pattern) for pattern in keys.complete)
+        parts = {target.name: adapter} if as_is and not filled else unstacked(target, adapter, shapes)
+        twice = [name for name in parts if name in weights]
+        if twice:
+            raise AdapterError(f"{path}: two adapters of {twice[0]}, one of them in {target.name}")
+        weights |= parts
+    if not weights:
+        raise AdapterError(f"{path}: every adapter in it is zero; it was saved before its first step")
+    return weights
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            tensors = {key: file.get_tensor(key) for key in names}
-            metadata = dict(file.metadata() or {})
-    except FileNotFoundError as error:
-        raise AdapterError(f"there is no adapter file {path}") from error
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}", remedy=_why_unreadable(path)) from error
+    with _opened(path) as file:
+        names = file.keys()
+        tensors = {key: file.get_tensor(key) for key in names}
+        metadata = dict(file.metadata() or {})
     if not tensors:
         raise AdapterError(f"{path} holds no tensors")
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -138,6 +177,17 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             remedy="The training that wrote it had broken down; use an earlier save.",
         )
     return tensors, metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise AdapterError(f"there is no adapter file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}", remedy=_why_unreadable(path)) from error
 
 
 def _why_unreadable(path: Path) -> str:
@@ -152,15 +202,20 @@ def _why_unreadable(path: Path) -> str:
     return "It is not a whole safetensors file; download or copy it again."
 
 
-def _spellings(modules: Iterable[str], part: str, keys: ExportKeys) -> dict[str, str]:
-    """Every way in which a key may begin that means a module -> the module's name."""
-    dotted = ("", f"{part}.", "unet.", "transformer.", "diffusion_model.", "base_model.model.")
-    prefixes = {*dotted, key_prefix("diffusers", part, keys)}
+def _spellings(modules: Iterable[str], part: str, keys: ExportKeys) -> dict[str, NativeModule]:
+    """Every way in which a key may begin that means a module, diffusers' or a native one -> what it means."""
+    dotted = {"", f"{part}.", "unet.", "transformer.", "diffusion_model.", "base_model.model."}
+    dotted |= {key_prefix(format, part, keys) for format in ("diffusers", "comfy")}
     flat = {key_prefix("kohya", part, keys), "lora_unet_", f"lora_{part}_", "lycoris_"}
-    names: dict[str, str] = {}
-    for module in modules:
-        names.update({prefix + module: module for prefix in prefixes})
-        names.update({prefix + module.replace(".", "_"): module for prefix in flat})
+    known = set(modules)
+    natives = [native_module(keys, module) for module in known]
+    # Where a native name is also one of diffusers', of another module, diffusers' is meant.
+    targets = [native for native in natives if known.issuperset(native.holds)]
+    targets += [NativeModule(module, (module,)) for module in known]
+    names: dict[str, NativeModule] = {}
+    for target in targets:
+        names.update({prefix + target.name: target for prefix in dotted})
+        names.update({prefix + target.name.replace(".", "_"): target for prefix in flat})
     return names
 
 
@@ -229,7 +284,7 @@ def _assemble(path: Path, name: str, entry: _Found, alphas: Mapping[str, float])
     return LoraWeights(down, up, float(down.shape[0]) if told is None else told), told is not None
 
 
-def _unknown_keys(path: Path, unknown: list[str], count: int, names: Mapping[str, str]) -> AdapterError:
+def _unknown_keys(path: Path, unknown: list[str], count: int, modules: Iterable[str]) -> AdapterError:
     shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
     text_encoder = [key for key in unknown if _TEXT_ENCODER.match(key)]
     if len(text_encoder) == len(unknown):
@@ -237,7 +292,7 @@ def _unknown_keys(path: Path, unknown: list[str], count: int, names: Mapping[str
             f"{path}: {len(unknown)} of {count} keys are for text encoders, which take none here: {shown}",
             remedy="Remove them from the file, or train with an adapter of the denoiser alone.",
         )
-    expected = ", ".join(dict.fromkeys(names.values()))[:200]
+    expected = ", ".join(modules)[:200]
     return AdapterError(
         f"{path}: {len(unknown)} of {count} keys are no LoRA of this model's modules: {shown}",
         remedy=f"Is it for another family, or not a LoRA? Modules here are, for example: {expected}",

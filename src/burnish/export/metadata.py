@@ -22,6 +22,7 @@ from burnish import __version__
 from burnish.adapters.lora import LoraWeights
 from burnish.family import ExportKeys
 
+PART = "burnish.part"  # where a model has several denoisers, a file is for one of them
 TAG_LIMIT = (
     2000  # per source; the header of a file with a caption for every picture would outgrow its weights
 )
@@ -38,6 +39,7 @@ class Provenance:
     epoch: int
     seed: int
     config: str  # the resolved config, YAML or JSON text
+    part: str | None = None  # the denoiser it is for, as diffusers spells it
     tag_frequency: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # source -> tag -> count
     trigger: str | None = None
     when: datetime | None = None  # of the save; now if absent
@@ -71,6 +73,8 @@ def adapter_metadata(
         "burnish.version": __version__,
         "burnish.config": provenance.config,
     }
+    if provenance.part:
+        metadata[PART] = provenance.part
     if provenance.trigger:
         metadata["modelspec.trigger_phrase"] = provenance.trigger
     return metadata

@@ -103,7 +103,7 @@ def unstacked(
         )
     up = _swapped(adapter.up) if native.halves_swapped else adapter.up
     found = {}
-    for part, own in zip(native.holds, up.split(rows), strict=True):
+    for part, own in zip(native.holds, torch.split(up, rows), strict=True):
         used = own.flatten(2).abs().sum(dim=(0, 2)) > 0 if own.dim() > 2 else own.abs().sum(0) > 0
         if used.any():
             down, own = adapter.down[used].contiguous(), own[:, used].contiguous()

@@ -5,7 +5,7 @@ and does less than it should. So each save is checked here. Nothing below is sha
 
 Sources: ComfyUI `comfy/lora.py` and `comfy/weight_adapter/lora.py` (delta = up @ down over flattened
 matrices, times alpha / rank, or 1 without alpha); diffusers `loaders/lora_pipeline.py` and
-`utils/peft_utils.py`.
+`utils/peft_utils.py`. A module of the original release that stacks several of diffusers' is taken apart by its rows.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from burnish.adapters.lora import LoraWeights, adaptable_modules
+from burnish.adapters.lora import Adaptable, LoraWeights, adaptable_modules
 from burnish.errors import ExportError
-from burnish.family import AdapterFormat, ExportKeys
+from burnish.family import AdapterFormat, ExportKeys, NativeModule
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:(?P<down>lora_down\.weight|lora_A\.weight)|(?P<up>lora_up\.weight|lora_B\.weight)"
@@ -59,14 +60,16 @@ def verify_adapter(
     """Check that an adapter file reads back as trained.
 
     Each key belongs to a module of `denoiser`, each trained module is there, shapes fit, and the delta that a
-    reader computes is the trained one within the rounding of the file's number type. `trained` is float32;
-    `denoiser` may have adapters attached, its own names count.
+    reader computes is the trained one within the rounding of the file's number type. What was not trained is
+    exactly zero, and there only where its format needs it. `trained` is float32; `denoiser` may have adapters
+    attached, its own names count.
 
     Raises:
         ExportError: anything of this is not so; names the keys or modules.
     """
     tensors, metadata = _read(path)
-    format = _format(path, tensors, part)
+    modules = adaptable_modules(denoiser)
+    format = _format(path, tensors, part, keys, modules)
     if format not in keys.formats:
         raise ExportError(
             f"{path.name} is in the {format} format, which {keys.modelspec} files are not read in"
@@ -74,8 +77,15 @@ def verify_adapter(
     if "lora_adapter_metadata" in metadata:
         raise ExportError(f"{path.name}: lora_adapter_metadata holds an alpha that ComfyUI does not read")
 
-    modules = adaptable_modules(denoiser)
-    found = _as_reader(path, tensors, _names(modules, format, part), folded=format == "diffusers")
+    if format == "comfy":
+        natives = _natives(modules, keys)
+        names = {_comfy_prefix(keys) + name: name for name in natives}
+        stacks = _as_reader(path, tensors, names, folded=True)
+        found = _taken_apart(path, stacks, natives, trained, modules)
+        _check_filled(path, stacks, natives, trained, keys)
+    else:
+        names = _names(modules, format, part)
+        found = _as_reader(path, tensors, names, folded=format == "diffusers")
     _expect(path, "trained but not in the file", [name for name in trained if name not in found])
     _expect(path, "in the file but not trained", [name for name in found if name not in trained])
 
@@ -104,21 +114,47 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _format(path: Path, tensors: Mapping[str, Tensor], part: str) -> AdapterFormat:
+def _format(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    part: str,
+    keys: ExportKeys,
+    modules: Mapping[str, Adaptable],
+) -> AdapterFormat:
+    plain, comfy = _diffusers_prefix(part), _comfy_prefix(keys) if "comfy" in keys.formats else None
     flat = [key for key in tensors if key.startswith("lora_unet_")]
-    dotted = [key for key in tensors if key.startswith(f"{part}.")]
-    _expect(path, "that no reader knows", [key for key in tensors if key not in {*flat, *dotted}])
-    if flat and dotted:
-        raise ExportError(f"{path.name} mixes two spellings, {flat[0]} and {dotted[0]}")
+    dotted = [key for key in tensors if key.startswith(plain)]
+    native = [key for key in tensors if comfy is not None and key.startswith(comfy)]
+    _expect(path, "that no reader knows", [key for key in tensors if key not in {*flat, *dotted, *native}])
     if not tensors:
         raise ExportError(f"{path.name} holds no tensors")
-    return "kohya" if flat else "diffusers"
+    if comfy == plain and dotted:
+        # The same prefix for both, so that the names tell which it is.
+        known = {plain + name for name in modules}
+        dotted = [key for key in dotted if key.rpartition(".lora_")[0] in known]
+        native = [key for key in native if key not in dotted]
+    kinds: dict[AdapterFormat, list[str]] = {"kohya": flat, "diffusers": dotted, "comfy": native}
+    present: list[AdapterFormat] = [format for format, found in kinds.items() if found]
+    if len(present) > 1:
+        raise ExportError(
+            f"{path.name} mixes two spellings, {kinds[present[0]][0]} and {kinds[present[1]][0]}"
+        )
+    return present[0]
+
+
+def _diffusers_prefix(part: str) -> str:
+    """A second denoiser, `transformer_2`, is loaded from keys of `transformer.` as well."""
+    return "unet." if part == "unet" else "transformer."
+
+
+def _comfy_prefix(keys: ExportKeys) -> str:
+    return keys.prefix.get("comfy", "diffusion_model.")
 
 
 def _names(modules: Iterable[str], format: AdapterFormat, part: str) -> dict[str, str]:
     """Prefix of a key -> module, as both readers look it up."""
     if format == "diffusers":
-        return {f"{part}.{name}": name for name in modules}
+        return {f"{_diffusers_prefix(part)}{name}": name for name in modules}
     names: dict[str, str] = {}
     for name in modules:
         flat = "lora_unet_" + name.replace(".", "_")
@@ -126,6 +162,14 @@ def _names(modules: Iterable[str], format: AdapterFormat, part: str) -> dict[str
             raise ExportError(f"{flat} would mean both {names[flat]} and {name}")
         names[flat] = name
     return names
+
+
+def _natives(modules: Iterable[str], keys: ExportKeys) -> dict[str, NativeModule]:
+    """The modules of the original release, by name, as far as all they hold can be trained."""
+    if keys.native is None:
+        return {name: NativeModule(name, (name,)) for name in modules}
+    known = set(modules)
+    return {native.name: native for native in map(keys.native, known) if known.issuperset(native.holds)}
 
 
 def _as_reader(
@@ -163,6 +207,59 @@ def _as_reader(
         )
         for name, one in pieces.items()
     }
+
+
+def _taken_apart(
+    path: Path,
+    stacks: Mapping[str, _Read],
+    natives: Mapping[str, NativeModule],
+    trained: Mapping[str, LoraWeights],
+    modules: Mapping[str, Adaptable],
+) -> dict[str, _Read]:
+    """The adapters of diffusers' trained modules; whatever is beside them in a stack must be exactly zero."""
+    found = {}
+    stray = []
+    for name, stack in stacks.items():
+        up, inner = stack.up, 0
+        if natives[name].halves_swapped:
+            half = up.shape[0] // 2
+            up = torch.cat([up[half:], up[:half]])
+        weights = [modules[part].weight for part in natives[name].holds]
+        heights = [weight.shape[0] for weight in weights]
+        ranks = [trained[part].rank if part in trained else 0 for part in natives[name].holds]
+        total, rank = sum(heights), sum(ranks) or stack.up.shape[1]
+        if up.shape[0] != total or tuple(stack.down.shape) != (rank, *weights[0].shape[1:]):
+            raise ExportError(
+                f"{path.name}: {name} has matrices {tuple(stack.down.shape)} and {tuple(stack.up.shape)}; "
+                f"{(rank, *weights[0].shape[1:])} and {(total, rank)} were expected"
+            )
+        for part, rank, rows in zip(natives[name].holds, ranks, torch.split(up, heights), strict=True):
+            own = slice(inner, inner + rank)
+            if torch.cat([rows[:, :inner], rows[:, inner + rank :]], dim=1).count_nonzero():
+                stray.append(part)
+            if rank:
+                found[part] = _Read(stack.down[own], rows[:, own], stack.scale)
+            inner += rank
+    _expect(path, "affected by what was trained for others, or not at all", stray)
+    return found
+
+
+def _check_filled(
+    path: Path,
+    stacks: Mapping[str, _Read],
+    natives: Mapping[str, NativeModule],
+    trained: Mapping[str, LoraWeights],
+    keys: ExportKeys,
+) -> None:
+    """Modules without any trained part are there where a reader needs them, and only there."""
+    needed = {
+        name
+        for name, native in natives.items()
+        if any(fnmatchcase(part, pattern) for part in native.holds for pattern in keys.complete)
+    }
+    empty = {name for name in stacks if not any(part in trained for part in natives[name].holds)}
+    _expect(path, "needed by readers but not in the file", sorted(needed - set(stacks)))
+    _expect(path, "in the file but neither trained nor needed", sorted(empty - needed))
 
 
 def _check_shape(path: Path, name: str, read: _Read, weight: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from burnish.errors import ModelError
 from burnish.families import autoencoder, clip, t5
+from burnish.families.flux_layout import native_module
 from burnish.families.flux_source import (
     LONGEST_PROMPT,
     FluxSource,
@@ -89,10 +90,11 @@ class Flux:
     default_targets: ClassVar[str] = "attention+mlp"
     export = ExportKeys(
         default="diffusers",
-        formats=("diffusers",),
+        formats=("diffusers", "comfy"),
         modelspec="flux-1-dev",
         base_model_version="flux1",
         prefix={"diffusers": "transformer."},
+        native=native_module,
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from burnish.errors import ModelError
 from burnish.families.weights import Layout, Piece, below
+from burnish.family import NativeModule
 
 NATIVE_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 HEAD_DIM = 128  # of every released FLUX.1 and of those pruned from it
@@ -57,6 +58,8 @@ _REST = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
+_NATIVE_REST = {ours: native for native, ours in _REST.items()}
+_DIFFUSERS_BLOCK = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)")
 _BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
 _SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant)$")
 
@@ -88,6 +91,22 @@ def diffusers_modules(native: str) -> tuple[str, ...]:
         else (_SINGLE_BLOCK, "single_transformer_blocks")
     )
     return tuple(f"{stem}.{number}.{module}" for module in table.get(inner, ()))
+
+
+def native_module(ours: str) -> NativeModule:
+    """The native module that holds one of diffusers'; the same name where the release has no such module."""
+    if ours in _NATIVE_REST:
+        return NativeModule(_NATIVE_REST[ours], (ours,), halves_swapped=ours == "norm_out.linear")
+    match = _DIFFUSERS_BLOCK.fullmatch(ours)
+    if match is None:
+        return NativeModule(ours, (ours,))
+    single, number, inner = match.groups()
+    table, kind = (_SINGLE_BLOCK, "single") if single else (_DOUBLE_BLOCK, "double")
+    for native, modules in table.items():
+        if inner in modules:
+            name = f"{kind}_blocks.{number}.{native}"
+            return NativeModule(name, diffusers_modules(name))
+    return NativeModule(ours, (ours,))
 
 
 def native_prefix(names: Iterable[str]) -> str | None:

@@ -74,6 +74,8 @@ class StableDiffusionXL:
         modelspec="stable-diffusion-xl-v1-base",
         base_model_version="sdxl_base_v1-0",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
+        # diffusers 0.42 takes `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).
+        unreadable={"kohya": ("add_embedding.*",)},
     )
     capabilities = Capabilities()
     defaults = SamplerDefaults(steps=30, guidance=5.0, size=(1024, 1024), negative_prompt=True)
