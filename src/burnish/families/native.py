@@ -82,10 +82,9 @@ class NativeNames:
             for one in held:
                 numbers = _numbers(one, ours)
                 if numbers is not None:
-                    return NativeModule(
-                        _numbered(pattern, numbers), tuple(_numbered(o, numbers) for o in held)
-                    )
-        return NativeModule(ours, (ours,))
+                    parts = tuple(_numbered(part, numbers) for part in held)
+                    return NativeModule(_numbered(pattern, numbers), parts, self.is_swapped(ours))
+        return NativeModule(ours, (ours,), self.is_swapped(ours))
 
     def layout(self, layout: Layout, rows: Mapping[str, int] | None = None) -> Layout:
         """A native layout (its prefix taken off) under diffusers' names.
