@@ -1,9 +1,11 @@
 """ComfyUI's rules for LoRA files, written anew from their description, on models in their original layout.
 
-A key is looked up by what stands before its ending. For a UNet, `lora_unet_` plus the diffusers name with
+A key is looked up by what stands before its ending. For every model, `diffusion_model.` plus the original name, and
+`lora_unet_` plus that with underscores; for a UNet besides `lora_unet_` plus the diffusers name with
 underscores; for FLUX, `transformer.` plus the diffusers name. What is found is a weight of the original layout,
 or rows of one where that fuses several (FLUX's qkv), or halves swapped (FLUX's last modulation). The delta is
-up @ down over flattened matrices times alpha / rank, or times 1 without alpha.
+up @ down over flattened matrices times alpha / rank, or times 1 without alpha. What is not found, or does not fit, is
+left out and logged.
 
 The original layouts: CompVis' and Stability's `openaimodel.py`, Black Forest Labs' `flux/model.py`.
 """
@@ -11,8 +13,9 @@ The original layouts: CompVis' and Stability's `openaimodel.py`, Black Forest La
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -37,24 +40,94 @@ class Place:
     halves_swapped: bool = False
 
 
+def comfy_delta(
+    file: Mapping[str, Tensor],
+    shapes: Mapping[str, Sequence[int]],
+    places: Mapping[str, Place] | None = None,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What ComfyUI adds to the native weights, and the keys that it does not load.
+
+    Args:
+        file: the tensors of an adapter file.
+        shapes: of all native weights by name, without a prefix, as in `double_blocks.0.img_attn.qkv.weight`.
+        places: what the family's own key map adds to the rules for every model.
+
+    Returns:
+        Deltas by native weight name, of its shape, for those that the file changes.
+    """
+    known = {**generic_places(shapes), **(places or {})}
+    adapters: dict[str, dict[str, str]] = {}
+    lost = []
+    for key in file:
+        ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
+        if ending is None or key.removesuffix(ending) not in known:
+            lost.append(key)
+        else:
+            adapters.setdefault(key.removesuffix(ending), {})[ENDINGS[ending]] = key
+    deltas: dict[str, Tensor] = {}
+    for prefix, pieces in adapters.items():
+        place = known[prefix]
+        name = f"{place.module}.weight"
+        shape = (place.rows or shapes[name][0], *shapes[name][1:])
+        delta = product({piece: file[key] for piece, key in pieces.items()}, shape)
+        if delta is None:
+            lost += pieces.values()
+            continue
+        if place.halves_swapped:
+            delta = torch.cat(delta.chunk(2)[::-1])
+        whole = deltas.setdefault(name, torch.zeros(*shapes[name]))
+        whole[place.start : place.start + shape[0]] = delta
+    return deltas, lost
+
+
+def product(pieces: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
+    """up @ down times alpha / rank, in `shape`; None where they do not give it."""
+    if not {"up", "down"} <= pieces.keys():
+        return None
+    up, down = pieces["up"].float().flatten(1), pieces["down"].float().flatten(1)
+    if up.shape[1] != down.shape[0] or up.shape[0] * down.shape[1] != prod(shape):
+        return None
+    scale = pieces["alpha"].item() / down.shape[0] if "alpha" in pieces else 1.0
+    return (scale * (up @ down)).reshape(shape)
+
+
+def generic_places(shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
+    """The rules for every model."""
+    names = [key.removesuffix(".weight") for key in shapes if key.endswith(".weight")]
+    dotted = {f"diffusion_model.{name}": Place(name) for name in names}
+    return {**dotted, **{"lora_unet_" + name.replace(".", "_"): Place(name) for name in names}}
+
+
+def hunyuan_video_places(shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
+    """`transformer.` plus Tencent's names, for weights that ComfyUI keeps under names like FLUX's."""
+    renamed = (
+        ("_mod.lin.", "_mod.linear."),
+        ("_attn.qkv.", "_attn_qkv."),
+        ("_attn.proj.", "_attn_proj."),
+        ("mlp.0.", "mlp.fc1."),
+        ("mlp.2.", "mlp.fc2."),
+        (".modulation.lin.", ".modulation.linear."),
+    )
+    found = {}
+    for key in shapes:
+        if key.endswith(".weight"):
+            spelled = key
+            for comfy, tencent in renamed:
+                spelled = spelled.replace(comfy, tencent)
+            place = Place(key.removesuffix(".weight"))
+            found["transformer." + spelled.removesuffix(".weight")] = place
+            found["diffusion_model." + spelled.removesuffix(".weight")] = place
+    return found
+
+
 def loaded(
     file: Mapping[str, Tensor], places: Mapping[str, Place], native: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """`native` weights with the file's adapters added; raises KeyError for a key that ComfyUI would skip."""
-    adapters: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in file.items():
-        ending = next(ending for ending in ENDINGS if key.endswith(ending))
-        adapters.setdefault(key.removesuffix(ending), {})[ENDINGS[ending]] = tensor
-    result = {key: tensor.clone() for key, tensor in native.items()}
-    for prefix, pieces in adapters.items():
-        place = places[prefix]
-        weight = result[f"{place.module}.weight"]
-        rows = weight[place.start : place.start + place.rows] if place.rows else weight
-        delta = (pieces["up"].flatten(1) @ pieces["down"].flatten(1)).reshape(rows.shape)
-        if "alpha" in pieces:
-            delta *= pieces["alpha"].item() / pieces["down"].shape[0]
-        rows += torch.cat(delta.chunk(2)[::-1]) if place.halves_swapped else delta
-    return result
+    deltas, lost = comfy_delta(file, {key: tensor.shape for key, tensor in native.items()}, places)
+    if lost:
+        raise KeyError(lost)
+    return {key: tensor + deltas[key] if key in deltas else tensor.clone() for key, tensor in native.items()}
 
 
 def unet_places(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Place]:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import comfyui_rules
+import diffusers_rules
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders import single_file_utils
-from diffusers.utils import logging as diffusers_logging
+from diffusers.loaders import lora_conversion_utils, single_file_utils
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer as PeftLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from burnish.adapters.lora import AdapterSet, adaptable_modules
@@ -118,24 +116,6 @@ def draw(pipeline: DiffusionPipeline) -> Tensor:
     return images
 
 
-@contextmanager
-def nothing_said() -> Iterator[None]:
-    """Fails on anything that diffusers logs, except that the file has no keys for text encoders."""
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    listener = Listener(logging.WARNING)
-    diffusers_logging.add_handler(listener)
-    try:
-        yield
-    finally:
-        diffusers_logging.remove_handler(listener)
-    assert [line for line in said if not line.startswith("No LoRA keys associated to CLIPTextModel")] == []
-
-
 def assert_drawn_alike(found: Tensor, expected: Tensor, without: Tensor) -> None:
     assert (expected - without).abs().max() > 0.01, "the adapter has no effect to compare"
     assert (found - expected).abs().max() <= 1e-4
@@ -147,18 +127,9 @@ def test_diffusers_loads_all_of_it_and_draws_the_same(case: Case, tmp_path: Path
     without = draw(ours)
     adapter = case.attach(ours)
     path = case.write(adapter, tmp_path / "a.safetensors", format)
-    with nothing_said():
-        theirs.load_lora_weights(tmp_path, weight_name=path.name)
-
-    loaded = {
-        name: module
-        for name, module in case.denoiser(theirs).named_modules()
-        if isinstance(module, PeftLayer)
-    }
-    assert loaded.keys() == adapter.layers.keys()
-    for name, weights in adapter.weights().items():
-        delta = loaded[name].get_delta_weight("default_0").detach().reshape(weights.delta().shape)
-        torch.testing.assert_close(delta, weights.delta(), rtol=1e-5, atol=1e-6)
+    diffusers_rules.load(theirs, path)
+    found = diffusers_rules.deltas(case.denoiser(theirs))
+    diffusers_rules.assert_same_deltas(found, adapter.weights())
     assert_drawn_alike(draw(theirs), draw(ours), without)
 
 
@@ -184,6 +155,81 @@ def test_comfyui_rules_use_every_key_and_give_the_trained_weights(case: Case, tm
     for name, one in adapter.weights().items():
         expected[f"{name}.weight"] = weights[f"{name}.weight"] + one.delta()
     assert_equal(changed, expected)
+
+
+FLUX_METHODS = {
+    **METHODS,
+    # Parts of fused modules, and the modulation whose halves the release keeps the other way round.
+    "parts": Lora(
+        rank=3, alpha=2.0, include=["norm_out.linear"], exclude=["*.to_q", "*.to_v", "*.add_v_proj"]
+    ),
+    "one": Lora(
+        rank=2, include=["single_transformer_blocks.1.proj_mlp"], exclude=["*blocks.*.attn.*", "*ff*"]
+    ),
+}
+
+
+@pytest.fixture(params=FLUX_METHODS)
+def flux_case(request: pytest.FixtureRequest, tiny_folder: TinyFolder) -> Case:
+    return Case(family_named("flux"), tiny_folder("flux"), "transformer", FLUX_METHODS[request.param])
+
+
+def test_comfyui_reads_files_in_the_names_of_the_release(flux_case: Case, tmp_path: Path) -> None:
+    pipeline = flux_case.pipeline()
+    denoiser = flux_case.denoiser(pipeline)
+    weights = {key: tensor.clone() for key, tensor in denoiser.state_dict().items()}
+    config: Mapping[str, Any] = denoiser.config
+    adapter = flux_case.attach(pipeline)
+    file = load_file(flux_case.write(adapter, tmp_path / "a.safetensors", "comfy"))
+
+    native = comfyui_rules.flux_native(weights, config["num_attention_heads"] * config["attention_head_dim"])
+    deltas, lost = comfyui_rules.comfy_delta(file, {key: one.shape for key, one in native.items()})
+    assert lost == []
+    changed = to_diffusers(
+        flux_case, {key: one + deltas.get(key, torch.zeros(())) for key, one in native.items()}, config
+    )
+    expected = dict(weights)
+    for name, one in adapter.weights().items():
+        expected[f"{name}.weight"] = weights[f"{name}.weight"] + one.delta()
+    assert_equal(changed, expected)
+
+
+def test_fused_modules_in_kohyas_spelling_load_in_diffusers_and_here(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    case = Case(family_named("flux"), tiny_folder("flux"), "transformer", METHODS["attention+mlp"])
+    ours, theirs = case.pipeline(), case.pipeline()
+    denoiser = case.denoiser(theirs)
+    adapter = case.attach(ours)
+    path = as_kohya(case.write(adapter, tmp_path / "a.safetensors", "comfy"))
+
+    width = denoiser.config["num_attention_heads"] * denoiser.config["attention_head_dim"]
+    converter = lora_conversion_utils._convert_kohya_flux_lora_to_diffusers
+    with diffusers_rules.widths(converter, {3072: width, 12288: 4 * width}):
+        diffusers_rules.load(theirs, path)
+    diffusers_rules.assert_same_deltas(diffusers_rules.deltas(denoiser), adapter.weights())
+
+    keys = case.family.export
+    file = read_adapter(path, adaptable_modules(case.denoiser(ours)), part=case.part, keys=keys)
+    assert file.notes == ()
+    found = {name: weights.delta() for name, weights in file.weights.items()}
+    diffusers_rules.assert_same_deltas(found, adapter.weights())
+
+
+def as_kohya(path: Path) -> Path:
+    """The same adapters as sd-scripts spells them, at alpha = rank / 2."""
+    tensors = {}
+    for key, tensor in load_file(path).items():
+        name = key.removeprefix("diffusion_model.").removesuffix(".weight")
+        module, _, matrix = name.rpartition(".")
+        spelled = "lora_unet_" + module.replace(".", "_")
+        if matrix == "lora_A":
+            tensors[f"{spelled}.lora_down.weight"] = tensor
+            tensors[f"{spelled}.alpha"] = torch.tensor(len(tensor) / 2)
+        else:
+            tensors[f"{spelled}.lora_up.weight"] = 2 * tensor
+    save_file(tensors, path)
+    return path
 
 
 def to_diffusers(case: Case, native: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:

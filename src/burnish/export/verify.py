@@ -81,8 +81,8 @@ def verify_adapter(
         natives = _natives(modules, keys)
         names = {_comfy_prefix(keys) + name: name for name in natives}
         stacks = _as_reader(path, tensors, names, folded=True)
-        found = _taken_apart(path, stacks, natives, trained, modules)
         _check_filled(path, stacks, natives, trained, keys)
+        found = _taken_apart(path, stacks, natives, trained, modules)
     else:
         names = _names(modules, format, part)
         found = _as_reader(path, tensors, names, folded=format == "diffusers")
