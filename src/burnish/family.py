@@ -284,6 +284,15 @@ class ModelSource:
     offline: bool = False
 
 
+class NegativePrompt(str):
+    """A prompt of what to keep away from.
+
+    Families that put an instruction in front of captions are released without it there, and for the empty caption.
+    """
+
+    __slots__ = ()
+
+
 class Family(Protocol):
     """One model architecture, its parts loaded or not. See docs/add-a-family.md."""
 
@@ -348,6 +357,7 @@ class Family(Protocol):
     ) -> Conditioning:
         """What the denoiser is told about captions; text beyond `prompt_limit` tokens is cut off.
 
+        A prompt can be a `NegativePrompt`, to which few families answer otherwise than to a caption.
         `references`, one list per prompt of pictures (3, H, W) in [-1, 1], are given where the capabilities say
         that prompts see them; other families ignore them.
         """

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from burnish.errors import ModelError, UserError
-from burnish.family import Conditioning, Family, PictureInfo, Schedule
+from burnish.family import Conditioning, Family, NegativePrompt, PictureInfo, Schedule
 
 _log = logging.getLogger(__name__)
 
@@ -71,12 +71,13 @@ def encode_requests(family: Family, requests: Sequence[PictureRequest]) -> list[
     Raises:
         UserError: a size that the family cannot draw.
     """
-    known: dict[str, Conditioning] = {}
+    known: dict[tuple[type[str], str], Conditioning] = {}
 
     def encoded(text: str) -> Conditioning:
-        if text not in known:
-            known[text] = family.encode_prompts([text]).to("cpu")
-        return known[text]
+        key = (type(text), str(text))
+        if key not in known:
+            known[key] = family.encode_prompts([text]).to("cpu")
+        return known[key]
 
     return [_encoded_request(family, _settled(request, family), encoded) for request in requests]
 
@@ -125,7 +126,7 @@ def _encoded_request(
         steps=steps,
         scale=scale,
         conditioning=encoded(request.prompt).merged(about_picture),
-        negative=encoded(request.negative).merged(about_picture)
+        negative=encoded(NegativePrompt(request.negative)).merged(about_picture)
         if scale > family.defaults.guides_above
         else None,
     )
