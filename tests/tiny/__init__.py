@@ -47,6 +47,9 @@ class Case:
     upstream: str | None = (
         None  # diffusers' function that reads such a file, in `loaders/single_file_utils.py`
     )
+    loader_widths: Mapping[str, Mapping[int, int]] = field(
+        default_factory=dict
+    )  # released widths in the code of diffusers' adapter converters (by name), and those of this pipeline
     idle: tuple[str, ...] = ()  # targets that cannot change the output, as released (patterns)
     pipeline: type[DiffusionPipeline] = DiffusionPipeline  # by which the folder is loaded
 

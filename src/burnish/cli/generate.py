@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -90,8 +91,9 @@ def generate(
     from burnish.generate import generate_pictures
 
     with Output() as out:
-        if run and not adapters and (found := _finished_adapter(run)):
-            out.say(f"note: the model as it is; for what this run learned, add --adapter {found}")
+        if run and not adapters and (found := _finished_adapters(run)):
+            options = " ".join(f"--adapter {path}" for path in found)
+            out.say(f"note: the model as it is; for what this run learned, add {options}")
         progress = out.progress()
         paths = generate_pictures(
             chosen,
@@ -244,6 +246,8 @@ def _one_of(value: str, allowed: tuple[str, ...], option: str) -> str:
     return value
 
 
-def _finished_adapter(run: RunConfig) -> Path | None:
-    path = run.save.folder / run.name / "adapters" / f"{run.name}.safetensors"
-    return path if path.is_file() else None
+def _finished_adapters(run: RunConfig) -> list[Path]:
+    """What the run wrote at its end: one file, or one for each of the model's denoisers."""
+    folder = run.save.folder / run.name / "adapters"
+    files = sorted(folder.glob(f"{glob.escape(run.name)}*.safetensors"))
+    return [file for file in files if not re.search(r"-(\d{8}|best)$", file.stem)]

@@ -1,0 +1,114 @@
+"""A model with several denoisers: which of them an adapter file is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from burnish.adapters.lora import AdapterSet, LoraLayer, ModuleChoice, adaptable_modules
+from burnish.errors import AdapterError
+from burnish.export.adapter_file import write_adapter
+from burnish.export.metadata import PART
+from burnish.families.flux import Flux
+from burnish.family import ModelSource
+from burnish.generate import attach_adapter, part_labels
+
+LABELS = {"transformer": "high_noise", "transformer_2": "low_noise"}
+MODULE = "transformer_blocks.0.attn.to_q"
+
+
+class TwoExperts(Flux):
+    """FLUX.1 with a second transformer, as Wan 2.2 has one for high and one for low noise."""
+
+    export = replace(Flux.export, labels=LABELS)
+
+    @property
+    def denoisers(self) -> Mapping[str, nn.Module]:
+        first = self._loaded_transformer()
+        if not hasattr(self, "second"):
+            self.second = deepcopy(first)
+        return {"transformer": first, "transformer_2": self.second}
+
+
+@pytest.fixture
+def experts(tiny_flux: Path) -> TwoExperts:
+    source = ModelSource(str(tiny_flux))
+    return TwoExperts.load(source, frozenset({"denoiser"}), dtype=torch.float32, device="cpu")
+
+
+def saved(family: TwoExperts, path: Path, part: str, metadata: Mapping[str, str] | None = None) -> Path:
+    denoiser = deepcopy(family.denoisers[part])
+    adapter = AdapterSet.attach(denoiser, {MODULE: ModuleChoice(2, 2.0)}, dropout=0.0, seed=0)
+    adapter.layers[MODULE].lora_B.data.fill_(1.0)
+    return write_adapter(
+        path,
+        adapter.weights(),
+        part=part,
+        keys=family.export,
+        modules=adaptable_modules(denoiser),
+        dtype=torch.float32,
+        metadata=metadata or {},
+    )
+
+
+def attached_to(family: TwoExperts) -> list[str]:
+    return [
+        part
+        for part, denoiser in family.denoisers.items()
+        if isinstance(denoiser.get_submodule(MODULE), LoraLayer)
+    ]
+
+
+def test_the_metadata_tells_whatever_the_name_is(experts: TwoExperts, tmp_path: Path) -> None:
+    path = saved(experts, tmp_path / "dog-low_noise.safetensors", "transformer", {PART: "transformer"})
+    attach_adapter(experts, path, note=pytest.fail)
+    assert attached_to(experts) == ["transformer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("dog-high_noise-00000100", "transformer"),
+        ("dog-low_noise-best", "transformer_2"),
+        ("Wan2.2_HighNoise_v1", "transformer"),
+        ("dog.low-noise", "transformer_2"),
+    ],
+)
+def test_else_the_name_tells(experts: TwoExperts, tmp_path: Path, name: str, part: str) -> None:
+    attach_adapter(experts, saved(experts, tmp_path / f"{name}.safetensors", part), note=pytest.fail)
+    assert attached_to(experts) == [part]
+
+
+def test_one_file_for_each_can_be_attached(experts: TwoExperts, tmp_path: Path) -> None:
+    files = [saved(experts, tmp_path / f"dog-{label}.safetensors", part) for part, label in LABELS.items()]
+    for file in files:
+        attach_adapter(experts, file, note=pytest.fail)
+    assert attached_to(experts) == list(LABELS)
+
+
+@pytest.mark.parametrize("name", ["dog", "dog-high_noise-low_noise", "highway"])
+def test_a_file_that_does_not_tell_is_refused(experts: TwoExperts, tmp_path: Path, name: str) -> None:
+    path = saved(experts, tmp_path / f"{name}.safetensors", "transformer")
+    with pytest.raises(AdapterError, match=r"which denoiser of FLUX\.1 it is for: high_noise or low_noise"):
+        attach_adapter(experts, path, note=pytest.fail)
+    assert attached_to(experts) == []
+
+
+def test_without_labels_the_parts_tell(experts: TwoExperts, tmp_path: Path) -> None:
+    experts.export = replace(experts.export, labels={})
+    assert part_labels(experts) == {"transformer": "transformer", "transformer_2": "transformer_2"}
+    path = saved(experts, tmp_path / "dog-transformer_2-best.safetensors", "transformer_2")
+    attach_adapter(experts, path, note=pytest.fail)
+    assert attached_to(experts) == ["transformer_2"]
+
+
+def test_one_denoiser_needs_no_label(tiny_flux: Path) -> None:
+    source = ModelSource(str(tiny_flux))
+    family = Flux.load(source, frozenset({"denoiser"}), dtype=torch.float32, device="cpu")
+    assert part_labels(family) == {}
