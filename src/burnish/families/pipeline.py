@@ -91,6 +91,8 @@ class Slot:
     unused: tuple[str, ...] = ()
     keep_float32: Callable[[torch.dtype], tuple[str, ...]] = lambda dtype: ()
     optional: bool = False  # a pipeline may come without it
+    kinds: tuple[str, ...] = ()  # its classes in model_index.json, where several slots share a folder
+    shipped: str = ""  # its key in the shipped configs, where that is not its folder
     file_hint: str = ""  # what the separate file is called in the wild, for messages
 
 
@@ -137,7 +139,8 @@ class PipelineSource:
         if not slot.optional:
             return True
         if self.index:
-            return self.index.get(slot.folder, [None])[0] is not None
+            library, kind = (*self.index.get(slot.folder, ()), None, None)[:2]
+            return library is not None and (not slot.kinds or kind in slot.kinds)
         return any(slot.find(layout) is not None for layout in self._candidates(slot))
 
     def is_apart(self, slot: Slot) -> bool:
@@ -184,7 +187,7 @@ class PipelineSource:
         """The module's config: beside the weights in a folder, else the released one adjusted by shapes."""
         if self._in_folder(slot):
             return read_json(self.path / slot.folder / "config.json")
-        shipped = self.shipped[slot.folder]
+        shipped = self.shipped[slot.shipped or slot.folder]
         try:
             return slot.config_of(shipped, self.layout(slot))
         except (KeyError, ValueError) as error:
