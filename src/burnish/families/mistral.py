@@ -1,14 +1,12 @@
 """Mistral 3 as a text encoder: the language model alone, without the eyes that it was released with.
 
-The chat template is applied by the tokenizer; the processor around it is for pictures and not needed. A denoiser reads
-hidden states of some layers, so that the layers above the last of them can stay on the disk.
+The chat template is applied by the tokenizer; the processor around it is for pictures and not needed.
 
 Shape letters: B batch, S tokens, D width.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Mistral3Config, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from burnish.families.native import depth, refuse_scaled
 from burnish.families.pipeline import Config, Slot
 from burnish.families.text_slots import settings_of, tokenizer_in
 from burnish.families.weights import Layout, below
@@ -26,34 +25,26 @@ _PREFIXES = ("language_model.model.", "model.language_model.", "language_model."
 _IN_FILES = ("", "text_encoders.mistral3_24b.transformer.")
 _SIGN = "layers.0.self_attn.q_proj.weight"
 _QWEN = "layers.0.self_attn.q_norm.weight"  # of Qwen3, which has the same names otherwise
-_LAYER = re.compile(r"layers\.(\d+)\.")
-UNUSED = ("norm.weight", "*rotary_emb.inv_freq")
+UNUSED = ("*rotary_emb.inv_freq",)
 
 
-def mistral_slot(folder: str, tokenizer: str, *, layers: int | None = None) -> Slot:
-    """Mistral 3 of which `layers` layers are read; None for all, and its last norm.
-
-    The hidden state after the last layer read is as the layer gives it where the release has more layers or leaves
-    out its last norm, as ComfyUI's file of FLUX.2 does; where it has just as many, it is normed.
-    """
-
-    def tidy(layout: Layout) -> Layout:
-        return _language_model(layout, layers)
+def mistral_slot(folder: str, tokenizer: str) -> Slot:
+    """Mistral 3 of any size; the module is transformers' `MistralModel`, or that of Ministral 3."""
 
     def find(layout: Layout) -> Layout | None:
         for outer in _IN_FILES:
             inside = below(layout, outer)
             if any(p + _SIGN in inside and p + _QWEN not in inside for p in _PREFIXES):
-                return tidy(inside)
+                return _language_model(inside)
         return None
 
     return Slot(
         folder=folder,
         part="text_encoders",
-        make=lambda config: _make(config, layers),
+        make=_make,
         find=find,
         config_of=_config_from_shapes,
-        tidy=tidy,
+        tidy=_language_model,
         tokenizer=tokenizer,
         load_tokenizer=tokenizer_in,
         unused=UNUSED,
@@ -61,26 +52,17 @@ def mistral_slot(folder: str, tokenizer: str, *, layers: int | None = None) -> S
     )
 
 
-def _language_model(layout: Layout, layers: int | None) -> Layout:
-    """The language model under its own names, without the layers that are not read."""
+def _language_model(layout: Layout) -> Layout:
+    """The language model under its own names, without eyes and without the head that writes words."""
+    refuse_scaled(layout)
     prefix = next((p for p in _PREFIXES if p + _SIGN in layout), "")
     inside = below(layout, prefix)
-    own = ("layers.", "embed_tokens.", "norm.")
-    return {
-        name: piece
-        for name, piece in inside.items()
-        if name.startswith(own)
-        and (layers is None or (match := _LAYER.match(name)) is None or int(match[1]) < layers)
-    }
+    return {k: piece for k, piece in inside.items() if k.startswith(("layers.", "embed_tokens.", "norm."))}
 
 
-def _make(config: Mapping[str, Any], layers: int | None) -> nn.Module:
+def _make(config: Mapping[str, Any]) -> nn.Module:
     text = Mistral3Config(**settings_of(config)).text_config
-    stated = text.num_hidden_layers
-    text.num_hidden_layers = stated if layers is None else min(stated, layers)
     model: nn.Module = MODEL_MAPPING[type(text)](text)
-    if text.num_hidden_layers < stated or not config.get("final_norm", True):
-        model.norm = nn.Identity()
     return model
 
 
@@ -90,7 +72,6 @@ def _config_from_shapes(shipped: Config, layout: Layout) -> dict[str, Any]:
     vocabulary, width = layout["embed_tokens.weight"].shape
     return {
         **shipped,
-        "final_norm": "norm.weight" in layout,
         "text_config": {
             **text,
             "vocab_size": vocabulary,
@@ -98,8 +79,7 @@ def _config_from_shapes(shipped: Config, layout: Layout) -> dict[str, Any]:
             "num_attention_heads": layout[_SIGN].shape[0] // text["head_dim"],
             "num_key_value_heads": layout["layers.0.self_attn.k_proj.weight"].shape[0] // text["head_dim"],
             "intermediate_size": layout["layers.0.mlp.gate_proj.weight"].shape[0],
-            "num_hidden_layers": 1
-            + max(int(match[1]) for name in layout if (match := _LAYER.match(name)) is not None),
+            "num_hidden_layers": depth(layout, "layers."),
         },
     }
 

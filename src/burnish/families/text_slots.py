@@ -6,7 +6,9 @@ A separate or all-in-one file holds a text encoder under its own names, or below
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from burnish.families.weights import Layout, below
 
 CLIP_L_LAYERS = 12  # the larger CLIPs have 24 (H) and 32 (bigG)
 _COMFY_CLIP = ("text_encoders.clip_l.", "clip_l.", "text_encoders.clip_g.", "clip_g.")
+_LAYER = re.compile(r"layers\.(\d+)\.")
 _NO_SETTINGS = (
     "architectures",
     "model_type",
@@ -157,4 +160,41 @@ def language_model_slot(
         ship_tokenizer=ship_tokenizer,
         unused=tuple(unused),
         file_hint=file_hint,
+    )
+
+
+def first_layers(slot: Slot, layers: int) -> Slot:
+    """The slot of a language model of which `layers` layers are read: those above stay on the disk.
+
+    The state after the last layer read is as the layer gives it, where the release has layers above or leaves out its
+    last norm, as some files of ComfyUI do; where it has just as many, it is normed, as transformers counts it.
+    """
+
+    def cut(layout: Layout) -> Layout:
+        above = {name for name in layout if (match := _LAYER.match(name)) and int(match[1]) >= layers}
+        return {k: v for k, v in layout.items() if k not in above and not (above and k == "norm.weight")}
+
+    def find(layout: Layout) -> Layout | None:
+        found = slot.find(layout)
+        return None if found is None else cut(found)
+
+    def make(config: dict[str, Any]) -> nn.Module:
+        settings = {k: v for k, v in config.items() if k != "final_norm"}
+        text = dict(settings.get("text_config", settings))
+        stated = int(text["num_hidden_layers"])
+        text |= {"num_hidden_layers": min(stated, layers), "layer_types": None}
+        module = slot.make({**settings, "text_config": text} if "text_config" in settings else text)
+        if stated > layers or not config.get("final_norm", True):
+            module.norm = nn.Identity()
+        return module
+
+    return replace(
+        slot,
+        find=find,
+        tidy=lambda layout: cut(slot.tidy(layout)),
+        make=make,
+        config_of=lambda shipped, layout: {
+            **slot.config_of(shipped, layout),
+            "final_norm": "norm.weight" in layout,
+        },
     )
