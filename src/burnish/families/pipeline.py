@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -396,7 +397,11 @@ class PipelineFamily:
             with torch.device("meta"):
                 module = slot.make(config)
             # nn.Module's own `to`: a model's may warn about float32 modules, of which there are none.
-            family.modules[slot.folder] = nn.Module.to(module, torch.bfloat16).requires_grad_(False).eval()
+            nn.Module.to(module, torch.bfloat16)
+            for name, parameter in module.named_parameters():
+                if any(fnmatch(name, rule) for rule in slot.keep_float32(torch.bfloat16)):
+                    parameter.data = parameter.data.float()
+            family.modules[slot.folder] = module.requires_grad_(False).eval()
         return family
 
     @classmethod
