@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from two_experts import LABELS, TwoExperts, second_transformer
 
 from burnish.adapters.lora import AdapterSet, LoraLayer, ModuleChoice, adaptable_modules
 from burnish.errors import AdapterError
 from burnish.export.adapter_file import write_adapter
 from burnish.export.metadata import PART
-from burnish.families.flux import Flux
+from burnish.families.sd3 import StableDiffusion3
 from burnish.family import ModelSource
 from burnish.generate import attach_adapter, part_labels
 
-LABELS = {"transformer": "high_noise", "transformer_2": "low_noise"}
 MODULE = "transformer_blocks.0.attn.to_q"
 
 
-class TwoExperts(Flux):
-    """FLUX.1 with a second transformer, as Wan 2.2 has one for high and one for low noise."""
-
-    export = replace(Flux.export, labels=LABELS)
-
-    @property
-    def denoisers(self) -> Mapping[str, nn.Module]:
-        first = self._loaded_transformer()
-        if not hasattr(self, "second"):
-            self.second = deepcopy(first)
-        return {"transformer": first, "transformer_2": self.second}
-
-
 @pytest.fixture
-def experts(tiny_flux: Path) -> TwoExperts:
-    source = ModelSource(str(tiny_flux))
+def experts(tiny_folder: Callable[[str], Path], tmp_path: Path) -> TwoExperts:
+    source = ModelSource(str(second_transformer(tiny_folder("sd3"), tmp_path / "model")))
     return TwoExperts.load(source, frozenset({"denoiser"}), dtype=torch.float32, device="cpu")
 
 
@@ -95,7 +81,9 @@ def test_one_file_for_each_can_be_attached(experts: TwoExperts, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["dog", "dog-high_noise-low_noise", "highway"])
 def test_a_file_that_does_not_tell_is_refused(experts: TwoExperts, tmp_path: Path, name: str) -> None:
     path = saved(experts, tmp_path / f"{name}.safetensors", "transformer")
-    with pytest.raises(AdapterError, match=r"which denoiser of FLUX\.1 it is for: high_noise or low_noise"):
+    with pytest.raises(
+        AdapterError, match=r"which denoiser of Stable Diffusion 3 it is for: high_noise or low_noise"
+    ):
         attach_adapter(experts, path, note=pytest.fail)
     assert attached_to(experts) == []
 
@@ -108,7 +96,7 @@ def test_without_labels_the_parts_tell(experts: TwoExperts, tmp_path: Path) -> N
     assert attached_to(experts) == ["transformer_2"]
 
 
-def test_one_denoiser_needs_no_label(tiny_flux: Path) -> None:
-    source = ModelSource(str(tiny_flux))
-    family = Flux.load(source, frozenset({"denoiser"}), dtype=torch.float32, device="cpu")
+def test_one_denoiser_needs_no_label(tiny_folder: Callable[[str], Path]) -> None:
+    source = ModelSource(str(tiny_folder("sd3")))
+    family = StableDiffusion3.load(source, frozenset({"denoiser"}), dtype=torch.float32, device="cpu")
     assert part_labels(family) == {}
