@@ -25,6 +25,7 @@ BUILT_IN = {
     "sdxl": "burnish.families.sdxl:StableDiffusionXL",
     "flux": "burnish.families.flux:Flux",
     "sd3": "burnish.families.sd3:StableDiffusion3",
+    "lumina2": "burnish.families.lumina2:Lumina2",
 }
 
 
