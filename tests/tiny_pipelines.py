@@ -20,9 +20,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -118,55 +115,9 @@ def _sdxl(seed: int) -> DiffusionPipeline:
     )
 
 
-def _flux(seed: int, *, guidance: bool) -> DiffusionPipeline:
-    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    scheduler = (
-        FlowMatchEulerDiscreteScheduler(
-            shift=3.0,
-            use_dynamic_shifting=True,
-            base_shift=0.5,
-            max_shift=1.15,
-            base_image_seq_len=256,
-            max_image_seq_len=4096,
-        )
-        if guidance
-        else FlowMatchEulerDiscreteScheduler(shift=1.0)
-    )
-    return FluxPipeline(
-        transformer=drawn(
-            seed,
-            lambda: FluxTransformer2DModel(
-                patch_size=1,
-                in_channels=64,
-                num_layers=2,
-                num_single_layers=2,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=32,
-                pooled_projection_dim=24,
-                guidance_embeds=guidance,
-                axes_dims_rope=(4, 6, 6),
-            ),
-        ),
-        vae=drawn(
-            seed + 1,
-            lambda: kl_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant=False),
-        ),
-        text_encoder=drawn(seed + 2, lambda: clip_l(tokenizer)),
-        text_encoder_2=drawn(seed + 3, lambda: t5(tokenizer_2)),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
-        scheduler=scheduler,
-        image_encoder=None,
-        feature_extractor=None,
-    )
-
-
 PIPELINES: dict[str, Callable[[int], DiffusionPipeline]] = {
     "sd15": _sd15,
     "sdxl": _sdxl,
-    "flux": lambda seed: _flux(seed, guidance=True),
-    "flux_schnell": lambda seed: _flux(seed, guidance=False),
 }
 
 

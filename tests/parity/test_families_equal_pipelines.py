@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from tiny import Case, cases
 from torch import Tensor
 
 from burnish.families.registry import detect_family
-from burnish.family import Family, ModelSource
-from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
+from burnish.family import Conditioning, Family, ModelSource
+from burnish.sampling.sampler import EncodedRequest, PictureRequest, draw_latents, encode_requests
 
 TOLERANCE = 1e-4
 TinyFolder = Callable[[str], Path]
@@ -44,7 +45,17 @@ def ours(family: Family, case: Case, guidance: float) -> Tensor:
         for prompt, negative, seed in zip(PROMPTS, NEGATIVES, SEEDS, strict=True)
     ]
     encoded = encode_requests(family, requests)
+    if case.told is not None:
+        encoded = [told(one, case.told(family)) for one in encoded]
     return torch.stack(draw_latents(family, encoded, device="cpu", dtype=torch.float32))
+
+
+def told(one: EncodedRequest, more: Conditioning) -> EncodedRequest:
+    return replace(
+        one,
+        conditioning=one.conditioning.merged(more),
+        negative=None if one.negative is None else one.negative.merged(more),
+    )
 
 
 def theirs(folder: Path, case: Case, guidance: float, output: str) -> Tensor:

@@ -146,6 +146,9 @@ def diffusers_folder(folder: Path, model: FluxTransformer2DModel) -> Path:
     folder.mkdir()
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     model.save_pretrained(folder / "transformer")
+    kl_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant=False).save_config(
+        folder / "vae"
+    )
     return folder
 
 
@@ -229,9 +232,14 @@ def refused(source: ModelSource, *parts: Part) -> str:
 def test_what_is_missing_is_named(tmp_path: Path, models: Models) -> None:
     file = str(written(tmp_path / "flux.safetensors", native_transformer(models.transformer)))
     t5 = written(tmp_path / "t5xxl.safetensors", t5_file(models.t5))
-    assert "holds no VAE" in refused(ModelSource(file), "vae")
-    assert "holds no CLIP-L and no T5" in refused(ModelSource(file), "text_encoders")
-    assert "holds no CLIP-L text encoder" in refused(ModelSource(file, text_encoders=(t5,)), "text_encoders")
+    clip = written(tmp_path / "clip_l.safetensors", clip_file(models.clip))
+    for said, source, part in (
+        ("holds no vae of FLUX.1.\n  Name its file (ae.safetensors)", ModelSource(file), "vae"),
+        ("(clip_l.safetensors) under `model.text_encoders`", ModelSource(file), "text_encoders"),
+        ("(clip_l.safetensors)", ModelSource(file, text_encoders=(t5,)), "text_encoders"),
+        ("(t5xxl_fp16.safetensors)", ModelSource(file, text_encoders=(clip,)), "text_encoders"),
+    ):
+        assert said in refused(source, part)
 
 
 def test_what_would_load_wrongly_is_refused(tmp_path: Path, models: Models) -> None:
@@ -244,9 +252,9 @@ def test_what_would_load_wrongly_is_refused(tmp_path: Path, models: Models) -> N
     heads = written(tmp_path / "heads.safetensors", narrow)
     assert "axes_dims_rope" in refused(ModelSource(str(heads)), "denoiser")
 
-    fill = {**native, "img_in.weight": torch.zeros(256, 384)}
-    assert "takes 384 channels" in refused(
-        ModelSource(str(written(tmp_path / "fill.safetensors", fill))), "denoiser"
+    depth = {**native, "img_in.weight": torch.zeros(256, 128)}
+    assert "takes 128 channels" in refused(
+        ModelSource(str(written(tmp_path / "depth.safetensors", depth))), "denoiser"
     )
 
     lacking = {name: tensor for name, tensor in native.items() if "single_blocks.1.linear2" not in name}

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from burnish.families.native import NativeNames
+from burnish.family import Conditioning, Family
 
 
 def as_it_is(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
@@ -31,6 +32,9 @@ class Case:
     call: Mapping[str, Any] = field(
         default_factory=dict
     )  # arguments of the pipeline's call besides the common ones
+    told: Callable[[Family], Conditioning] | None = (
+        None  # the pictures of `call`, as our side is told of them
+    )
     unpack: Callable[[DiffusionPipeline, Tensor], Tensor] = as_it_is  # its latents -> those of our sampler
     size: tuple[int, int] = (64, 96)
     frames: int = 1
@@ -47,6 +51,7 @@ class Case:
     upstream: str | None = (
         None  # diffusers' function that reads such a file, in `loaders/single_file_utils.py`
     )
+    upstream_widths: Mapping[int, int] = field(default_factory=dict)  # released widths in its code, and our own
     loader_widths: Mapping[str, Mapping[int, int]] = field(
         default_factory=dict
     )  # released widths in the code of diffusers' adapter converters (by name), and those of this pipeline

@@ -1,8 +1,11 @@
-"""FLUX.1 by Black Forest Labs: dev, schnell, and what was made from them.
+"""FLUX.1 by Black Forest Labs: dev, schnell, Krea, Kontext, Fill, and what was made from them.
 
 A transformer over 2x2 patches of 16-channel latents that predicts velocity; it reads T5 tokens and CLIP's pooled
-embedding. FLUX.1-dev besides embeds a guidance scale; without `guidance_B` that embedding is bypassed. T5's padding
-is part of what the transformer was trained on, so there is no mask.
+embedding. FLUX.1-dev besides embeds a guidance scale; without `guidance_B` that embedding is bypassed.
+
+Kontext reads a reference picture's patches after the noisy ones, set apart by the first coordinate of their positions
+(arXiv 2506.15742, section 3). Fill reads, beside the noisy latents, those of the picture without its hole (64 channels
+of a patch) and the mask, eight by eight pixels of it per latent (256 channels).
 
 Shape letters: B batch, C channels, H W height and width of latents, S prompt tokens, N patches, D width.
 """
@@ -11,333 +14,233 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 
 from burnish.errors import ModelError
-from burnish.families import autoencoder, clip, t5
-from burnish.families.flux_layout import native_module
-from burnish.families.flux_source import (
-    LONGEST_PROMPT,
-    FluxSource,
-    TextEncoders,
-    make_transformer,
-    shipped_config,
-)
+from burnish.families import autoencoder, clip, flux_transformer
+from burnish.families.flux_names import TARGETS
+from burnish.families.packing import pack, patch_positions, unpack
+from burnish.families.pipeline import Config, PipelineFamily
+from burnish.families.sources import read_json
+from burnish.families.weights import Layout
 from burnish.family import (
     Capabilities,
     Conditioning,
     ExportKeys,
     LatentShape,
-    ModelSource,
-    Part,
-    PictureInfo,
-    Prediction,
-    ResolutionShift,
     SamplerDefaults,
     Schedule,
     TargetSet,
 )
-from burnish.randomness import torch_generator
 
-_ATTENTION = (
-    "*.attn.to_[qkv]",
-    "*.attn.to_out.0",
-    "*.attn.add_[qkv]_proj",
-    "*.attn.to_add_out",
+LONGEST_PROMPT = 512  # T5 tokens FLUX.1-dev was released with
+LONGEST_PROMPT_DISTILLED = 256  # FLUX.1-schnell, which has no guidance embedding
+PLAIN, FILL = (64, 64), (384, 64)  # channels of a patch: taken, given
+MASK_SIDE = 8  # pixels of the mask per latent, each way; every one is a channel
+# Height and width of the references that Kontext was trained with, after the release's `util.py`.
+KONTEXT_SIZES = tuple(
+    (height, width)
+    for width, height in (
+        (672, 1568),
+        (688, 1504),
+        (720, 1456),
+        (752, 1392),
+        (800, 1328),
+        (832, 1248),
+        (880, 1184),
+        (944, 1104),
+        (1024, 1024),
+        (1104, 944),
+        (1184, 880),
+        (1248, 832),
+        (1328, 800),
+        (1392, 752),
+        (1456, 720),
+        (1504, 688),
+        (1568, 672),
+    )
 )
-_FEED_FORWARD = (
-    "*.ff.net.0.proj",
-    "*.ff.net.2",
-    "*.ff_context.net.0.proj",
-    "*.ff_context.net.2",
-    "single_transformer_blocks.*.proj_mlp",
-    "single_transformer_blocks.*.proj_out",
-)
 
 
-class Flux:
+class Flux(PipelineFamily):
     """Conditioning, with the released widths:
 
     `tokens_BSD` (B, 512, 4096; schnell 256): T5's last hidden state, padding included;
     `pooled_BD` (B, 768): CLIP's pooled embedding;
-    `guidance_B` (B,), optional: the scale that FLUX.1-dev imitates; given by objective and sampler.
+    `guidance_B` (B,), optional: the scale that FLUX.1-dev imitates; given by objective and sampler;
+    `tokens_reference_BND` (B, N, 64), Kontext's, optional: patches of the reference's latents, and
+    `reference_grid_B2` (B, 2): how many rows and columns of them there are;
+    `hole_BCHW` (B, 16 + 64, H, W), Fill's: latents of the picture without its hole, and the mask; without it
+    everything is the hole.
     """
 
     name: ClassVar[str] = "flux"
     title: ClassVar[str] = "FLUX.1"
-    targets: ClassVar[Mapping[str, TargetSet]] = {
-        "attention": TargetSet(_ATTENTION, "Query, key, value and output of attention."),
-        "attention+mlp": TargetSet(
-            (*_ATTENTION, *_FEED_FORWARD),
-            "Attention, feed-forward layers, and the single-stream blocks' shared input and output.",
-        ),
-        "all": TargetSet(
-            (
-                "transformer_blocks.*",
-                "single_transformer_blocks.*",
-                "x_embedder",
-                "context_embedder",
-                "proj_out",
-            ),
-            "Every layer of the blocks, modulations included, and the first and last layer; not the embeddings "
-            "of time, guidance and caption, nor the last modulation.",
-        ),
-    }
-    default_targets: ClassVar[str] = "attention+mlp"
+    pipelines = (
+        "FluxPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxKontextPipeline",
+        "FluxKontextInpaintPipeline",
+        "FluxFillPipeline",
+        "FluxControlPipeline",
+    )
+    slots = flux_transformer.SLOTS
+    targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     export = ExportKeys(
         default="diffusers",
         formats=("diffusers", "comfy"),
         modelspec="flux-1-dev",
         base_model_version="flux1",
-        prefix={"diffusers": "transformer."},
-        native=native_module,
+        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        native=flux_transformer.NAMES.native_module,
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        dtype: torch.dtype,
-        *,
-        embeds_guidance: bool,
-        size: int,
-        prompt_tokens: int,
-        source: FluxSource | None,
-    ) -> None:
-        self.schedule = schedule
-        self.prompt_tokens = prompt_tokens
-        self.capabilities = Capabilities(guidance_embedding=embeds_guidance)
+    @classmethod
+    def accepts(cls, index: Config, config: Config) -> bool:
+        return not flux_transformer.is_pruned(config)
+
+    @classmethod
+    def accepts_file(cls, denoiser: Layout) -> bool:
+        return not flux_transformer.is_pruned(flux_transformer.shape_of(denoiser))
+
+    def make_schedule(self, config: Config) -> Schedule:
+        single_file = not self.configs.get("model_index") and self.source is not None
+        if single_file and not self.configs["transformer"].get("guidance_embeds"):
+            config = self.configs["scheduler_schnell"]
+        return super().make_schedule(config)
+
+    def configure(self) -> None:
+        config = self.configs["transformer"]
+        taken = flux_transformer.channels(config)
+        if taken not in (PLAIN, FILL):
+            raise ModelError(
+                f"This FLUX.1 takes {taken[0]} channels and gives {taken[1]}: it follows depth or edges, which is "
+                "not supported.",
+                remedy="Use FLUX.1-dev, -schnell, -Krea-dev, -Kontext-dev or -Fill-dev.",
+            )
+        embeds, self.fills = bool(config.get("guidance_embeds", False)), taken == FILL
+        self.edits = not self.fills and self._is_kontext()
+        self.capabilities = Capabilities(
+            guidance_embedding=embeds, references=int(self.fills or self.edits), masks=self.fills
+        )
+        side = int(self.configs["vae"].get("sample_size", 1024))
+        guidance = 30.0 if self.fills else 2.5 if self.edits else 3.5
         self.defaults = SamplerDefaults(
-            steps=28 if embeds_guidance else 4,
-            guidance=3.5 if embeds_guidance else 0.0,
-            size=(size, size),
+            steps=(50 if self.fills else 28) if embeds else 4,
+            guidance=guidance if embeds else 0.0,
+            size=(side, side),
             negative_prompt=False,
         )
-        if not embeds_guidance:
+        if not embeds:
             self.export = replace(self.export, modelspec="flux-1-schnell")
-        self._dtype = dtype
-        self._source = source
-        self._transformer: FluxTransformer2DModel | None = None
-        self._vae: AutoencoderKL | None = None
-        self._text_encoders: TextEncoders | None = None
+        self.prompt_limit = self._longest_prompt(LONGEST_PROMPT if embeds else LONGEST_PROMPT_DISTILLED)
 
-    @classmethod
-    def detect(cls, source: ModelSource) -> bool:
-        return FluxSource.detect(source)
+    def _is_kontext(self) -> bool:
+        """From the pipeline's class; a single file of Kontext differs from FLUX.1-dev in its name alone."""
+        kind = str(self.configs.get("model_index", {}).get("_class_name", ""))
+        if kind or self.source is None:
+            return kind.startswith("FluxKontext")
+        return "kontext" in self.source.path.name.lower()
 
-    @classmethod
-    def load(
-        cls,
-        source: ModelSource,
-        parts: frozenset[Part],
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        prediction: Prediction | None = None,
-    ) -> Self:
-        if not cls.detect(source):
-            raise ModelError(
-                f"{source.path} is not {cls.title}.",
-                remedy="Leave `model.family` out to have the family detected from the weights.",
-            )
-        if prediction not in (None, "velocity"):
-            raise ModelError(
-                f"`model.prediction: {prediction}` does not fit FLUX.1, which predicts velocity.",
-                remedy="Leave `model.prediction` out.",
-            )
-        found = FluxSource(source, parts)
-        family = cls(
-            schedule_of(found.scheduler_config),
-            dtype,
-            embeds_guidance=found.embeds_guidance,
-            size=int(found.vae_config.get("sample_size", 1024)),
-            prompt_tokens=found.prompt_tokens,
-            source=found,
-        )
-        if "denoiser" in parts:
-            family._transformer = found.load_transformer(dtype, device)
-        if "vae" in parts:
-            family._vae = found.load_vae(dtype, device)
-        if "text_encoders" in parts:
-            family._text_encoders = found.load_text_encoders(dtype, device)
-        return family
+    def _longest_prompt(self, longest: int) -> int:
+        if self.source is None or not self.source.index:
+            return longest
+        beside = self.source.path / "tokenizer_2" / "tokenizer_config.json"
+        stated = read_json(beside).get("model_max_length", longest) if beside.is_file() else longest
+        return min(int(stated), longest)
 
-    @classmethod
-    def skeleton(cls, depth: int | None = None) -> Self:
-        shipped = shipped_config()
-        config = dict(shipped["transformer"])
-        if depth is not None:
-            config["num_layers"] = min(depth, config["num_layers"])
-            config["num_single_layers"] = min(depth, config["num_single_layers"])
-        family = cls(
-            schedule_of(shipped["scheduler"]["dev"]),
-            torch.bfloat16,
-            embeds_guidance=True,
-            size=shipped["vae"]["sample_size"],
-            prompt_tokens=LONGEST_PROMPT,
-            source=None,
-        )
-        with torch.device("meta"):
-            transformer = make_transformer(config)
-        # nn.Module's own `to`: the model's warns about float32 modules, of which there are none.
-        family._transformer = nn.Module.to(transformer, torch.bfloat16).requires_grad_(False).eval()
-        return family
-
-    def example(
-        self, height: int, width: int, batch: int, frames: int = 1
-    ) -> tuple[Tensor, Tensor, Conditioning]:
-        transformer = self._loaded_transformer()
-        config, device = transformer.config, transformer.device
-        generator = torch_generator(0, "example")
-        noisy_BCHW = torch.randn(batch, *self.latents.of(height, width, frames), generator=generator)
-        tokens_BSD = torch.randn(batch, self.prompt_tokens, config.joint_attention_dim, generator=generator)
-        pooled_BD = torch.randn(batch, config.pooled_projection_dim, generator=generator)
-        conditioning = Conditioning({"tokens_BSD": tokens_BSD, "pooled_BD": pooled_BD}).to(
-            device, self._dtype
-        )
-        if self.capabilities.guidance_embedding:
-            conditioning = conditioning.merged({"guidance_B": torch.ones(batch, device=device)})
-        return noisy_BCHW.to(device, self._dtype), torch.full((batch,), 0.5, device=device), conditioning
-
-    @property
-    def denoisers(self) -> Mapping[str, nn.Module]:
-        return {} if self._transformer is None else {"transformer": self._transformer}
-
-    def identity(self, part: Part) -> str:
-        if self._source is None:
-            raise RuntimeError("a skeleton has no weights to identify")
-        return self._source.identity(part, self._dtype)
-
-    def release(self, part: Part) -> None:
-        match part:
-            case "denoiser":
-                self._transformer = None
-            case "vae":
-                self._vae = None
-            case "text_encoders":
-                self._text_encoders = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    @property
-    def prompt_limit(self) -> int:
-        return self.prompt_tokens
+    def example_conditioning(
+        self, batch: int, latents: Sequence[int], generator: torch.Generator
+    ) -> Conditioning:
+        config = self.denoiser.config
+        return flux_transformer.example_conditioning(config, batch, self.prompt_limit, generator)
 
     def count_tokens(self, prompt: str) -> int:
         """Of T5, which reads the whole caption; CLIP's pooled embedding is of its beginning in any case."""
-        if self._text_encoders is None:
-            raise RuntimeError("the part 'text_encoders' is not loaded")
-        return clip.count_tokens(self._text_encoders.t5_tokenizer, prompt)
+        return clip.count_tokens(self.tokenizer("text_encoder_2"), prompt)
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
-        """CLIP reads the first 75 tokens of a caption, T5 the first `prompt_tokens` - 1."""
-        if self._text_encoders is None:
-            raise RuntimeError("the part 'text_encoders' is not loaded")
-        loaded = self._text_encoders
-        clip_ids = clip.token_ids(loaded.clip_tokenizer, prompts).to(loaded.clip.device)
-        t5_ids = t5.token_ids(loaded.t5_tokenizer, prompts, self.prompt_tokens).to(loaded.t5.device)
-        return Conditioning(
-            {
-                "tokens_BSD": loaded.t5(t5_ids).last_hidden_state.to(self._dtype),
-                "pooled_BD": loaded.clip(clip_ids).pooler_output,
-            }
+        return flux_transformer.encode_prompts(
+            prompts,
+            self.module("text_encoder"),
+            self.tokenizer("text_encoder"),
+            self.module("text_encoder_2"),
+            self.tokenizer("text_encoder_2"),
+            self.prompt_limit,
         )
 
-    def describe_pictures(self, pictures: Sequence[PictureInfo]) -> Conditioning:
-        return Conditioning({})
-
     def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
-        return target
+        """Kontext: of the sizes it was trained with the one nearest in shape, for targets of one megapixel.
+
+        For smaller or larger targets that size grows with them, so that both have about as many patches.
+        """
+        if not self.edits:
+            return target
+        # As diffusers picks it: of two that are equally near, the narrower.
+        taken = min(KONTEXT_SIZES, key=lambda size: (abs(width / height - size[1] / size[0]), size[1]))
+        scale = (target[0] * target[1] / 1024**2) ** 0.5
+        multiple = self.latents.pixel_multiple
+        taller, wider = (max(multiple, round(side * scale / multiple) * multiple) for side in taken)
+        return taller, wider
 
     def encode_references(
         self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
     ) -> Conditioning:
+        if self.fills and references and mask_B1HW is not None:
+            return Conditioning({"hole_BCHW": self._hole(references[0], mask_B1HW)})
+        if self.edits and references:
+            latents_BCHW = self.encode_pixels(references[0])
+            height, width = latents_BCHW.shape[-2:]
+            grid = torch.tensor([[height // 2, width // 2]] * len(latents_BCHW))
+            return Conditioning({"tokens_reference_BND": pack(latents_BCHW), "reference_grid_B2": grid})
         return Conditioning({})
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        return autoencoder.encode(self._loaded_vae(), pixels)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self._loaded_vae(), latents)
+    def _hole(self, picture_B3HW: Tensor, mask_B1HW: Tensor) -> Tensor:
+        """Grey where the mask is at least one half, as diffusers' FluxFillPipeline prepares it."""
+        mask_B1HW = (mask_B1HW >= 0.5).to(picture_B3HW.dtype)
+        latents_BCHW = autoencoder.encode(self.module("vae"), picture_B3HW * (1 - mask_B1HW))
+        channels_BCHW = nn.functional.pixel_unshuffle(mask_B1HW, MASK_SIDE)
+        return torch.cat([latents_BCHW, channels_BCHW.to(latents_BCHW)], dim=1)
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        height, width = noisy.shape[-2:]
-        tokens_BSD = conditioning["tokens_BSD"].to(self._dtype)
-        guidance_B = conditioning.get("guidance_B") if self.capabilities.guidance_embedding else None
-        patches_BND = self._loaded_transformer()(
-            hidden_states=pack(noisy).to(self._dtype),
-            timestep=t_B,
-            guidance=guidance_B,
-            pooled_projections=conditioning["pooled_BD"].to(self._dtype),
-            encoder_hidden_states=tokens_BSD,
-            txt_ids=torch.zeros(tokens_BSD.shape[1], 3, device=noisy.device),
-            img_ids=patch_positions(height // 2, width // 2, noisy.device),
-            return_dict=False,
-        )[0]
-        return unpack(patches_BND, height, width)
+        if "reference_grid_B2" not in conditioning:
+            return self._predict(noisy, t_B, conditioning, None)
+        grids = [(int(rows), int(columns)) for rows, columns in conditioning["reference_grid_B2"].tolist()]
+        if len(set(grids)) == 1:
+            return self._predict(noisy, t_B, conditioning, grids[0])
+        # The transformer takes one list of positions for the whole batch.
+        rows = [slice(index, index + 1) for index in range(len(grids))]
+        alone = [
+            self._predict(noisy[r], t_B[r], conditioning.rows(r), g) for r, g in zip(rows, grids, strict=True)
+        ]
+        return torch.cat(alone)
+
+    def _predict(
+        self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning, grid: tuple[int, int] | None
+    ) -> Tensor:
+        """Velocity for a batch whose references have the same `grid` of patches, if there are any."""
+        more: dict[str, Any] = {}
+        if grid is not None:
+            more["more_BND"] = conditioning["tokens_reference_BND"][:, : grid[0] * grid[1]]
+            more["more_positions_N3"] = patch_positions(*grid, noisy.device, picture=1.0)
+        latents = torch.cat([noisy, self._beside(noisy, conditioning)], dim=1) if self.fills else noisy
+        patches_BND = flux_transformer.predict(self.denoiser, latents, t_B, conditioning, self.dtype, **more)
+        return unpack(patches_BND, *noisy.shape[-2:])
+
+    def _beside(self, noisy: Tensor, conditioning: Conditioning) -> Tensor:
+        """Fill's further channels; where no picture was given, nothing but the mask."""
+        if "hole_BCHW" in conditioning:
+            return conditioning["hole_BCHW"].to(noisy.dtype)
+        batch, channels, height, width = noisy.shape
+        mask_BCHW = noisy.new_ones(batch, MASK_SIDE**2, height, width)
+        return torch.cat([noisy.new_zeros(batch, channels, height, width), mask_BCHW], dim=1)
 
     def blocks(self) -> list[nn.Module]:
-        transformer = self._loaded_transformer()
-        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-
-    def _loaded_transformer(self) -> FluxTransformer2DModel:
-        if self._transformer is None:
-            raise RuntimeError("the part 'denoiser' is not loaded")
-        return self._transformer
-
-    def _loaded_vae(self) -> AutoencoderKL:
-        if self._vae is None:
-            raise RuntimeError("the part 'vae' is not loaded")
-        return self._vae
-
-
-def schedule_of(config: Mapping[str, object]) -> Schedule:
-    """The schedule of a FlowMatchEulerDiscreteScheduler config.
-
-    Raises:
-        ModelError: it is the config of another scheduler.
-    """
-    kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-    if kind != "FlowMatchEulerDiscreteScheduler":
-        raise ModelError(
-            f"The scheduler beside this FLUX.1 is {kind}; FLUX.1 flows.",
-            remedy="Restore scheduler/scheduler_config.json of the release.",
-        )
-    shift: float | ResolutionShift = float(str(config.get("shift", 1.0)))
-    if config.get("use_dynamic_shifting"):
-        shift = ResolutionShift(
-            base_tokens=int(str(config.get("base_image_seq_len", 256))),
-            max_tokens=int(str(config.get("max_image_seq_len", 4096))),
-            base_shift=float(str(config.get("base_shift", 0.5))),
-            max_shift=float(str(config.get("max_shift", 1.15))),
-        )
-    return Schedule(prediction="velocity", scheduler=dict(config), shift=shift)
-
-
-def pack(latents_BCHW: Tensor) -> Tensor:
-    """Patches of 2x2 latents in reading order, (B, H/2 * W/2, 4C), channels outermost within a patch."""
-    batch, channels, height, width = latents_BCHW.shape
-    patches = latents_BCHW.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, (height // 2) * (width // 2), channels * 4)
-
-
-def unpack(patches_BND: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack` for latents of `height` x `width`."""
-    batch, _, depth = patches_BND.shape
-    patches = patches_BND.reshape(batch, height // 2, width // 2, depth // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, depth // 4, height, width)
-
-
-def patch_positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(0, row, column) of each patch in reading order, (N, 3) float32."""
-    row = torch.arange(rows, device=device, dtype=torch.float32)
-    column = torch.arange(columns, device=device, dtype=torch.float32)
-    grid = torch.stack(torch.meshgrid(torch.zeros(1, device=device), row, column, indexing="ij"), -1)
-    return grid.reshape(-1, 3)
+        return flux_transformer.blocks(self.denoiser)
