@@ -156,7 +156,8 @@ def test_latents_are_the_scaled_mode_and_decode_back(load: Load, folder: Path) -
     pixels_B3HW = torch.rand(2, 3, SIZE, 2 * SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     has_time = next(reference.parameters()).dim() == 5
     with torch.no_grad():
-        mode = reference.encode(pixels_B3HW[:, :, None] if has_time else pixels_B3HW).latent_dist.mean
+        encoded = reference.encode(pixels_B3HW[:, :, None] if has_time else pixels_B3HW)
+        mode = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
         decoded = reference.decode(mode).sample
     mode_BCHW, decoded_B3HW = (mode[:, :, 0], decoded[:, :, 0]) if has_time else (mode, decoded)
     config = reference.config
