@@ -26,6 +26,7 @@ BUILT_IN = {
     "flux": "burnish.families.flux:Flux",
     "sd3": "burnish.families.sd3:StableDiffusion3",
     "lumina2": "burnish.families.lumina2:Lumina2",
+    "sana": "burnish.families.sana:Sana",
 }
 
 
