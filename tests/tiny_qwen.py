@@ -1,0 +1,120 @@
+"""Qwen2.5-VL and Qwen3 of a few hundred kilobytes, with Qwen's kind of tokenizer trained on a corpus of sentences."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tiny_pipelines import CORPUS
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+
+from burnish.families.qwen import CHAT_OF_QWEN3, CHAT_OF_QWEN25, END_OF_TEXT, add_chat_tokens
+
+INSTRUCTIONS = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background: system user assistant Describe the key features of the input image Picture 1: Picture 2:",
+) * 4
+MROPE = [16, 24, 24]  # as released: half a head's width, by time, height and width
+
+
+def qwen_tokenizer(*, qwen3: bool = False) -> Qwen2Tokenizer:
+    """A byte-level BPE with the tokens and the chat template of the release, those of Qwen3 if so."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=letters, show_progress=False)
+    tokenizer.train_from_iterator([*CORPUS, *INSTRUCTIONS], trainer)
+    model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
+    made = Qwen2Tokenizer(
+        vocab={**model["vocab"], END_OF_TEXT: len(model["vocab"])},
+        merges=[tuple(merge) for merge in model["merges"]],
+        unk_token=None,
+        model_max_length=4096,
+        chat_template=CHAT_OF_QWEN3 if qwen3 else CHAT_OF_QWEN25,
+    )
+    add_chat_tokens(made, qwen3=qwen3)
+    return made
+
+
+def qwen25_vl(
+    tokenizer: Qwen2Tokenizer, width: int = 256, layers: int = 2
+) -> Qwen2_5_VLForConditionalGeneration:
+    """Heads as wide as released (128, and 80 in the eyes), two queries per key; full attention in every eighth layer.
+
+    Made under `drawn`, which also randomises what a release initialises to zero.
+    """
+    number = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": width,
+            "intermediate_size": 96,
+            "num_hidden_layers": layers,
+            "max_window_layers": layers,
+            "num_attention_heads": width // 128,
+            "num_key_value_heads": max(width // 256, 1),
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": {"mrope_section": MROPE, "rope_type": "default", "type": "default"},
+            "rope_theta": 1_000_000.0,
+            "bos_token_id": None,
+            "eos_token_id": number("<|im_end|>"),
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 8,
+            "hidden_size": 160,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": width,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "fullatt_block_indexes": [7],
+            "window_size": 112,
+            "tokens_per_second": 2,
+        },
+        image_token_id=number("<|image_pad|>"),
+        video_token_id=number("<|video_pad|>"),
+        vision_start_token_id=number("<|vision_start|>"),
+        vision_end_token_id=number("<|vision_end|>"),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_config(tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 3) -> Qwen3Config:
+    """Two heads of 32 that share one key, so that together they are wider than the model, as released."""
+    return Qwen3Config(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        max_window_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        rope_theta=1_000_000,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+
+
+def qwen3(tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 3) -> Qwen3Model:
+    return Qwen3Model(qwen3_config(tokenizer, width, layers))
+
+
+def qwen3_lm(tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 3) -> Qwen3ForCausalLM:
+    """With the head that writes words, as some pipelines name it."""
+    return Qwen3ForCausalLM(qwen3_config(tokenizer, width, layers))

@@ -1,0 +1,43 @@
+"""The Wan VAE, and Qwen-Image's of the same layout, with the released factors and channels; only widths are small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
+
+# Eight times smaller, four frames per latent frame after the first, along time in the last two of three stages.
+_SMALL: dict[str, Any] = {
+    "base_dim": 4,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+}
+
+
+def wan_vae() -> AutoencoderKLWan:
+    """Wan 2.1's, with its released mean and deviation of the 16 channels."""
+    return AutoencoderKLWan(**_SMALL)
+
+
+def wan22_vae() -> AutoencoderKLWan:
+    """Wan 2.2's of the 5B model: 2x2 pixels packed first, residual stages, 48 channels, sixteen times smaller."""
+    generator = torch.Generator().manual_seed(0)
+    return AutoencoderKLWan(
+        **{**_SMALL, "z_dim": 48},
+        decoder_base_dim=4,
+        in_channels=12,
+        out_channels=12,
+        is_residual=True,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=(torch.randn(48, generator=generator) * 0.2).tolist(),
+        latents_std=(torch.rand(48, generator=generator) + 0.4).tolist(),
+    )
+
+
+def qwen_image_vae() -> AutoencoderKLQwenImage:
+    """Qwen-Image's, of Wan 2.1's layout."""
+    return AutoencoderKLQwenImage(**_SMALL)
