@@ -150,7 +150,7 @@ def test_parts_loaded_one_by_one_answer_as_when_loaded_together(load: Load) -> N
     assert torch.equal(load("denoiser").predict(*example), together.predict(*example))
 
 
-def test_latents_are_the_scaled_mode_and_decode_back(load: Load, folder: Path) -> None:
+def test_latents_are_the_scaled_mode_and_decode_back(load: Load, folder: Path, name: str) -> None:
     family = load("vae")
     reference = AutoModel.from_pretrained(str(folder / "vae"))
     pixels_B3HW = torch.rand(2, 3, SIZE, 2 * SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -163,7 +163,8 @@ def test_latents_are_the_scaled_mode_and_decode_back(load: Load, folder: Path) -
     config = reference.config
     if hasattr(reference, "bn"):  # FLUX.2's, which norms 2x2 latents together
         folded_BCHW = Flux2Pipeline._patchify_latents(mode_BCHW)
-        deviation = (reference.bn.running_var + reference.bn.eps).sqrt().view(1, -1, 1, 1)
+        epsilon = cases()[name].vae_epsilon or reference.bn.eps
+        deviation = (reference.bn.running_var + epsilon).sqrt().view(1, -1, 1, 1)
         expected_BCHW = (folded_BCHW - reference.bn.running_mean.view(1, -1, 1, 1)) / deviation
     elif config.get("latents_mean") is None:
         expected_BCHW = (mode_BCHW - (config.get("shift_factor") or 0)) * config.scaling_factor
@@ -226,13 +227,15 @@ def test_the_skeleton_names_its_modules_as_the_loaded_denoiser(load: Load, kind:
     assert kinds_of_names(the_denoiser(load("denoiser"))) <= kinds_of_names(skeleton)
 
 
-def test_a_shallow_skeleton_is_the_same_but_for_depth_and_predicts(kind: type[Family]) -> None:
+def test_a_shallow_skeleton_is_the_same_but_for_depth_and_predicts(kind: type[Family], name: str) -> None:
     shallow, whole = kind.skeleton(depth=1), kind.skeleton()
     assert 0 < len(shallow.blocks()) < len(whole.blocks())
     sizes = dict(the_denoiser(whole).named_parameters())
     first_conv_or_embedding = next(iter(sizes))
     shallow_sizes = dict(the_denoiser(shallow).named_parameters())
     assert shallow_sizes[first_conv_or_embedding].shape == sizes[first_conv_or_embedding].shape
+    if name in cases() and not cases()[name].on_meta:
+        return
     noisy_BCHW, t_B, conditioning = shallow.example(SIZE, SIZE, batch=1)
     assert shallow.predict(noisy_BCHW, t_B, conditioning).shape == noisy_BCHW.shape
 

@@ -55,6 +55,8 @@ class Case:
     loader_widths: Mapping[str, Mapping[int, int]] = field(
         default_factory=dict
     )  # released widths in the code of diffusers' adapter converters (by name), and those of this pipeline
+    vae_epsilon: float | None = None  # under the root of FLUX.2's variance, where it is not the VAE's own
+    on_meta: bool = True  # the denoiser computes without weights (its code asks for no real device)
     idle: tuple[str, ...] = ()  # targets that cannot change the output, as released (patterns)
     pipeline: type[DiffusionPipeline] = DiffusionPipeline  # by which the folder is loaded
 

@@ -24,7 +24,10 @@ BUILT_IN = {
     "sd15": "burnish.families.sd15:StableDiffusion15",
     "sdxl": "burnish.families.sdxl:StableDiffusionXL",
     "flux": "burnish.families.flux:Flux",
+    "flux2": "burnish.families.flux2:Flux2",
     "sd3": "burnish.families.sd3:StableDiffusion3",
+    "krea2": "burnish.families.krea2:Krea2",
+    "ernie_image": "burnish.families.ernie_image:ErnieImage",
     "lumina2": "burnish.families.lumina2:Lumina2",
     "sana": "burnish.families.sana:Sana",
 }
