@@ -1,0 +1,286 @@
+"""FLUX.2 by Black Forest Labs (https://github.com/black-forest-labs/flux2): dev, and klein of 4B and 9B.
+
+A transformer of double-stream, then single-stream blocks over 128-channel latents, one token each, that predicts
+velocity. dev reads hidden states of Mistral 3 and the guidance scale that it imitates; klein reads those of Qwen3 and
+is run with classifier-free guidance, or was distilled to do without. Reference pictures follow the picture as further
+tokens, told apart by the first of four position numbers (picture, row, column, word).
+
+Shape letters: B batch, C channels, H W height and width of latents, S tokens of text, N tokens of references, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import sqrt
+from typing import ClassVar, Self
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from torch import Tensor, nn
+
+from burnish.errors import ModelError
+from burnish.families import flux2_vae, mistral
+from burnish.families.flux2_names import NAMES, find_transformer, transformer_config
+from burnish.families.pipeline import Config, PipelineFamily, Slot, flow_schedule
+from burnish.families.qwen import qwen3_slot
+from burnish.families.shifts import EmpiricalShift
+from burnish.families.text_slots import first_layers
+from burnish.family import (
+    Capabilities,
+    Conditioning,
+    ExportKeys,
+    LatentShape,
+    ModelSource,
+    Part,
+    Prediction,
+    SamplerDefaults,
+    Schedule,
+    TargetSet,
+)
+
+PROMPT_TOKENS = 512  # always so many: padding is part of what the model was trained on
+LAYERS_OF_MISTRAL, LAYERS_OF_QWEN = (10, 20, 30), (9, 18, 27)  # whose states are read; 0 is the embedding
+SYSTEM = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+REFERENCES = 10
+REFERENCE_AREA = 1024 * 1024  # pixels; larger references are scaled down to it
+PICTURE_STEP = 10  # references are at 10, 20, ... in the first position number
+
+_ATTENTION = (
+    "*.attn.to_[qkv]",
+    "*.attn.to_out.0",
+    "*.attn.add_[qkv]_proj",
+    "*.attn.to_add_out",
+    "single_transformer_blocks.*.attn.to_qkv_mlp_proj",
+    "single_transformer_blocks.*.attn.to_out",
+)
+_FEED_FORWARD = ("*.ff.linear_in", "*.ff.linear_out", "*.ff_context.linear_in", "*.ff_context.linear_out")
+
+
+class Flux2(PipelineFamily):
+    """Conditioning: `tokens_BSD` (B, 512, three times the text encoder's width); `guidance_B` (B,) of dev; and with
+    references `tokens_reference_BND` (B, N, 128) and `tokens_reference_at_BN4`, their whole-numbered positions.
+    """
+
+    name: ClassVar[str] = "flux2"
+    title: ClassVar[str] = "FLUX.2"
+    pipelines = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline")
+    slots = (
+        Slot(
+            "transformer",
+            "denoiser",
+            Flux2Transformer2DModel.from_config,
+            find_transformer,
+            transformer_config,
+        ),
+        flux2_vae.flux2_vae_slot(),
+        replace(
+            first_layers(mistral.mistral_slot("text_encoder", "tokenizer"), LAYERS_OF_MISTRAL[-1]),
+            optional=True,
+            kinds=("Mistral3ForConditionalGeneration",),
+            shipped="mistral",
+        ),
+        replace(
+            first_layers(
+                qwen3_slot(file_hint="qwen_3_4b.safetensors or qwen_3_8b.safetensors"), LAYERS_OF_QWEN[-1]
+            ),
+            optional=True,
+            kinds=("Qwen3ForCausalLM",),
+            shipped="qwen3",
+        ),
+    )
+    targets: ClassVar[Mapping[str, TargetSet]] = {
+        "attention": TargetSet(
+            _ATTENTION,
+            "Attention; of single-stream blocks the layers that it shares with the feed-forward layers.",
+        ),
+        "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),
+        "all": TargetSet(
+            (
+                "transformer_blocks.*",
+                "single_transformer_blocks.*",
+                "*_modulation*.linear",
+                "x_embedder",
+                "context_embedder",
+                "proj_out",
+            ),
+            "Every layer of the blocks, the modulations that they share, and the first and last layer; not the "
+            "embeddings of time and guidance, nor the last modulation.",
+        ),
+    }
+    export = ExportKeys(
+        default="comfy",
+        formats=("comfy", "diffusers"),
+        modelspec="flux-2-dev",
+        base_model_version="flux2",
+        prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
+        native=NAMES.native_module,
+        # diffusers 0.42 does not trade the halves of the last modulation in native names.
+        unreadable={"comfy": ("norm_out.linear",)},
+    )
+    latents = LatentShape(channels=flux2_vae.CHANNELS, compression=flux2_vae.COMPRESSION)
+    capabilities = Capabilities(guidance_embedding=True, references=REFERENCES)
+    defaults = SamplerDefaults(steps=50, guidance=4.0, size=(1024, 1024), negative_prompt=False)
+    prompt_limit = PROMPT_TOKENS
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        parts: frozenset[Part],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        prediction: Prediction | None = None,
+    ) -> Self:
+        family = super().load(source, parts, dtype=dtype, device=device, prediction=prediction)
+        if "text_encoders" in parts and "text_encoder" not in family.modules:
+            files = ", ".join(str(file) for file in source.text_encoders) or source.path
+            raise ModelError(
+                f"{files} holds no text encoder of {cls.title}: Mistral 3 for dev, Qwen3 for klein.",
+                remedy="Name its file (mistral_3_small_flux2_bf16, qwen_3_4b, qwen_3_8b) under `model.text_encoders`.",
+            )
+        return family
+
+    def configure(self) -> None:
+        """A single file of klein does not tell whether it was distilled; it is taken for the base model."""
+        if self.configs["transformer"].get("guidance_embeds", True):
+            return
+        self.capabilities = replace(self.capabilities, guidance_embedding=False)
+        self.export = replace(self.export, modelspec="flux-2-klein")
+        if self.configs["model_index"].get("is_distilled"):
+            self.defaults = replace(self.defaults, steps=4, guidance=1.0)
+        else:
+            self.defaults = replace(self.defaults, negative_prompt=True)
+
+    def make_schedule(self, config: Config) -> Schedule:
+        schedule = flow_schedule(config, self.title)
+        return replace(schedule, shift=EmpiricalShift()) if config.get("use_dynamic_shifting") else schedule
+
+    def example_conditioning(
+        self, batch: int, latents: Sequence[int], generator: torch.Generator
+    ) -> Conditioning:
+        width = self.denoiser.config.joint_attention_dim
+        return Conditioning({"tokens_BSD": torch.randn(batch, PROMPT_TOKENS, width, generator=generator)})
+
+    @property
+    def _reads_qwen(self) -> bool:
+        return bool(self.module("text_encoder").config.model_type == "qwen3")
+
+    def _qwen_text(self, prompt: str) -> str:
+        text: str = self.tokenizer("text_encoder").apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        return text
+
+    def count_tokens(self, prompt: str) -> int:
+        tokenizer = self.tokenizer("text_encoder")
+        if self._reads_qwen:
+            return len(tokenizer(self._qwen_text(prompt)).input_ids)
+        chat = mistral.conversation(prompt, SYSTEM)
+        return len(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"])
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
+    ) -> Conditioning:
+        encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
+        if self._reads_qwen:
+            encoded = tokenizer(
+                [self._qwen_text(prompt) for prompt in prompts],
+                return_tensors="pt",
+                padding="max_length",
+                truncation=True,
+                max_length=PROMPT_TOKENS,
+            )
+            ids_BS, mask_BS, layers = encoded.input_ids, encoded.attention_mask, LAYERS_OF_QWEN
+        else:
+            ids_BS, mask_BS = mistral.chat_ids(tokenizer, prompts, SYSTEM, PROMPT_TOKENS)
+            layers = LAYERS_OF_MISTRAL
+        tokens_BSD = mistral.stacked_states(
+            encoder, ids_BS.to(encoder.device), mask_BS.to(encoder.device), layers
+        )
+        return Conditioning({"tokens_BSD": tokens_BSD})
+
+    def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
+        """Its own size, but of a megapixel at most, in whole tokens."""
+        scale = min(1.0, sqrt(REFERENCE_AREA / (height * width)))
+        multiple = self.latents.pixel_multiple
+        rows, columns = (max(int(length * scale) // multiple, 1) for length in (height, width))
+        return rows * multiple, columns * multiple
+
+    def encode_references(
+        self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
+    ) -> Conditioning:
+        if not references:
+            return Conditioning({})
+        tokens, positions = [], []
+        for number, pixels_B3HW in enumerate(references, start=1):
+            latents_BCHW = self.encode_pixels(pixels_B3HW)
+            height, width = latents_BCHW.shape[2:]
+            at_N4 = _positions(height, width, latents_BCHW.device, picture=PICTURE_STEP * number)
+            tokens.append(latents_BCHW.flatten(2).transpose(1, 2))
+            positions.append(at_N4.expand(len(pixels_B3HW), -1, -1))
+        return Conditioning(
+            {
+                "tokens_reference_BND": torch.cat(tokens, dim=1),
+                "tokens_reference_at_BN4": torch.cat(positions, dim=1),
+            }
+        )
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return flux2_vae.encode(self.module("vae"), pixels)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return flux2_vae.decode(self.module("vae"), latents)
+
+    def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        at_BN4 = conditioning.get("tokens_reference_at_BN4")
+        if at_BN4 is not None and not torch.equal(at_BN4, at_BN4[:1].expand_as(at_BN4)):
+            # The denoiser takes one set of positions: rows whose references differ in size go one by one.
+            rows = [slice(n, n + 1) for n in range(len(noisy))]
+            return torch.cat([self.predict(noisy[row], t_B[row], conditioning.rows(row)) for row in rows])
+        height, width = noisy.shape[2:]
+        tokens_BND = noisy.flatten(2).transpose(1, 2)
+        at_N4 = _positions(height, width, noisy.device)
+        if at_BN4 is not None:
+            there = at_BN4[0, :, 0] > 0  # padding is at zero
+            reference_BND = conditioning["tokens_reference_BND"][:, there]
+            tokens_BND = torch.cat([tokens_BND, reference_BND.to(tokens_BND.dtype)], dim=1)
+            at_N4 = torch.cat([at_N4, at_BN4[0, there]])
+        text_BSD = conditioning["tokens_BSD"].to(self.dtype)
+        text_S4 = torch.zeros(text_BSD.shape[1], 4, dtype=torch.int64, device=noisy.device)
+        text_S4[:, 3] = torch.arange(text_BSD.shape[1], device=noisy.device)
+        predicted_BND = self.denoiser(
+            hidden_states=tokens_BND.to(self.dtype),
+            encoder_hidden_states=text_BSD,
+            timestep=t_B,
+            img_ids=at_N4,
+            txt_ids=text_S4,
+            guidance=conditioning.get("guidance_B") if self.capabilities.guidance_embedding else None,
+            return_dict=False,
+        )[0]
+        predicted_BCHW: Tensor = (
+            predicted_BND[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+        )
+        return predicted_BCHW
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]
+
+
+def _positions(rows: int, columns: int, device: torch.device, picture: int = 0) -> Tensor:
+    """(picture, row, column, 0) of each token in reading order, (N, 4)."""
+    numbers = (
+        torch.tensor([picture]),
+        torch.arange(rows),
+        torch.arange(columns),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    return torch.cartesian_prod(*numbers).to(device)
