@@ -46,7 +46,7 @@ def native_weights(names: NativeNames, weights: Weights, last_swapped: tuple[str
     for key in weights:
         module, _, kind = key.rpartition(".")
         native = names.native_module(key)
-        if native.name != key:  # a parameter of its own, such as a table of positions
+        if native.name != key or not module:  # a parameter of its own, such as a table of positions
             found[native.name] = weights[key]
             continue
         native = names.native_module(module)
