@@ -56,7 +56,7 @@ def shipped_tokenizer(padding: str = END) -> CLIPTokenizer:
     """
     packed = files("burnish.families").joinpath("tokenizers", "clip_merges.txt.gz").read_bytes()
     merges = [tuple(line.split(" ")) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
-    letters = _byte_letters()
+    letters = byte_letters()
     tokens = [
         *letters,
         *(letter + "</w>" for letter in letters),
@@ -72,7 +72,7 @@ def shipped_tokenizer(padding: str = END) -> CLIPTokenizer:
     )
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """A printable letter for each byte, in the order of CLIP's vocabulary (GPT-2's `bytes_to_unicode`)."""
     printable = [
         *range(ord("!"), ord("~") + 1),
