@@ -55,7 +55,7 @@ def native_weights(names: NativeNames, weights: Weights, last_swapped: tuple[str
         stacked = torch.cat([weights[f"{one}.{kind}"] for one in native.holds])
         if module in last_swapped or names.is_swapped(module):
             stacked = torch.cat(list(reversed(stacked.chunk(2))))
-        if native.name != module and stacked.dim() == 1:  # of norms; matrices are weights everywhere
+        if stacked.dim() == 1:  # of norms; matrices are weights everywhere
             kind = kinds.get(kind, kind)
         found[f"{native.name}.{kind}"] = stacked.contiguous()
     return found

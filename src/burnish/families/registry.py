@@ -24,6 +24,7 @@ BUILT_IN = {
     "sd15": "burnish.families.sd15:StableDiffusion15",
     "sdxl": "burnish.families.sdxl:StableDiffusionXL",
     "flux": "burnish.families.flux:Flux",
+    "chroma": "burnish.families.chroma:Chroma",
     "flux2": "burnish.families.flux2:Flux2",
     "sd3": "burnish.families.sd3:StableDiffusion3",
     "krea2": "burnish.families.krea2:Krea2",
