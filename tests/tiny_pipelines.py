@@ -167,16 +167,21 @@ def clip_l_with_projection(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProject
 
 
 def clip_g(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(_clip_config(tokenizer, width=40, heads=20, activation="gelu"))
+    # More layers than CLIP-L's twelve: by these the files of the two are told apart.
+    return CLIPTextModelWithProjection(
+        _clip_config(tokenizer, width=40, heads=20, activation="gelu", layers=13)
+    )
 
 
-def _clip_config(tokenizer: CLIPTokenizer, *, width: int, heads: int, activation: str) -> CLIPTextConfig:
+def _clip_config(
+    tokenizer: CLIPTokenizer, *, width: int, heads: int, activation: str, layers: int = 3
+) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=width * 2,
         num_attention_heads=heads,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         hidden_act=activation,
         projection_dim=width,
         max_position_embeddings=77,
