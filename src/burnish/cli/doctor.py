@@ -43,11 +43,11 @@ REQUIRED = {
     "jinja2": "3.1",
     "prodigyopt": "1.1.2",
     "matplotlib": "3.9",
+    "av": "18.0",
 }
 EXTRAS = {
     "ui": ("fastapi", "uvicorn", "nicegui", "sqlalchemy", "alembic"),
     "quant": ("torchao", "bitsandbytes"),
-    "video": ("av",),
     "track": ("tensorboard", "wandb", "trackio"),
     "cloud": ("skypilot",),
 }

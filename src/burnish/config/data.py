@@ -78,10 +78,10 @@ class Pictures(Section):
 
 
 class Folder(Pictures):
-    """Pictures in a folder and its subfolders."""
+    """Pictures, and for video models clips, in a folder and its subfolders."""
 
     kind: Literal["folder"] = "folder"
-    path: Path = Field(description="Folder with pictures.")
+    path: Path = Field(description="Folder with pictures or clips.")
     captions: Captions = Field(default_factory=Captions, description="Captions and what happens to them.")
     recursive: bool = Field(True, description="Also look in subfolders.")
     min_side: int = Field(32, ge=1, description="Pictures with a shorter side are skipped and reported.")
@@ -95,6 +95,42 @@ class Folder(Pictures):
         description="Share of pictures that may be skipped before the run refuses to start; "
         "one is always allowed.",
     )
+    frames: list[Annotated[int, Field(ge=1, le=1025)]] | None = Field(
+        None,
+        min_length=1,
+        description="Frames that are taken from clips; several numbers train at each. If absent as many as the model "
+        "draws, or fewer of a shorter clip.",
+    )
+    fps: float | None = Field(
+        None, gt=0, le=240, description="Frames per second that clips are taken at; the family's if absent."
+    )
+    clips: Literal["start", "middle", "spread", "every"] = Field(
+        "start",
+        description="Which part of a longer clip: its start, its middle, `spread` parts evenly over it, "
+        "or every part, one after the other.",
+    )
+    spread: int | None = Field(
+        None, ge=2, le=1000, description="Parts taken of each clip with `clips: spread`; they may overlap."
+    )
+    references: list[Path] = Field(
+        [],
+        max_length=16,
+        description="Folders with a picture of the same name for each picture or clip here, which the model is shown "
+        "beside the caption; in the order the model sees them.",
+    )
+    masks: Path | None = Field(
+        None,
+        description="Folder with a mask of the same name for each picture, white where a model that fills holes "
+        "learns to fill; random holes if absent.",
+    )
+
+    @model_validator(mode="after")
+    def spread_says_how_often(self) -> Self:
+        if self.clips == "spread" and self.spread is None:
+            raise ValueError("`clips: spread` needs a number of parts, such as spread: 4")
+        if self.clips != "spread" and self.spread is not None:
+            raise ValueError("spread has no effect without `clips: spread`")
+        return self
 
 
 class Generated(Pictures):

@@ -55,6 +55,13 @@ class SamplePrompt(Section):
     negative: str = Field("", description="What to steer away from, with classifier-free guidance.")
     seed: int | None = Field(None, ge=0, description="Overrides `sample.seed`.")
     size: Size | None = Field(None, description="Overrides `sample.size`.")
+    frames: int | None = Field(None, ge=1, le=1025, description="Overrides `sample.frames`.")
+    references: list[Path] = Field(
+        [], max_length=16, description="Pictures that the model is shown beside the prompt."
+    )
+    mask: Path | None = Field(
+        None, description="Where a model that fills holes fills the first of `references`: white."
+    )
 
 
 class Sample(Section):
@@ -70,6 +77,9 @@ class Sample(Section):
         None, ge=0, le=50, description="Guidance scale; the family's default if absent."
     )
     size: Size | None = Field(None, description="Height and width; the family's default if absent.")
+    frames: int | None = Field(
+        None, ge=1, le=1025, description="Frames of a video model's clips; the family's default if absent."
+    )
     seed: int = Field(0, ge=0, description="Seed of the first prompt; each further prompt takes the next.")
     batch_size: int = Field(1, ge=1, le=256, description="Pictures drawn at once.")
 

@@ -14,6 +14,7 @@ from burnish.family import Conditioning
 class Batch:
     """Cached latents and conditioning of one micro-step; everything but `weight_B` is as the cache gave it.
 
+    Latents of video families have a time axis: (B, C, T, H, W).
     `position` is the micro-step since the run began: with the seed it decides noise and time (law L1).
     """
 

@@ -139,6 +139,14 @@ def _widest(height: int, width: int, resolution: int, step: int, max_aspect: flo
     return Bucket(height, longest) if longest >= step and height <= longest * max_aspect else None
 
 
+def cover(height: int, width: int, bucket: Bucket) -> Fit:
+    """Scaled to cover `bucket`, up as well as down, and cut in the middle."""
+    scale = max(bucket.height / height, bucket.width / width)
+    resized = max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale))
+    top, left = (resized[0] - bucket.height) // 2, (resized[1] - bucket.width) // 2
+    return Fit(bucket, (height, width), resized, top, left)
+
+
 def _cover(height: int, width: int, bucket: Bucket) -> Fit:
     scale = max(bucket.height / height, bucket.width / width)
     resized = (

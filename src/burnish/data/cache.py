@@ -22,8 +22,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from burnish.atomic import atomic_write_bytes, cannot_write, sweep
-from burnish.data import pictures
+from burnish.data import clips, companions, pictures
 from burnish.data.samples import Sample
+from burnish.family import Family
 
 ENCODING_VERSION = 1  # raise it when the same pixels or words would be encoded or stored differently
 
@@ -38,40 +39,92 @@ _TAG = (
 @dataclass(frozen=True, slots=True)
 class CacheKeys:
     """Names entries. `vae` and `text_encoders` are `family.identity(part)`, which covers the number type the
-    encoder computes in; `dtype` is that of the stored tensors.
+    encoder computes in; `dtype` is that of the stored tensors. `family` is its name: of one VAE's encodings of
+    references families make different conditioning. `prompts_see_references` is the family's capability.
     """
 
     vae: str
     text_encoders: str
     dtype: torch.dtype
+    family: str = ""
+    prompts_see_references: bool = False
+
+    @classmethod
+    def of(cls, family: Family, dtype: torch.dtype) -> CacheKeys:
+        return cls(
+            family.identity("vae"),
+            family.identity("text_encoders"),
+            dtype,
+            family.name,
+            family.capabilities.prompts_see_references,
+        )
 
     def latents(self, sample: Sample, *, flip: bool) -> str:
-        fit = sample.fit
         return _digest(
             {
                 "kind": "latents",
-                "file": sample.sha256,
-                "resized": fit.resized,
-                "crop": [fit.top, fit.left, fit.bucket.height, fit.bucket.width],
-                "flip": flip,
-                "background": sample.background,
-                "pictures": pictures.CODE_VERSION,
+                **_pixels(sample, flip),
+                **self._shown(sample),
                 "encoding": ENCODING_VERSION,
                 "encoder": self.vae,
                 "dtype": str(self.dtype),
             }
         )
 
-    def caption(self, text: str) -> str:
+    def caption(self, text: str, sample: Sample | None = None, *, flip: bool = False) -> str:
+        """Of a text, as it is encoded for `sample`: the same for all unless prompts see references."""
+        shown: dict[str, object] = {}
+        if sample is not None and self.sees(sample):
+            shown = {**self._shown(sample), "flip": flip}
+            if sample.sees_itself:
+                shown["itself"] = _pixels(sample, flip)
         return _digest(
             {
                 "kind": "captions",
                 "text": text,
+                **shown,
                 "encoding": ENCODING_VERSION,
                 "encoder": self.text_encoders,
                 "dtype": str(self.dtype),
             }
         )
+
+    def sees(self, sample: Sample) -> bool:
+        """Whether this sample's captions are encoded together with its references."""
+        return self.prompts_see_references and sample.has_references
+
+    def _shown(self, sample: Sample) -> dict[str, object]:
+        """What is encoded besides the sample's own pixels; empty for most."""
+        if not sample.has_references:
+            return {}
+        shown: dict[str, object] = {
+            "family": self.family,
+            "references": [one.key() for one in sample.references],
+            "itself": sample.sees_itself,
+            "frames": sample.frames,
+            "background": sample.background,
+            "pictures": pictures.CODE_VERSION,
+        }
+        if sample.fills_holes:
+            drawn = {"drawn": companions.HOLES_VERSION}
+            shown["mask"] = sample.mask.key() if sample.mask is not None else drawn
+        return shown
+
+
+def _pixels(sample: Sample, flip: bool) -> dict[str, object]:
+    """All that the pixels of a sample depend on."""
+    fit = sample.fit
+    pixels: dict[str, object] = {
+        "file": sample.sha256,
+        "resized": fit.resized,
+        "crop": [fit.top, fit.left, fit.bucket.height, fit.bucket.width],
+        "flip": flip,
+        "background": sample.background,
+        "pictures": pictures.CODE_VERSION,
+    }
+    if sample.is_clip:
+        pixels["clip"] = [sample.frames, sample.start, sample.fps, clips.CODE_VERSION]
+    return pixels
 
 
 def _digest(content: Mapping[str, object]) -> str:

@@ -9,10 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from burnish.data.pictures import readable_extensions, why_not_read
+from burnish.data.clips import EXTENSIONS as CLIP_EXTENSIONS
+from burnish.data.pictures import BadPicture, readable_extensions, why_not_read
 from burnish.errors import DataError
 
 _RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\.|$)", re.IGNORECASE)
+_NO_CLIPS = BadPicture(
+    "a clip, and this model learns from still pictures", remedy="Train a video model, or move it elsewhere."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Listing:
     """The files of a folder. Names are relative and posix, sorted as a person would expect."""
 
     root: Path
-    pictures: tuple[str, ...]
+    pictures: tuple[str, ...]  # and clips, where they are wanted
     others: frozenset[str]  # everything else, captions among them
     skipped: tuple[Outcome, ...]
     warnings: tuple[str, ...] = ()
@@ -47,8 +51,17 @@ class Listing:
         return next(iter(exact or alike), None)
 
 
-def list_folder(root: Path, *, recursive: bool = True, ignore: Sequence[Path] = ()) -> Listing:
+def is_clip(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in CLIP_EXTENSIONS
+
+
+def list_folder(
+    root: Path, *, recursive: bool = True, ignore: Sequence[Path] = (), clips: bool = False
+) -> Listing:
     """Walk `root`. Hidden files, run folders, caches and the folders in `ignore` are passed over.
+
+    Args:
+        clips: they are wanted beside pictures; otherwise they are skipped with a reason.
 
     Raises:
         DataError: `root` is no readable folder.
@@ -60,7 +73,12 @@ def list_folder(root: Path, *, recursive: bool = True, ignore: Sequence[Path] = 
     for name in names:
         extension = os.path.splitext(name)[1].lower()
         unread = why_not_read(extension)
-        if extension not in read and unread is None:
+        is_wanted_clip = clips and extension in CLIP_EXTENSIONS
+        if is_wanted_clip:
+            unread = None
+        elif extension in CLIP_EXTENSIONS and unread is None:
+            unread = _NO_CLIPS
+        if extension not in read and unread is None and not is_wanted_clip:
             others.append(name)
         elif not _is_text(name):
             skipped.append(Outcome(printable(name), "the file name is not valid UTF-8", "Rename the file."))

@@ -1,6 +1,6 @@
 """Batches from the cache, in the order of a plan, from any position on.
 
-Shape letters: B batch, C channels, H W height and width of the latents.
+Shape letters: B batch, C channels, H W height and width of the latents; those of video families also have T frames.
 """
 
 from __future__ import annotations
@@ -70,9 +70,11 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
         latents, conditioning = [], []
         for draw in draws:
             key = self.keys.latents(draw.sample, flip=draw.flip)
-            latents.append(self._entry("latents", key, str(draw.sample.path))[LATENTS])
-            entry = self._entry("captions", self.keys.caption(draw.caption), repr(draw.caption))
-            conditioning.append(conditioning_of(entry))
+            picture = self._entry("latents", key, str(draw.sample.path))
+            latents.append(picture[LATENTS])
+            key = self.keys.caption(draw.caption, draw.sample, flip=draw.flip)
+            caption = self._entry("captions", key, repr(draw.caption))
+            conditioning.append(conditioning_of(caption, picture))
         return _Loaded(
             position=position,
             latents_BCHW=torch.stack(latents),

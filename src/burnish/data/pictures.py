@@ -15,7 +15,8 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,25 +90,34 @@ def open_picture(
 
 
 def read_regular(path: Path, *, largest: int = LARGEST_FILE_BYTES) -> bytes:
-    """The bytes of a regular file. Never hangs on a FIFO or a device, which opening alone would.
+    """The bytes of a regular file.
 
     Raises:
         BadPicture: not a regular file, unreadable, or of more than `largest` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise BadPicture(f"a file of {size:,} bytes; at most {largest:,} are read", remedy="Remove it.")
+        return file.read()
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[io.BufferedReader]:
+    """A regular file to read from. Never hangs on a FIFO or a device, which opening alone would.
+
+    Raises:
+        BadPicture: not a regular file, or reading it fails, then or inside the block.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise BadPicture(_why_not_opened(path, error), remedy=_how_to_open(error)) from error
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise BadPicture("not a regular file (a pipe, a device or a folder)", remedy="Remove it.")
-        if status.st_size > largest:
-            raise BadPicture(
-                f"a file of {status.st_size:,} bytes; at most {largest:,} are read", remedy="Remove it."
-            )
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            yield file
     except OSError as error:
         raise BadPicture(f"reading failed: {error.strerror}", remedy=REPLACE) from error
     finally:
@@ -194,15 +204,16 @@ def _format_of(data: bytes) -> str:
         return "AVIF"
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"heim", b"heis"):
         return "HEIF"
-    raise BadPicture(*_what_it_is_instead(head), remedy=CONVERT)
+    raise BadPicture(what_it_is_instead(head, "picture"), remedy=CONVERT)
 
 
-def _what_it_is_instead(head: bytes) -> tuple[str]:
+def what_it_is_instead(head: bytes, wanted: str) -> str:
+    """Why bytes that begin with `head` are not the `picture` or `clip` that they should be."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
-        return ("a web page, not a picture",)
+        return f"a web page, not a {wanted}"
     if start.startswith(b"version https://git-lfs"):
-        return ("a git LFS pointer, not the picture; run `git lfs pull`",)
+        return f"a git LFS pointer, not the {wanted}; run `git lfs pull`"
     known = {
         b"GIF8": "GIF",
         b"II*\0": "TIFF",
@@ -213,8 +224,8 @@ def _what_it_is_instead(head: bytes) -> tuple[str]:
     }
     for magic, name in known.items():
         if head.startswith(magic):
-            return (f"a {name} file, which is not read",)
-    return ("not a picture: unknown content",)
+            return f"a {name} file, which is not read"
+    return f"not a {wanted}: unknown content"
 
 
 def _header(format: str, data: bytes) -> ImageFile:

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from burnish.data.buckets import Bucket
-from burnish.data.samples import Sample
+from burnish.data.samples import BatchShape, Sample
 from burnish.errors import DataError
 from burnish.randomness import python_random
 
@@ -33,9 +32,9 @@ def draw_id(sample: Sample, repeat: int) -> str:
 
 
 class BatchPlan:
-    """Endless epochs over every sample times its repeats, in batches of one size each.
+    """Endless epochs over every sample times its repeats, in batches of one shape each.
 
-    Shuffled within a bucket and then batch by batch, anew in each epoch. The last batch of a bucket may be
+    Shuffled within a shape and then batch by batch, anew in each epoch. The last batch of a shape may be
     smaller; nothing is dropped and nothing is drawn twice to fill it up.
     """
 
@@ -49,11 +48,11 @@ class BatchPlan:
         self.samples = tuple(sorted(samples, key=lambda sample: sample.id))
         self.batch_size = batch_size
         self.seed = seed
-        self._in_bucket: dict[Bucket, list[tuple[int, int]]] = {}
+        self._by_shape: dict[BatchShape, list[tuple[int, int]]] = {}
         for index, sample in enumerate(self.samples):
             repeats = [(index, repeat) for repeat in range(sample.repeats)]
-            self._in_bucket.setdefault(sample.bucket, []).extend(repeats)
-        self.batches_per_epoch = sum(-(-len(draws) // batch_size) for draws in self._in_bucket.values())
+            self._by_shape.setdefault(sample.shape, []).extend(repeats)
+        self.batches_per_epoch = sum(-(-len(draws) // batch_size) for draws in self._by_shape.values())
         self._order: tuple[int, list[list[tuple[int, int]]]] | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -61,7 +60,7 @@ class BatchPlan:
 
     @property
     def draws_per_epoch(self) -> int:
-        return sum(len(draws) for draws in self._in_bucket.values())
+        return sum(len(draws) for draws in self._by_shape.values())
 
     @property
     def fingerprint(self) -> str:
@@ -71,6 +70,9 @@ class BatchPlan:
         for s in self.samples:
             parts = (s.id, s.sha256, s.caption, s.rules, s.background, s.flip, s.weight, s.repeats, s.fit)
             hasher.update(repr(parts).encode("utf-8", "surrogatepass"))
+            if s.is_clip or s.references or s.fills_holes:
+                shown = [one.key() for one in (*s.references, *((s.mask,) if s.mask else ()))]
+                hasher.update(repr((s.fps, s.fills_holes, shown)).encode())
         return hasher.hexdigest()
 
     def epoch_of(self, position: int) -> int:
@@ -81,7 +83,7 @@ class BatchPlan:
         return epoch * self.batches_per_epoch
 
     def draws(self, position: int) -> tuple[Draw, ...]:
-        """What micro-step `position` sees, in order; all of one bucket."""
+        """What micro-step `position` sees, in order; all of one shape."""
         epoch, at = divmod(position, self.batches_per_epoch)
         return tuple(
             self._draw(self.samples[index], repeat, epoch) for index, repeat in self._epoch(epoch)[at]
@@ -102,9 +104,9 @@ class BatchPlan:
 
     def _shuffled(self, epoch: int) -> list[list[tuple[int, int]]]:
         batches: list[list[tuple[int, int]]] = []
-        for bucket in sorted(self._in_bucket):
-            draws = list(self._in_bucket[bucket])
-            python_random(self.seed, "order", epoch, str(bucket)).shuffle(draws)
+        for shape in sorted(self._by_shape):
+            draws = list(self._by_shape[shape])
+            python_random(self.seed, "order", epoch, str(shape)).shuffle(draws)
             batches += [draws[at : at + self.batch_size] for at in range(0, len(draws), self.batch_size)]
         python_random(self.seed, "batches", epoch).shuffle(batches)
         return batches

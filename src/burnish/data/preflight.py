@@ -1,4 +1,4 @@
-"""From folders to samples: every picture decoded once, every caption read, and nothing left out in silence."""
+"""From folders to samples: every picture and clip decoded once, every caption read, and nothing left out in silence."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from burnish.data.captions import (
     read_caption,
     read_caption_list,
 )
+from burnish.data.companion_folders import CompanionFolders
 from burnish.data.folder import Listing, Outcome, list_folder, printable
 from burnish.data.pictures import BadPicture
 from burnish.data.probe import Facts, Probe, Progress, probe_all
 from burnish.data.report import DataReport, Reduced, SourceReport, listed
 from burnish.data.samples import Sample
+from burnish.data.windows import Window, Windows
 from burnish.errors import DataError
+from burnish.family import Capabilities, Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ def prepare_samples(
     sources: Sequence[Folder],
     *,
     pixel_multiple: int,
+    family: Family | None = None,
     trigger: str | None = None,
     cache_folder: Path | None = None,
     report_path: Path | None = None,
@@ -49,6 +53,7 @@ def prepare_samples(
 
     Args:
         pixel_multiple: sides of buckets are multiples of this and of the source's `bucket_step`.
+        family: what is trained, no part of it loaded; None for one of still pictures without references.
         cache_folder: where decoded pictures are remembered by content; None decodes anew.
         report_path: written whether this succeeds or not.
         ignore: folders below the sources that hold no data, such as the run's own.
@@ -60,7 +65,8 @@ def prepare_samples(
     samples: list[Sample] = []
     for index, source in enumerate(sources):
         try:
-            samples += _Source(index, source, trigger, math.lcm(pixel_multiple, source.bucket_step)).read(
+            step = math.lcm(pixel_multiple, source.bucket_step)
+            samples += _Source(index, source, trigger, step, family).read(
                 report, cache_folder, ignore, threads, progress
             )
         except BadCaption as error:  # the list of captions of a whole source
@@ -85,7 +91,8 @@ def _refuse(sources: Sequence[Folder], report: DataReport) -> None:
             why = f":\n{listed(found.skipped)}" if found.skipped else ""
             raise DataError(
                 f"{source.path}: no picture that can be used, of {found.found} found{why}",
-                remedy="jpg, jpeg, jfif, png and webp files with captions are needed; check data.path.",
+                remedy="jpg, jpeg, jfif, png and webp files (mp4, mov, webm, mkv, avi and gif too for video models) "
+                "with captions are needed; check data.path.",
             )
         if len(found.skipped) > found.skips_allowed(source.max_skip_fraction):
             raise DataError(
@@ -103,6 +110,22 @@ def _warn_without_trigger(samples: Sequence[Sample], trigger: str | None, report
         )
 
 
+def windows_of(source: Folder, family: Family | None) -> Windows | None:
+    """What is taken of this source's clips; None for a family of still pictures.
+
+    Raises:
+        DataError: a number of frames that the family does not take.
+    """
+    if family is not None and family.capabilities.video:
+        return Windows.of(family, source.frames, source.fps, source.clips, source.spread)
+    if source.frames is not None and set(source.frames) != {1}:
+        raise DataError(
+            f"{source.path}: frames is {source.frames}, and this model learns from still pictures",
+            remedy="Take frames out, or train a video model (`burnish families`).",
+        )
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """One folder on its way to samples."""
@@ -111,6 +134,7 @@ class _Source:
     config: Folder
     trigger: str | None
     step: int  # sides of buckets are multiples of this, in pixels
+    family: Family | None
 
     def read(
         self,
@@ -123,7 +147,15 @@ class _Source:
         config = self.config
         found = SourceReport(printable(str(config.path)), config.role)
         report.sources.append(found)
-        listing = list_folder(config.path, recursive=config.recursive, ignore=ignore)
+        probe = Probe(cache_folder, config.background, config.max_megapixels)
+        windows = windows_of(config, self.family)
+        companions = CompanionFolders.of(config, self.family, probe)
+        listing = list_folder(
+            config.path,
+            recursive=config.recursive,
+            ignore=[*ignore, *config.references, *([config.masks] if config.masks else [])],
+            clips=windows is not None,
+        )
         found.found = len(listing.pictures) + len(listing.skipped)
         found.skipped += listing.skipped
         found.warnings += listing.warnings
@@ -131,16 +163,16 @@ class _Source:
         captions = _Captions(listing, config.captions, config.role == "regularization", self.trigger)
         found.warnings += captions.orphans()
         found.errors += captions.ambiguous()
-        probe = Probe(cache_folder, config.background, config.max_megapixels)
         paths = [config.path / name for name in listing.pictures]
         samples: list[Sample] = []
         content: dict[str, str] = {}
         for name, facts in zip(
             listing.pictures, probe_all(probe, paths, threads=threads, progress=progress), strict=True
         ):
-            made = self._samples_of(name, facts, captions, found)
+            made = self._samples_of(name, facts, captions, windows, companions, found)
             samples += made
             found.used += bool(made)
+            found.clips += bool(made) and made[0].is_clip
             if isinstance(facts, Facts) and made:
                 twin = content.setdefault(facts.sha256, name)
                 if twin != name:
@@ -148,9 +180,15 @@ class _Source:
         return samples
 
     def _samples_of(
-        self, name: str, facts: Facts | BadPicture, captions: _Captions, found: SourceReport
+        self,
+        name: str,
+        facts: Facts | BadPicture,
+        captions: _Captions,
+        windows: Windows | None,
+        companions: CompanionFolders | None,
+        found: SourceReport,
     ) -> list[Sample]:
-        """A sample per resolution; none where the picture is skipped or its caption must be mended."""
+        """A sample per resolution, of a clip per window too; none where it is skipped or its caption must be mended."""
         try:
             if isinstance(facts, BadPicture):
                 raise facts
@@ -163,6 +201,10 @@ class _Source:
                     f"{facts.height} x {facts.width} is smaller than the smallest bucket, {self.step} x {self.step}",
                     remedy="Use a larger picture, or lower bucket_step.",
                 )
+            parts = [Window(1, 0.0)]
+            if facts.duration is not None and windows is not None:
+                parts = windows.within(facts.duration)
+            beside = companions.of_picture(name, facts) if companions is not None else None
             caption = captions.of(name)
         except BadCaption as error:
             found.errors.append(Outcome(name, error.message, error.remedy))
@@ -173,7 +215,8 @@ class _Source:
         found.fixed += [Outcome(name, fix) for fix in facts.fixes]
         found.fixed += [Outcome(name, f"caption {note}") for note in caption.notes]
         self._note_lost_resolution(name, facts, found)
-        config = self.config
+        config, can = self.config, self.family.capabilities if self.family is not None else Capabilities()
+        fps = windows.fps if facts.duration is not None and windows is not None else 0.0
         return [
             Sample(
                 picture_id=f"{self.index}/{name}",
@@ -189,8 +232,16 @@ class _Source:
                 flip=config.flip,
                 weight=config.weight,
                 repeats=config.repeats,
+                frames=part.frames,
+                start=part.start,
+                fps=fps,
+                references=beside.references(placing) if beside is not None else (),
+                mask=beside.mask(placing) if beside is not None else None,
+                sees_itself=can.masks or can.first_frame,
+                fills_holes=can.masks,
             )
             for resolution, placing in placed
+            for part in parts
         ]
 
     def _check_size(self, facts: Facts) -> None:

@@ -1,15 +1,18 @@
 """Filling the cache: whatever training will draw is encoded beforehand, and only what is not there yet.
 
-Shape letters: B batch, C channels, H W height and width.
+Shape letters: B batch, C channels, T frames, H W height and width.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,14 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 from burnish.data.cache import Cache, CacheKeys, Entry
-from burnish.data.pictures import BadPicture, content_hash, decode_picture, read_regular
+from burnish.data.clips import frames_at
+from burnish.data.companions import drawn_holes, mask_values
+from burnish.data.pictures import BadPicture, content_hash, decode_picture, open_regular, read_regular
 from burnish.data.samples import Sample
 from burnish.errors import DataError, ModelError
 from burnish.family import Conditioning, Family
 
 Progress = Callable[[int, int], None]  # done, of
 
-LATENTS = "latents"  # the one tensor's name in an entry of latents
+LATENTS = "latents"  # name in an entry of latents; other tensors there are conditioning, batch first
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +43,20 @@ class EncodeCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """One picture to encode."""
+    """One picture or part of a clip to encode."""
 
     key: str
     sample: Sample
     flip: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Pixels:
+    """A batch on its way to the VAE, values in [-1, 1]."""
+
+    target: Tensor  # (B, 3, H, W), or (B, 3, T, H, W)
+    references: tuple[Tensor, ...]  # each (B, 3, H, W)
+    mask_B1HW: Tensor | None
 
 
 @torch.no_grad()
@@ -58,7 +72,8 @@ def encode_latents(
 ) -> EncodeCounts:
     """Make the latents of every sample that the cache lacks; mirrored ones too where a sample flips.
 
-    Stored as `keys.dtype`. With `batch_size` 1 what is stored does not depend on what else was missing.
+    What the denoiser is told about references lies in the same entry. Stored as `keys.dtype`. With `batch_size` 1
+    what is stored does not depend on what else was missing.
 
     Raises:
         DataError: a file changed since the preflight.
@@ -66,22 +81,45 @@ def encode_latents(
         DiskFull: the cache cannot be written.
     """
     wanted: dict[str, _Picture] = {}
-    for sample in sorted(samples, key=lambda sample: (sample.bucket, sample.id)):
-        for flip in (False, True) if sample.flip else (False,):
+    for sample in sorted(samples, key=lambda sample: (sample.shape, sample.id)):
+        for flip in flips(sample):
             key = keys.latents(sample, flip=flip)
             wanted.setdefault(key, _Picture(key, sample, flip))
     repaired = cache.repaired
     missing = [picture for key, picture in wanted.items() if cache.get("latents", key) is None]
     repaired, hits, done = cache.repaired - repaired, len(wanted) - len(missing), 0
-    for batch, pixels_B3HW in _decoded(_batches(missing, batch_size)):
-        latents_BCHW = family.encode_pixels(pixels_B3HW.to(device))
-        for picture, latents_CHW in zip(batch, latents_BCHW, strict=True):
-            _refuse_nonfinite(latents_CHW, f"latents of {picture.sample.path}")
-            cache.put("latents", picture.key, {LATENTS: latents_CHW.to("cpu", keys.dtype)})
+    for batch, pixels in _decoded(_batches(missing, batch_size), family.capabilities.video):
+        latents = family.encode_pixels(pixels.target.to(device))
+        shown = _shown(family, batch[0].sample, pixels, device)
+        for row, picture in enumerate(batch):
+            rows = shown.rows(slice(row, row + 1)) if shown else {}
+            entry = {LATENTS: latents[row], **rows}
+            for name, tensor in entry.items():
+                _refuse_nonfinite(tensor, f"{name} of {picture.sample.path}")
+            cache.put("latents", picture.key, {name: _stored(t, keys) for name, t in entry.items()})
         done += len(batch)
         if progress is not None:
             progress(done, len(missing))
     return EncodeCounts(hits, done, repaired)
+
+
+def flips(sample: Sample) -> tuple[bool, ...]:
+    return (False, True) if sample.flip else (False,)
+
+
+def _shown(
+    family: Family, sample: Sample, pixels: _Pixels, device: torch.device | str
+) -> Conditioning | None:
+    """What the denoiser is told about the references of a batch of which `sample` is one; None without any."""
+    if not pixels.references:
+        return None
+    mask_B1HW = pixels.mask_B1HW.to(device) if pixels.mask_B1HW is not None else None
+    references = [reference.to(device) for reference in pixels.references]
+    return family.encode_references(references, mask_B1HW=mask_B1HW, frames=sample.frames)
+
+
+def _stored(tensor: Tensor, keys: CacheKeys) -> Tensor:
+    return tensor.to("cpu", keys.dtype if tensor.is_floating_point() else None)
 
 
 @torch.no_grad()
@@ -120,22 +158,110 @@ def encode_captions(
     return EncodeCounts(len(wanted) - len(missing), done, repaired)
 
 
+@torch.no_grad()
+def encode_seen_captions(
+    samples: Sequence[Sample],
+    seed: int,
+    family: Family,
+    cache: Cache,
+    keys: CacheKeys,
+    *,
+    progress: Progress | None = None,
+) -> EncodeCounts:
+    """As `encode_captions`, for every caption of samples whose captions are encoded with their references.
+
+    Raises:
+        DataError: a file changed since the preflight.
+        ModelError: a text encoder gave NaN or infinity.
+        DiskFull: the cache cannot be written.
+    """
+    wanted = {
+        keys.caption(text, sample, flip=flip): (text, sample, flip)
+        for sample in samples
+        if keys.sees(sample)
+        for flip in flips(sample)
+        for text in sample.captions(seed)
+    }
+    repaired = cache.repaired
+    missing = [(key, *what) for key, what in wanted.items() if cache.get("captions", key) is None]
+    repaired = cache.repaired - repaired
+    for done, (key, text, sample, flip) in enumerate(missing, 1):
+        seen = load_references(sample, flip=flip)
+        entry = dict(family.encode_prompts([text], [seen]).to("cpu", keys.dtype))
+        for tensor in entry.values():
+            _refuse_nonfinite(tensor, f"the encoding of {text!r} with {sample.path}")
+        cache.put("captions", key, entry)
+        if progress is not None:
+            progress(done, len(missing))
+    return EncodeCounts(len(wanted) - len(missing), len(missing), repaired)
+
+
 def load_pixels(sample: Sample, *, flip: bool) -> Tensor:
-    """What the VAE sees of a sample: (3, H, W) in [-1, 1], float32.
+    """What the VAE sees of a sample in [-1, 1], float32: (3, H, W), of a clip (3, T, H, W).
 
     Raises:
         DataError: the file changed or went away since the preflight.
     """
+    if not sample.is_clip:
+        picture = _read(sample.path, sample.sha256, sample.background)
+        return pixels_of(sample.fit.apply(picture, flipped=flip))
+    with _unchanged(sample.path), open_regular(sample.path) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sample.sha256:
+            raise BadPicture("changed")
+        pictures = frames_at(file, sample.times, background=sample.background)
+    return torch.stack([pixels_of(sample.fit.apply(one, flipped=flip)) for one in pictures], dim=1)
+
+
+def load_references(sample: Sample, *, flip: bool, pixels: Tensor | None = None) -> list[Tensor]:
+    """The pictures that are shown beside a sample's caption, each (3, H, W) in [-1, 1].
+
+    Args:
+        pixels: of the sample itself, where they are there already.
+
+    Raises:
+        DataError: a file changed or went away since the preflight.
+    """
+    shown = []
+    if sample.sees_itself:
+        own = load_pixels(sample, flip=flip) if pixels is None else pixels
+        shown.append(own[:, 0] if sample.is_clip else own)
+    for one in sample.references:
+        picture = _read(one.path, one.sha256, sample.background)
+        shown.append(pixels_of(one.apply(picture, flipped=flip)))
+    return shown
+
+
+def load_mask(sample: Sample, *, flip: bool) -> Tensor | None:
+    """(1, H, W), 1 where the sample is to be filled; None where it is not that kind of sample.
+
+    Raises:
+        DataError: the file changed or went away since the preflight.
+    """
+    if not sample.fills_holes:
+        return None
+    if sample.mask is not None:
+        picture = _read(sample.mask.path, sample.mask.sha256, "#000000")
+        return mask_values(sample.mask.apply(picture, flipped=flip))
+    holes = drawn_holes(sample.sha256, sample.bucket.height, sample.bucket.width)
+    return mask_values(holes.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else holes)
+
+
+def _read(path: Path, sha256: str, background: str) -> Image.Image:
+    with _unchanged(path):
+        data = read_regular(path)
+        if content_hash(data) != sha256:
+            raise BadPicture("changed")
+        return decode_picture(data, background=background, max_megapixels=float("inf")).picture
+
+
+@contextmanager
+def _unchanged(path: Path) -> Iterator[None]:
+    """What is bad now was good at the preflight."""
     try:
-        data = read_regular(sample.path)
-        if content_hash(data) != sample.sha256:
-            raise DataError(f"{sample.path} changed since it was checked", remedy="Start again.")
-        decoded = decode_picture(data, background=sample.background, max_megapixels=float("inf"))
+        yield
     except BadPicture as error:
-        raise DataError(
-            f"{sample.path}: {error.message} since it was checked", remedy="Start again."
-        ) from error
-    return pixels_of(sample.fit.apply(decoded.picture, flipped=flip))
+        said = f"{path} changed" if error.message == "changed" else f"{path}: {error.message}"
+        raise DataError(f"{said} since it was checked", remedy="Start again.") from error
 
 
 def pixels_of(picture: Image.Image) -> Tensor:
@@ -144,15 +270,17 @@ def pixels_of(picture: Image.Image) -> Tensor:
     return values_HW3.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def conditioning_of(entry: Entry) -> Conditioning:
-    return Conditioning(entry)
+def conditioning_of(captions: Entry, latents: Entry) -> Conditioning:
+    """What the caption's entry and that of the latents tell the denoiser about one sample."""
+    shown = {name: tensor for name, tensor in latents.items() if name != LATENTS}
+    return Conditioning(captions).merged(shown)
 
 
 def _batches(pictures: Sequence[_Picture], batch_size: int) -> Iterator[list[_Picture]]:
-    """Up to `batch_size` neighbours of one bucket."""
+    """Up to `batch_size` neighbours of one shape."""
     batch: list[_Picture] = []
     for picture in pictures:
-        if batch and (len(batch) == batch_size or batch[0].sample.bucket != picture.sample.bucket):
+        if batch and (len(batch) == batch_size or batch[0].sample.shape != picture.sample.shape):
             yield batch
             batch = []
         batch.append(picture)
@@ -160,19 +288,34 @@ def _batches(pictures: Sequence[_Picture], batch_size: int) -> Iterator[list[_Pi
         yield batch
 
 
-def _decoded(batches: Iterator[list[_Picture]]) -> Iterator[tuple[list[_Picture], Tensor]]:
-    """Each batch with its pixels (B, 3, H, W); the next few are decoded while the VAE is busy."""
+def _decoded(batches: Iterator[list[_Picture]], video: bool) -> Iterator[tuple[list[_Picture], _Pixels]]:
+    """Each batch with its pixels; the next few are decoded while the VAE is busy, of clips only the next one."""
 
-    def decode(batch: list[_Picture]) -> tuple[list[_Picture], Tensor]:
-        return batch, torch.stack([load_pixels(p.sample, flip=p.flip) for p in batch])
+    def decode(batch: list[_Picture]) -> tuple[list[_Picture], _Pixels]:
+        return batch, _pixels(batch, video)
 
     threads = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, "pixels") as pool:
-        ahead = [pool.submit(decode, batch) for batch in islice(batches, 2 * threads)]
+        ahead = [pool.submit(decode, batch) for batch in islice(batches, 1 if video else 2 * threads)]
         while ahead:
-            ready = ahead.pop(0).result()
             ahead += [pool.submit(decode, batch) for batch in islice(batches, 1)]
-            yield ready
+            yield ahead.pop(0).result()
+
+
+def _pixels(batch: Sequence[_Picture], video: bool) -> _Pixels:
+    targets, shown, masks = [], [], []
+    for picture in batch:
+        sample, flip = picture.sample, picture.flip
+        target = load_pixels(sample, flip=flip)
+        shown.append(load_references(sample, flip=flip, pixels=target))
+        masks.append(load_mask(sample, flip=flip))
+        targets.append(target[:, None] if video and not sample.is_clip else target)
+    holes = [mask for mask in masks if mask is not None]
+    return _Pixels(
+        torch.stack(targets),
+        tuple(torch.stack(column) for column in zip(*shown, strict=True)),
+        torch.stack(holes) if holes else None,
+    )
 
 
 def _refuse_nonfinite(tensor: Tensor, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Decoding every picture once before training. What was found is remembered by content (law L3)."""
+"""Decoding every picture and clip once before training. What was found is remembered by content (law L3)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from av import __version__ as av_version
 from PIL import __version__ as pillow_version
 
+from burnish.data import clips
 from burnish.data.cache import write_entry
+from burnish.data.folder import is_clip
 from burnish.data.pictures import (
     CODE_VERSION,
     BadPicture,
     content_hash,
     decode_picture,
+    open_regular,
     read_regular,
     wrong_extension,
 )
@@ -28,17 +33,18 @@ Progress = Callable[[int, int], None]  # done, of
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A picture that decodes; sizes as it will be seen, upright."""
+    """A picture or clip that decodes; sizes as it will be seen, upright."""
 
     sha256: str
     height: int
     width: int
     fixes: tuple[str, ...]
+    duration: float | None = None  # of a clip, in seconds
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What decoding some bytes gave; `bad` says why they are no picture."""
+    """What decoding some bytes gave; `bad` says why they are no picture, or no clip."""
 
     bad: str = ""
     remedy: str = ""
@@ -46,11 +52,12 @@ class _Found:
     height: int = 0
     width: int = 0
     fixes: tuple[str, ...] = ()
+    duration: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Decodes pictures, or recalls what decoding gave for the same bytes. `folder` None remembers nothing."""
+    """Decodes pictures and clips, or recalls what decoding gave for the same bytes. `folder` None remembers nothing."""
 
     folder: Path | None
     background: str
@@ -60,16 +67,40 @@ class Probe:
         """Raises:
         BadPicture: the file is to be skipped.
         """
+        if is_clip(path.name):
+            return self._clip_facts(path)
         data = read_regular(path)
         sha256 = content_hash(data)
-        found = self._recall(sha256)
+        entry = self._entry(sha256, f"{CODE_VERSION} {pillow_version}")
+        found = self._recall(entry)
         if found is None:
             found = self._decode(data)
-            self._remember(sha256, found)
+            self._remember(entry, found)
         if found.bad:
             raise BadPicture(found.bad, remedy=found.remedy)
         fixes = found.fixes + wrong_extension(path, found.format)
         return Facts(sha256, found.height, found.width, fixes)
+
+    def _clip_facts(self, path: Path) -> Facts:
+        with open_regular(path) as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            entry = self._entry(sha256, f"clip {clips.CODE_VERSION} {av_version}")
+            found = self._recall(entry)
+            if found is None:
+                found = self._inspect(file)
+                self._remember(entry, found)
+        if found.bad:
+            raise BadPicture(found.bad, remedy=found.remedy)
+        return Facts(sha256, found.height, found.width, found.fixes, found.duration)
+
+    def _inspect(self, file: BinaryIO) -> _Found:
+        try:
+            facts = clips.inspect_clip(file, max_megapixels=self.max_megapixels)
+        except BadPicture as error:
+            return _Found(bad=error.message, remedy=error.remedy)
+        return _Found(
+            format="clip", height=facts.height, width=facts.width, fixes=facts.fixes, duration=facts.duration
+        )
 
     def _decode(self, data: bytes) -> _Found:
         try:
@@ -79,25 +110,26 @@ class Probe:
         width, height = decoded.picture.size
         return _Found(format=decoded.format, height=height, width=width, fixes=decoded.fixes)
 
-    def _entry(self, folder: Path, sha256: str) -> Path:
-        # Another Pillow may decode what this one cannot, and the other way round.
-        said = f"{sha256} {self.background} {self.max_megapixels} {CODE_VERSION} {pillow_version}"
-        name = hashlib.blake2b(said.encode(), digest_size=20).hexdigest()
-        return folder / "pictures" / name[:2] / f"{name}.json"
-
-    def _recall(self, sha256: str) -> _Found | None:
+    def _entry(self, sha256: str, decoder: str) -> Path | None:
+        """Where the findings are kept; another decoder may read what this one cannot, and the other way round."""
         if self.folder is None:
             return None
+        said = f"{sha256} {self.background} {self.max_megapixels} {decoder}"
+        name = hashlib.blake2b(said.encode(), digest_size=20).hexdigest()
+        return self.folder / "pictures" / name[:2] / f"{name}.json"
+
+    def _recall(self, entry: Path | None) -> _Found | None:
+        if entry is None:
+            return None
         with suppress(OSError, ValueError, TypeError):  # not there, or torn: decode again
-            values = json.loads(self._entry(self.folder, sha256).read_bytes())
+            values = json.loads(entry.read_bytes())
             return _Found(**{**values, "fixes": tuple(values["fixes"])})
         return None
 
-    def _remember(self, sha256: str, found: _Found) -> None:
-        if self.folder is None:
+    def _remember(self, entry: Path | None, found: _Found) -> None:
+        if entry is None or self.folder is None:
             return
-        text = json.dumps(asdict(found))
-        write_entry(self._entry(self.folder, sha256), text.encode(), scratch=self.folder / "scratch")
+        write_entry(entry, json.dumps(asdict(found)).encode(), scratch=self.folder / "scratch")
 
 
 def probe_all(

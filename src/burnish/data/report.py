@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.atomic import atomic_write_text
+from burnish.data.buckets import Bucket
 from burnish.data.folder import Outcome
 from burnish.data.samples import Sample, all_captions
 
@@ -32,8 +33,9 @@ class SourceReport:
 
     path: str
     role: str
-    found: int = 0  # pictures and files that were meant as pictures
+    found: int = 0  # pictures, clips, and files that were meant as such
     used: int = 0
+    clips: int = 0  # of those used
     skipped: list[Outcome] = field(default_factory=list)
     fixed: list[Outcome] = field(default_factory=list)
     errors: list[Outcome] = field(default_factory=list)
@@ -73,13 +75,19 @@ class DataReport:
 
     def describe(self, samples: Sequence[Sample]) -> None:
         """Fill in the counts of buckets and captions."""
-        pictures = Counter(sample.bucket for sample in samples)
+        pictures = Counter(_kind(sample) for sample in samples)
         draws: Counter[object] = Counter()
         for sample in samples:
-            draws[sample.bucket] += sample.repeats
+            draws[_kind(sample)] += sample.repeats
         self.buckets = [
-            {"height": b.height, "width": b.width, "pictures": pictures[b], "draws_per_epoch": draws[b]}
-            for b in sorted(pictures)
+            {
+                "height": bucket.height,
+                "width": bucket.width,
+                **({"frames": frames} if frames else {}),
+                "pictures" if not frames else "clips": pictures[bucket, frames],
+                "draws_per_epoch": draws[bucket, frames],
+            }
+            for bucket, frames in sorted(pictures)
         ]
         texts = {sample.picture_id: sample.caption for sample in samples}
         words = sorted(len(text.split()) for text in texts.values())
@@ -117,6 +125,11 @@ class DataReport:
         """
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
         atomic_write_text(path, text)
+
+
+def _kind(sample: Sample) -> tuple[Bucket, int]:
+    """Bucket and frames; 0 for a picture."""
+    return sample.bucket, sample.frames if sample.is_clip else 0
 
 
 def listed(outcomes: Sequence[Outcome]) -> str:

@@ -1,4 +1,4 @@
-"""What training draws from: one sample is a picture at one size."""
+"""What training draws from: one sample is a picture, or part of a clip, at one size."""
 
 from __future__ import annotations
 
@@ -9,18 +9,32 @@ from typing import Literal
 
 from burnish.data.buckets import Bucket, Fit
 from burnish.data.caption_rules import CaptionRules
+from burnish.data.companions import Companion
 from burnish.errors import DataError
 from burnish.randomness import stable_seed
 
 Role = Literal["train", "regularization"]
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class BatchShape:
+    """What the samples of a batch share."""
+
+    bucket: Bucket
+    frames: int = 1
+    references: tuple[tuple[int, int], ...] = ()  # sizes
+
+    def __str__(self) -> str:
+        references = "".join(f"+{height}x{width}" for height, width in self.references)
+        return f"{self.bucket}{f'x{self.frames}' if self.frames > 1 else ''}{references}"
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A picture at one size, with its caption and the rules of its source.
+    """A picture or part of a clip at one size, with its caption and the rules of its source.
 
     `picture_id` is source index and relative path, so that files of the same name in two folders stay apart;
-    `id` adds the size. Both are the same on every machine that has the same data.
+    `id` adds the size, and of a clip which part. Both are the same on every machine that has the same data.
     """
 
     picture_id: str
@@ -36,6 +50,30 @@ class Sample:
     flip: bool = False
     weight: float = 1.0
     repeats: int = 1
+    frames: int = 1
+    start: float = 0.0  # of a clip: seconds after its first frame
+    fps: float = 0.0  # at which a clip's frames are taken; 0 for a picture
+    references: tuple[Companion, ...] = ()
+    mask: Companion | None = None
+    sees_itself: bool = False  # its own picture, or first frame, is the first reference
+    fills_holes: bool = False  # with `mask`, or with drawn ones
+
+    @property
+    def is_clip(self) -> bool:
+        return self.fps > 0
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """When a clip's frames are on screen, in seconds after its first frame."""
+        return tuple(self.start + index / self.fps for index in range(self.frames))
+
+    @property
+    def shape(self) -> BatchShape:
+        return BatchShape(self.bucket, self.frames, tuple(one.size for one in self.references))
+
+    @property
+    def has_references(self) -> bool:
+        return self.sees_itself or bool(self.references)
 
     @property
     def bucket(self) -> Bucket:
@@ -43,7 +81,8 @@ class Sample:
 
     @property
     def id(self) -> str:
-        return f"{self.picture_id}@{self.bucket}"
+        part = f"x{self.frames}@{self.start:.3f}s" if self.is_clip else ""
+        return f"{self.picture_id}@{self.bucket}{part}"
 
     def captions(self, seed: int) -> tuple[str, ...]:
         """Every caption this sample can ever be trained on."""
