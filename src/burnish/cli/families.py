@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from burnish.cli.edge import guarded
 
 if TYPE_CHECKING:
-    from burnish.family import Family
+    from burnish.family import Capabilities, Family
 
 
 @guarded
@@ -19,28 +19,38 @@ def show_families() -> None:
     from burnish.families.registry import families
 
     table = Table(box=None)
-    for heading in ("family", "model", "sampling", "targets", "adapter file"):
-        table.add_column(heading, no_wrap=True)
+    for heading in ("family", "model", "trains on", "size", "steps", "guidance", "adapter file"):
+        table.add_column(heading, no_wrap=heading not in ("model", "trains on"))
     for name, family in families().items():
         table.add_row(name, *_row(family.skeleton(depth=1)))
     console = Console(highlight=False)
     console.print(table)
-    console.print("* is the default", style="dim")
+    console.print(
+        "Size, steps and guidance are the sampler's defaults; of adapter files the first is the default."
+    )
 
 
 def _row(family: Family) -> tuple[str, ...]:
-    height, width = family.defaults.size
-    targets = [f"{name} *" if name == family.default_targets else name for name in family.targets]
-    formats = [f"{name} *" if name == family.export.default else name for name in family.export.formats]
-    abilities = {
-        "guidance embedding": family.capabilities.guidance_embedding,
-        "references": bool(family.capabilities.references),
-        "masks": family.capabilities.masks,
-        "video": family.capabilities.video,
-    }
+    defaults, formats = family.defaults, dict.fromkeys([family.export.default, *family.export.formats])
+    height, width = defaults.size
     return (
-        "\n".join([family.title, *(f"with {ability}" for ability, has in abilities.items() if has)]),
-        f"{height}x{width}\n{family.defaults.steps} steps\nguidance {family.defaults.guidance:g}",
-        "\n".join(targets),
-        "\n".join(formats),
+        family.title,
+        ", ".join(_trains_on(family.capabilities)),
+        f"{height}x{width}" + (f" x{defaults.frames}" if defaults.frames > 1 else ""),
+        str(defaults.steps),
+        f"{defaults.guidance:g}" + (" embedded" if family.capabilities.guidance_embedding else ""),
+        ", ".join(formats),
     )
+
+
+def _trains_on(capabilities: Capabilities) -> list[str]:
+    """What a dataset for this family can hold."""
+    kinds = {
+        "pictures": True,
+        "clips": capabilities.video,
+        f"references (up to {capabilities.references})": capabilities.references > 1,
+        "a reference": capabilities.references == 1,
+        "masks": capabilities.masks,
+        "first frames": capabilities.first_frame,
+    }
+    return [kind for kind, has in kinds.items() if has]
