@@ -148,8 +148,12 @@ def qwen3_slot(
     return _slot(
         folder,
         tokenizer,
-        signs=(("model.layers.0.self_attn.q_norm.weight", "model.layers.0.mlp.gate_proj.weight"),),
-        absent=("model.layers.0.pre_feedforward_layernorm.weight",),  # Gemma3's
+        signs=tuple(
+            (f"{stem}layers.0.self_attn.q_norm.weight", f"{stem}layers.0.mlp.gate_proj.weight")
+            for stem in ("model.", "")
+        ),
+        # Gemma3's
+        absent=tuple(f"{stem}layers.0.pre_feedforward_layernorm.weight" for stem in ("model.", "")),
         prefixes=("text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_8b.transformer."),
         config=Qwen3Config,
         model=Qwen3Model,

@@ -31,6 +31,7 @@ BUILT_IN = {
     "ernie_image": "burnish.families.ernie_image:ErnieImage",
     "lumina2": "burnish.families.lumina2:Lumina2",
     "sana": "burnish.families.sana:Sana",
+    "z_image": "burnish.families.z_image:ZImage",
     "auraflow": "burnish.families.auraflow:AuraFlow",
 }
 
