@@ -33,6 +33,7 @@ BUILT_IN = {
     "sana": "burnish.families.sana:Sana",
     "z_image": "burnish.families.z_image:ZImage",
     "auraflow": "burnish.families.auraflow:AuraFlow",
+    "hidream": "burnish.families.hidream:HiDream",
 }
 
 

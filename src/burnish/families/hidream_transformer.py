@@ -1,0 +1,69 @@
+"""HiDream's transformer as it can be trained: diffusers' own, with experts that gradients reach.
+
+Diffusers' experts compute without gradients unless the whole model is in training mode, in which the model answers
+with patches instead of latents. Here they are the same modules under the same names, called by another rule.
+
+Shape letters: B batch, S tokens, D width, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import HiDreamImageTransformer2DModel
+from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
+from torch import Tensor, nn
+
+
+class RoutedExperts(nn.Module):
+    """Feed-forward of one expert for all tokens and `active` of several for each, weighted by a gate.
+
+    As in DeepSeek-V3 (arXiv 2412.19437) without its balancing: a token's weights are the gate's softmax over all
+    experts, not normed over those that are chosen.
+    """
+
+    def __init__(self, given: MOEFeedForwardSwiGLU) -> None:
+        super().__init__()
+        self.shared_experts = given.shared_experts
+        self.experts = given.experts
+        self.gate = given.gate
+        self.active = int(given.num_activated_experts)
+
+    def forward(self, states_BSD: Tensor) -> Tensor:
+        chosen_TK, weights_TK, _ = self.gate(states_BSD)
+        states_TD = states_BSD.flatten(0, 1)
+        routed_TD = torch.zeros_like(states_TD)
+        for number, expert in enumerate(self.experts):
+            token, choice = self._tokens_of(number, chosen_TK)
+            answer = expert(states_TD[token]) * weights_TK[token, choice, None]
+            routed_TD = routed_TD.index_add(0, token, answer.to(routed_TD.dtype))
+        shared_BSD: Tensor = self.shared_experts(states_BSD)
+        return routed_TD.view_as(states_BSD) + shared_BSD
+
+    def _tokens_of(self, number: int, chosen_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens an expert is called for, and as their which choice."""
+        if chosen_TK.is_meta:  # without weights nothing is known of the choice: an even share
+            share = len(chosen_TK) * self.active // len(self.experts)
+            token = torch.arange(share, device=chosen_TK.device)
+            return token, torch.zeros_like(token)
+        token, choice = torch.where(chosen_TK == number)
+        return token, choice
+
+
+class HiDreamTransformer(HiDreamImageTransformer2DModel):  # type: ignore[misc]
+    """Sizes of pictures are plain numbers, so that no device has to be asked for them."""
+
+    def patchify(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None, list[tuple[int, int]], Tensor]:
+        patches, mask, _, positions = super().patchify(hidden_states)
+        batch, _, height, width = hidden_states.shape
+        patch = int(self.config.patch_size)
+        return patches, mask, [(height // patch, width // patch)] * batch, positions
+
+
+def transformer(config: dict[str, Any]) -> HiDreamTransformer:
+    model: HiDreamTransformer = HiDreamTransformer.from_config(config)
+    for holder in [*model.double_stream_blocks, *model.single_stream_blocks]:
+        if isinstance(holder.block.ff_i, MOEFeedForwardSwiGLU):
+            holder.block.ff_i = RoutedExperts(holder.block.ff_i)
+    return model
