@@ -112,12 +112,14 @@ def shape_of(layout: Layout) -> dict[str, Any]:
     }
 
 
+def is_flex2(config: Mapping[str, Any]) -> bool:
+    """Whether this takes what Flex.2 takes."""
+    return int(config.get("in_channels", 64)) == FLEX2_CHANNELS
+
+
 def is_pruned(config: Mapping[str, Any]) -> bool:
     """Whether this is of Flex (or FLUX.1-lite): FLUX.1 with fewer two-stream blocks."""
-    return (
-        int(config.get("num_layers", 19)) == PRUNED_DEPTH
-        or int(config.get("in_channels", 64)) == FLEX2_CHANNELS
-    )
+    return int(config.get("num_layers", 19)) == PRUNED_DEPTH or is_flex2(config)
 
 
 def channels(config: Mapping[str, Any]) -> tuple[int, int]:

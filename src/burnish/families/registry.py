@@ -25,6 +25,8 @@ BUILT_IN = {
     "sdxl": "burnish.families.sdxl:StableDiffusionXL",
     "flux": "burnish.families.flux:Flux",
     "chroma": "burnish.families.chroma:Chroma",
+    "flex1": "burnish.families.flex1:Flex1",
+    "flex2": "burnish.families.flex2:Flex2",
     "flux2": "burnish.families.flux2:Flux2",
     "sd3": "burnish.families.sd3:StableDiffusion3",
     "krea2": "burnish.families.krea2:Krea2",
