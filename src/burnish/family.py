@@ -188,9 +188,8 @@ class Schedule:
     scheduler: Mapping[str, Any]  # diffusers scheduler config, `_class_name` included
     alphas_cumprod: Tensor | None = None  # (1000,) float64 for epsilon and v; None for a flow
     shift: float | TokenShift = 1.0  # timestep shift of a flow, as released
-    spacing: Literal["linear", "scheduler"] = (
-        "linear"  # sigmas of a flow before the shift: 1 to 1/steps, or its own
-    )
+    # Sigmas of a flow before the shift: 1 to 1/steps; 1 to 1/1000 in whole thousandths; or the scheduler's own.
+    spacing: Literal["linear", "thousandths", "scheduler"] = "linear"
 
     @property
     def is_flow(self) -> bool:

@@ -31,6 +31,9 @@ def loaded(folder: Path) -> Family:
 
 def ours(family: Family, case: Case, guidance: float) -> Tensor:
     height, width = case.size
+    can = family.capabilities
+    # Such models draw nothing without a picture; `case.told` has what the denoiser is told of it.
+    picture = Path("told") if can.first_frame or can.masks else None
     requests = [
         PictureRequest(
             prompt,
@@ -41,6 +44,8 @@ def ours(family: Family, case: Case, guidance: float) -> Tensor:
             STEPS,
             guidance,
             frames=case.frames,
+            references=() if picture is None else (picture,),
+            mask=picture if can.masks else None,
         )
         for prompt, negative, seed in zip(PROMPTS, NEGATIVES, SEEDS, strict=True)
     ]
@@ -63,21 +68,24 @@ def theirs(folder: Path, case: Case, guidance: float, output: str) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     height, width = case.size
     call: dict[str, Any] = {case.guidance_argument: guidance, **case.call}
-    if case.negatives:
-        call["negative_prompt"] = list(NEGATIVES)
     if case.frames > 1:
         call["num_frames"] = case.frames
-    drawn = pipeline(
-        prompt=list(PROMPTS),
-        height=height,
-        width=width,
-        num_inference_steps=STEPS,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS],
-        output_type=output,
-        **call,
-    )
-    found: Tensor = drawn.frames if hasattr(drawn, "frames") else drawn.images
-    found = found.detach()
+    drawn: list[Tensor] = []
+    size = len(PROMPTS) if case.batched else 1
+    for first in range(0, len(PROMPTS), size):
+        chosen = slice(first, first + size)
+        answer = pipeline(
+            prompt=list(PROMPTS[chosen]),
+            height=height,
+            width=width,
+            num_inference_steps=STEPS,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS[chosen]],
+            output_type=output,
+            **({"negative_prompt": list(NEGATIVES[chosen])} if case.negatives else {}),
+            **call,
+        )
+        drawn.append(answer.frames if hasattr(answer, "frames") else answer.images)
+    found = torch.cat(drawn).detach()
     return case.unpack(pipeline, found) if output == "latent" else found
 
 

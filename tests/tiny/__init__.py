@@ -43,6 +43,7 @@ class Case:
     negatives: bool = True  # the pipeline takes `negative_prompt`
     loads_adapters: bool = True  # diffusers loads the family's default adapter file
     side: int = 64  # of the square pictures it is trained on
+    batched: bool = True  # the pipeline gives each prompt of a batch what it gives it alone
     learns: bool = True  # is trained in `test_families_learn.py`
     native: NativeNames | None = None  # its single file is written by this table
     swapped: tuple[
@@ -51,7 +52,9 @@ class Case:
     upstream: str | None = (
         None  # diffusers' function that reads such a file, in `loaders/single_file_utils.py`
     )
-    upstream_widths: Mapping[int, int] = field(default_factory=dict)  # released widths in its code, and our own
+    upstream_widths: Mapping[int, int] = field(
+        default_factory=dict
+    )  # released widths in its code, and our own
     loader_widths: Mapping[str, Mapping[int, int]] = field(
         default_factory=dict
     )  # released widths in the code of diffusers' adapter converters (by name), and those of this pipeline

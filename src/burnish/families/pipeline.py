@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -56,6 +56,7 @@ PARTS: tuple[Part, ...] = ("denoiser", "vae", "text_encoders")
 
 Config = Mapping[str, Any]
 Module = TypeVar("Module", bound=nn.Module)
+Spacing = Literal["linear", "thousandths", "scheduler"]
 
 
 def same_config(shipped: Config, layout: Layout) -> dict[str, Any]:
@@ -94,6 +95,7 @@ class Slot:
     optional: bool = False  # a pipeline may come without it
     kinds: tuple[str, ...] = ()  # its classes in model_index.json, where several slots share a folder
     shipped: str = ""  # its key in the shipped configs, where that is not its folder
+    listed_under: Part | None = None  # where the config names its separate file, where not under its part
     file_hint: str = ""  # what the separate file is called in the wild, for messages
 
 
@@ -146,6 +148,8 @@ class PipelineSource:
 
     def is_apart(self, slot: Slot) -> bool:
         """Whether the module comes from a separate file that the config names."""
+        if slot.listed_under is not None and self.index:
+            return False
         return (slot.part == "vae" and self.source.vae is not None) or (
             slot.part == "text_encoders" and bool(self.source.text_encoders)
         )
@@ -154,9 +158,10 @@ class PipelineSource:
         return bool(self.index) and not self.is_apart(slot)
 
     def _candidates(self, slot: Slot) -> list[Layout]:
-        if slot.part == "vae" and self.source.vae is not None:
+        part = slot.listed_under or slot.part
+        if part == "vae" and self.source.vae is not None:
             return [_layout_of_file(separate_file(self.source.vae))]
-        if slot.part == "text_encoders" and self.source.text_encoders:
+        if part == "text_encoders" and self.source.text_encoders:
             return [_layout_of_file(separate_file(file)) for file in self.source.text_encoders]
         return [_layout_of_file(self.path)]
 
@@ -175,7 +180,7 @@ class PipelineSource:
                 return found
         what = slot.folder.replace("_", " ")
         where = {"denoiser": "model.path", "vae": "model.vae", "text_encoders": "model.text_encoders"}[
-            slot.part
+            slot.listed_under or slot.part
         ]
         hint = f" ({slot.file_hint})" if slot.file_hint else ""
         searched = sorted({str(p.file) for layout in self._candidates(slot) for p in layout.values()})
@@ -248,7 +253,7 @@ def _cached_layout(path: Path, modified: int, size: int) -> Layout:
 
 
 def flow_schedule(
-    config: Config, family: str, *, spacing: str = "linear", prediction: Prediction = "velocity"
+    config: Config, family: str, *, spacing: Spacing = "linear", prediction: Prediction = "velocity"
 ) -> Schedule:
     """The schedule of a flow-matching scheduler's config.
 
@@ -279,7 +284,7 @@ def flow_schedule(
         prediction=prediction,
         scheduler=dict(config),
         shift=shift,
-        spacing="linear" if spacing == "linear" else "scheduler",
+        spacing=spacing,
     )
 
 
@@ -297,7 +302,7 @@ class PipelineFamily:
     targets: ClassVar[Mapping[str, TargetSet]]
     default_targets: ClassVar[str] = "attention+mlp"
     prompt_limit: int = 512  # tokens of a prompt that are read, special ones included
-    spacing: ClassVar[str] = "linear"
+    spacing: ClassVar[Spacing] = "linear"
     capabilities: Capabilities = Capabilities()
     export: ExportKeys
     defaults: SamplerDefaults

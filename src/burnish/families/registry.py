@@ -22,6 +22,7 @@ from burnish.family import Family, ModelSource
 GROUP = "burnish.families"
 BUILT_IN = {
     "sd15": "burnish.families.sd15:StableDiffusion15",
+    "sd2": "burnish.families.sd2:StableDiffusion2",
     "sdxl": "burnish.families.sdxl:StableDiffusionXL",
     "flux": "burnish.families.flux:Flux",
     "chroma": "burnish.families.chroma:Chroma",
@@ -29,12 +30,15 @@ BUILT_IN = {
     "flex2": "burnish.families.flex2:Flex2",
     "flux2": "burnish.families.flux2:Flux2",
     "sd3": "burnish.families.sd3:StableDiffusion3",
+    "ltx": "burnish.families.ltx:LTXVideo",
     "krea2": "burnish.families.krea2:Krea2",
     "ernie_image": "burnish.families.ernie_image:ErnieImage",
+    "cogview4": "burnish.families.cogview4:CogView4",
     "lumina2": "burnish.families.lumina2:Lumina2",
     "sana": "burnish.families.sana:Sana",
     "z_image": "burnish.families.z_image:ZImage",
     "auraflow": "burnish.families.auraflow:AuraFlow",
+    "wan21": "burnish.families.wan21:Wan21",
     "hidream": "burnish.families.hidream:HiDream",
 }
 

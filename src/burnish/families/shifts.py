@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import exp
+from dataclasses import dataclass
+from math import exp, sqrt
 
 
 class EmpiricalShift:
@@ -21,3 +22,21 @@ class EmpiricalShift:
 
     def factor(self, tokens: int, steps: int) -> float:
         return exp(self.mu(tokens, steps))
+
+
+@dataclass(frozen=True, slots=True)
+class RootShift:
+    """The shift of CogView4: it grows with the side of the picture, not with its area.
+
+    `calculate_shift` of diffusers' `pipeline_cogview4.py`; mu is the shift itself (`time_shift_type: linear`).
+    """
+
+    base_tokens: int = 256
+    base_shift: float = 0.25
+    max_shift: float = 0.75
+
+    def mu(self, tokens: int, steps: int) -> float:
+        return self.base_shift + self.max_shift * sqrt(tokens / self.base_tokens)
+
+    def factor(self, tokens: int, steps: int) -> float:
+        return self.mu(tokens, steps)

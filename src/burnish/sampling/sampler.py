@@ -1,8 +1,9 @@
-"""Pictures from a family: one sampler for all, over diffusers' schedulers.
+"""Pictures and clips from a family: one sampler for all, over diffusers' schedulers.
 
 Three phases, each of which needs one part of the family in memory: prompts are encoded, latents drawn, pictures
-decoded. With the same weights, seed and settings the latents are those of the family's diffusers pipeline called
-with `generator=torch.Generator("cpu").manual_seed(seed)` for each picture.
+decoded. Where a request shows pictures to the model, `with_references` comes after the first and needs the VAE.
+With the same weights, seed and settings the latents are those of the family's diffusers pipeline called with
+`generator=torch.Generator("cpu").manual_seed(seed)` for each picture.
 
 Shape letters: B batch, C channels, H W height and width of latents.
 """
@@ -13,6 +14,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from burnish.errors import ModelError, UserError
 from burnish.family import Conditioning, Family, NegativePrompt, PictureInfo, Schedule
+from burnish.sampling.references import check_references, mask_pixels, reference_pixels
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +34,19 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Clip:
+    """More than one frame, and how many play per second."""
+
+    frames: tuple[Image.Image, ...]
+    fps: float
+
+
+Drawn = Image.Image | Clip
+
+
+@dataclass(frozen=True)
 class PictureRequest:
-    """One picture to draw; None leaves a setting to the family's default.
+    """One picture or clip to draw; None leaves a setting to the family's default.
 
     `guidance` is classifier-free guidance (arXiv 2207.12598) where the family is meant to run with it, else the
     scale that the denoiser embeds. `true_guidance` above 1 adds classifier-free guidance to the latter kind.
@@ -47,6 +61,8 @@ class PictureRequest:
     guidance: float | None = None
     frames: int | None = None
     true_guidance: float = 1.0
+    references: tuple[Path, ...] = ()  # pictures beside the prompt, in the order the model sees them
+    mask: Path | None = None  # white where the first reference is to be filled
 
 
 @dataclass(frozen=True)
@@ -69,14 +85,16 @@ def encode_requests(family: Family, requests: Sequence[PictureRequest]) -> list[
     Each text is encoded once and alone, so that a picture does not depend on what is drawn beside it.
 
     Raises:
-        UserError: a size that the family cannot draw.
+        UserError: a size, a number of frames, or references that the family cannot draw with.
     """
-    known: dict[tuple[type[str], str], Conditioning] = {}
+    known: dict[tuple[object, ...], Conditioning] = {}
 
-    def encoded(text: str) -> Conditioning:
-        key = (type(text), str(text))
+    def encoded(text: str, request: PictureRequest) -> Conditioning:
+        seen = request.references if family.capabilities.prompts_see_references else ()
+        key = (type(text), str(text), *((seen, request.height, request.width) if seen else ()))
         if key not in known:
-            known[key] = family.encode_prompts([text]).to("cpu")
+            shown = [reference_pixels(family, seen, _size(request))] if seen else []
+            known[key] = family.encode_prompts([text], shown).to("cpu")
         return known[key]
 
     return [_encoded_request(family, _settled(request, family), encoded) for request in requests]
@@ -103,15 +121,33 @@ def _settled(request: PictureRequest, family: Family) -> PictureRequest:
             )
     if settled.steps is None or settled.steps < 1:
         raise UserError(f"A picture takes at least one step; got {settled.steps}.")
+    _check_frames(settled.frames, family)
+    check_references(family, settled.references, settled.mask)
     return settled
 
 
+def _check_frames(frames: int | None, family: Family) -> None:
+    compression = family.latents.frame_compression
+    if frames is None or compression is None:
+        if frames not in (None, 1):
+            raise UserError(
+                f"{frames} frames are asked for, and {family.title} draws still pictures.",
+                remedy="Take out frames, or take a video model.",
+            )
+        return
+    if frames < 1 or (frames - 1) % compression:
+        lower = max(1, frames - (frames - 1) % compression)
+        raise UserError(
+            f"{family.title} draws 1 frame and then multiples of {compression}; got {frames}.",
+            remedy=f"Take {lower} or {lower + compression}.",
+        )
+
+
 def _encoded_request(
-    family: Family, request: PictureRequest, encoded: Callable[[str], Conditioning]
+    family: Family, request: PictureRequest, encoded: Callable[[str, PictureRequest], Conditioning]
 ) -> EncodedRequest:
-    height, width, steps, frames = request.height, request.width, request.steps, request.frames
-    assert height is not None
-    assert width is not None
+    steps, frames = request.steps, request.frames
+    height, width = _size(request)
     assert steps is not None
     assert frames is not None
     assert request.guidance is not None
@@ -125,10 +161,44 @@ def _encoded_request(
         frames=frames,
         steps=steps,
         scale=scale,
-        conditioning=encoded(request.prompt).merged(about_picture),
-        negative=encoded(NegativePrompt(request.negative)).merged(about_picture)
+        conditioning=encoded(request.prompt, request).merged(about_picture),
+        negative=encoded(NegativePrompt(request.negative), request).merged(about_picture)
         if scale > family.defaults.guides_above
         else None,
+    )
+
+
+def _size(request: PictureRequest) -> tuple[int, int]:
+    """Height and width of a settled request."""
+    assert request.height is not None
+    assert request.width is not None
+    return request.height, request.width
+
+
+@torch.no_grad()
+def with_references(
+    family: Family, encoded: Sequence[EncodedRequest], *, device: torch.device | str
+) -> list[EncodedRequest]:
+    """Add what the denoiser is told about each request's references; needs the VAE where there are any.
+
+    Raises:
+        UserError: a picture cannot be read.
+    """
+    return [_with_references(family, one, device) if one.request.references else one for one in encoded]
+
+
+def _with_references(family: Family, one: EncodedRequest, device: torch.device | str) -> EncodedRequest:
+    pixels = reference_pixels(family, one.request.references, one.size)
+    mask = one.request.mask
+    shown = family.encode_references(
+        [reference[None].to(device) for reference in pixels],
+        mask_B1HW=mask_pixels(mask, one.size)[None].to(device) if mask is not None else None,
+        frames=one.frames,
+    ).to("cpu")
+    return replace(
+        one,
+        conditioning=one.conditioning.merged(shown),
+        negative=one.negative.merged(shown) if one.negative is not None else None,
     )
 
 
@@ -141,21 +211,23 @@ def draw_latents(
     dtype: torch.dtype,
     progress: Progress | None = None,
 ) -> list[Tensor]:
-    """Latents (C, H, W) of each request in order, float32 on the CPU; needs the denoiser.
+    """Latents (C, H, W), or (C, T, H, W), of each request in order, float32 on the CPU; needs the denoiser.
 
-    Requests of the same size and number of steps are drawn as one batch, whatever their prompts.
+    Requests of the same size, frames, steps and sizes of references are drawn as one batch, whatever their prompts.
 
     Args:
         dtype: of the denoiser; the noise is drawn in it, as diffusers does.
         progress: told the steps done and the steps in all; may raise to stop.
     """
-    groups: dict[tuple[tuple[int, int], int, int, bool], list[int]] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
     for index, one in enumerate(encoded):
-        groups.setdefault((one.size, one.frames, one.steps, one.negative is not None), []).append(index)
-    total, done = sum(steps for _, _, steps, _ in groups), 0
+        alike = (one.size, one.frames, one.steps, one.negative is not None, _fixed_shapes(one.conditioning))
+        groups.setdefault(alike, []).append(index)
+    total, done = sum(encoded[indices[0]].steps for indices in groups.values()), 0
 
     drawn: dict[int, Tensor] = {}
-    for (_, _, steps, _), indices in groups.items():
+    for indices in groups.values():
+        steps = encoded[indices[0]].steps
 
         def step_done(step: int, before: int = done) -> None:
             if progress is not None:
@@ -165,6 +237,12 @@ def draw_latents(
         drawn.update(zip(indices, latents_BCHW.float().cpu(), strict=True))
         done += steps
     return [drawn[index] for index in range(len(encoded))]
+
+
+def _fixed_shapes(conditioning: Conditioning) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes that must agree in a batch: all but those that are padded."""
+    names = sorted(name for name in conditioning if not name.startswith(("tokens", "mask")))
+    return tuple((name, tuple(conditioning[name].shape[1:])) for name in names)
 
 
 def _draw_batch(
@@ -247,6 +325,8 @@ def _set_timesteps(scheduler: Any, schedule: Schedule, steps: int, tokens: int) 
         options["mu"] = schedule.shift.mu(tokens, steps)
     if schedule.spacing == "linear":
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    elif schedule.spacing == "thousandths":
+        options["sigmas"] = np.linspace(1000, 1, steps).astype(np.int64) / 1000
     else:
         options["num_inference_steps"] = steps
     scheduler.set_timesteps(**options)
@@ -254,12 +334,20 @@ def _set_timesteps(scheduler: Any, schedule: Schedule, steps: int, tokens: int) 
 
 
 @torch.no_grad()
-def decode_pictures(family: Family, latents: Sequence[Tensor]) -> list[Image.Image]:
-    """RGB pictures of latents (C, H, W), one at a time to bound memory; needs the VAE.
+def decode_pictures(family: Family, latents: Sequence[Tensor]) -> list[Drawn]:
+    """RGB pictures of latents (C, H, W), or (C, T, H, W), one at a time to bound memory; needs the VAE.
 
-    A picture with values that are no numbers is drawn grey there and says so in `info["warning"]`.
+    Latents of more than one frame become a clip. A picture with values that are no numbers is drawn grey there
+    and says so in `info["warning"]`.
     """
-    return [_picture(family.decode_latents(latents_CHW[None])[0]) for latents_CHW in latents]
+    return [_drawn(family.decode_latents(one[None])[0], family.defaults.fps) for one in latents]
+
+
+def _drawn(pixels: Tensor, fps: float) -> Drawn:
+    if pixels.dim() == 3:
+        return _picture(pixels)
+    frames = tuple(_picture(pixels[:, index]) for index in range(pixels.shape[1]))
+    return frames[0] if len(frames) == 1 else Clip(frames, fps)
 
 
 def _picture(pixels_3HW: Tensor) -> Image.Image:
@@ -284,9 +372,9 @@ def draw_pictures(
     device: torch.device | str,
     dtype: torch.dtype,
     progress: Progress | None = None,
-) -> list[Image.Image]:
+) -> list[Drawn]:
     """All phases at once, for a family that has every part loaded."""
-    encoded = encode_requests(family, requests)
+    encoded = with_references(family, encode_requests(family, requests), device=device)
     return decode_pictures(
         family, draw_latents(family, encoded, device=device, dtype=dtype, progress=progress)
     )
