@@ -1,12 +1,10 @@
-"""Pictures from a model and adapters: prompts are encoded first, then the denoiser and the VAE take turns."""
+"""Pictures and clips from a model and adapters: prompts are encoded first, then the denoiser and the VAE take turns."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-from PIL import Image
 
 from burnish.adapters.lora import AdapterSet, adaptable_modules
 from burnish.config.schema import Model
@@ -16,7 +14,14 @@ from burnish.export.metadata import PART
 from burnish.family import Family
 from burnish.model import DTYPES, choose_device, choose_model
 from burnish.sampling.outputs import next_number, write_picture
-from burnish.sampling.sampler import PictureRequest, decode_pictures, draw_latents, encode_requests
+from burnish.sampling.sampler import (
+    Drawn,
+    PictureRequest,
+    decode_pictures,
+    draw_latents,
+    encode_requests,
+    with_references,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +35,8 @@ def draw_pictures_with(
     precision: str = "bf16",
     batch_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Image.Image]:
-    """One picture per request, in order, batch by batch; each adapter is a file and its strength.
+) -> Iterator[Drawn]:
+    """One picture or clip per request, in order, batch by batch; each adapter is a file and its strength.
 
     The text encoders are gone before the denoiser loads.
 
@@ -45,6 +50,7 @@ def draw_pictures_with(
     encoded = encode_requests(family, requests)
     family.release("text_encoders")
     family = chosen.load("denoiser", "vae", dtype=dtype, device=where)
+    encoded = with_references(family, encoded, device=where)
     for path, strength in adapters:
         attach_adapter(family, path, _log.warning).multiplier = strength
     for first in range(0, len(encoded), batch_size):
@@ -138,6 +144,5 @@ def generate_pictures(
     first, paths = next_number(output), []
     for number, (picture, request) in enumerate(zip(pictures, requests, strict=True), first):
         path = output / f"{number:06d}.png"
-        write_picture(path, picture, request, extra=facts)
-        paths.append(path)
+        paths.append(write_picture(path, picture, request, extra=facts))
     return paths

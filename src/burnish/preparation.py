@@ -1,4 +1,4 @@
-"""From sources to what training reads: checked pictures, a plan, a full cache, encoded sample prompts.
+"""From sources to what training reads: checked pictures and clips, a plan, a full cache, encoded sample prompts.
 
 Text encoders and VAE are loaded here, one after the other, and are gone when this is done.
 """
@@ -20,7 +20,7 @@ from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
 from burnish.data.loader import batches
 from burnish.data.plan import BatchPlan
 from burnish.data.preflight import PreparedData, prepare_samples
-from burnish.data.prepare import EncodeCounts, encode_captions, encode_latents
+from burnish.data.prepare import EncodeCounts, encode_captions, encode_latents, encode_seen_captions, flips
 from burnish.data.samples import Sample, all_captions, hold_out
 from burnish.events import Listener
 from burnish.families.sources import user_cache_folder
@@ -28,7 +28,7 @@ from burnish.family import Family
 from burnish.model import ChosenModel, choose_model
 from burnish.prior import drawn_folder
 from burnish.run_folder import RunFolder
-from burnish.sampling.sampler import EncodedRequest, PictureRequest, encode_requests
+from burnish.sampling.sampler import EncodedRequest, PictureRequest, encode_requests, with_references
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ def check_data(
     prepared = prepare_samples(
         sources,
         pixel_multiple=family.latents.pixel_multiple,
+        family=family,
         trigger=config.trigger,
         cache_folder=config.memory.cache_folder or user_cache_folder(),
         report_path=folder.data_report,
@@ -148,7 +149,7 @@ def prepare(
     cache: Cache = RamCache()
     if config.memory.cache == "disk":
         cache = DiskCache(config.memory.cache_folder or user_cache_folder())
-    keys = CacheKeys(family.identity("vae"), family.identity("text_encoders"), dtype)
+    keys = CacheKeys.of(family, dtype)
     seen = [*trained, *held]
     requests = encode(config, model, checked, seen, folder, cache, keys, device, dtype, events)
     return Prepared(
@@ -191,9 +192,11 @@ def encode(
     events: Listener,
 ) -> list[EncodedRequest]:
     """Fill the cache and encode the sample prompts; a part that nothing asks for is not loaded."""
-    captions = all_captions(samples, config.seed)
+    captions = all_captions([sample for sample in samples if not keys.sees(sample)], config.seed)
     requests: list[EncodedRequest] = []
-    if config.sample.prompts or any(cache.get("captions", keys.caption(text)) is None for text in captions):
+    if config.sample.prompts or any(
+        cache.get("captions", key) is None for key in caption_keys(samples, config.seed, keys)
+    ):
         events.phase("loading the text encoders", 0, 0)
         encoder = model.load("text_encoders", dtype=dtype, device=device)
         note_long_captions(checked, config.seed, encoder, folder, events)
@@ -201,9 +204,21 @@ def encode(
             captions, encoder, cache, keys, progress=partial(events.phase, "encoding captions")
         )
         say_repaired(counts, "captions", events.warned)
+        counts = encode_seen_captions(
+            samples,
+            config.seed,
+            encoder,
+            cache,
+            keys,
+            progress=partial(events.phase, "encoding captions with references"),
+        )
+        say_repaired(counts, "captions", events.warned)
         requests = encode_requests(encoder, sample_requests(config))
         encoder.release("text_encoders")
-    if any(cache.get("latents", key) is None for sample in samples for key in latent_keys(sample, keys)):
+    shown = any(one.request.references for one in requests)
+    if shown or any(
+        cache.get("latents", key) is None for sample in samples for key in latent_keys(sample, keys)
+    ):
         events.phase("loading the VAE", 0, 0)
         encoder = model.load("vae", dtype=dtype, device=device)
         counts = encode_latents(
@@ -215,6 +230,7 @@ def encode(
             progress=partial(events.phase, "encoding pictures"),
         )
         say_repaired(counts, "latents", events.warned)
+        requests = with_references(encoder, requests, device=device)
         encoder.release("vae")
     return requests
 
@@ -230,7 +246,14 @@ def note_long_captions(
 
 
 def latent_keys(sample: Sample, keys: CacheKeys) -> list[str]:
-    return [keys.latents(sample, flip=flip) for flip in ((False, True) if sample.flip else (False,))]
+    return [keys.latents(sample, flip=flip) for flip in flips(sample)]
+
+
+def caption_keys(samples: Sequence[Sample], seed: int, keys: CacheKeys) -> Iterator[str]:
+    """Of every caption that training can draw, as it is encoded for its sample; some more than once."""
+    for sample in samples:
+        for flip in flips(sample) if keys.sees(sample) else (False,):
+            yield from (keys.caption(text, sample, flip=flip) for text in sample.captions(seed))
 
 
 def say_repaired(counts: EncodeCounts, what: str, warn: Callable[[str], None]) -> None:
@@ -253,6 +276,9 @@ def sample_requests(config: RunConfig) -> list[PictureRequest]:
                 width=width,
                 steps=section.steps,
                 guidance=section.guidance,
+                frames=one.frames or section.frames,
+                references=tuple(one.references),
+                mask=one.mask,
             )
         )
     return requests

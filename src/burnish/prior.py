@@ -64,6 +64,7 @@ def requests_of(source: Generated, folder: Path, side: int) -> dict[Path, Pictur
             width=side,
             steps=source.steps,
             guidance=source.guidance,
+            frames=1,
         )
         for index in range(source.count)
     }

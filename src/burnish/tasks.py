@@ -7,6 +7,7 @@ so that a new best is saved at once and a picture never stands in the way of a c
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from burnish.adapters.lora import AdapterSet, adaptable_modules
 from burnish.checkpoint.space import nap
 from burnish.checkpoint.store import CheckpointStore
 from burnish.data.batch import Batch
-from burnish.errors import DiskFull, Interrupted, NonFiniteLoss
+from burnish.errors import DataError, DiskFull, Interrupted, NonFiniteLoss
 from burnish.events import Events
 from burnish.export.adapter_file import write_adapter
 from burnish.export.verify import verify_adapter
@@ -28,12 +29,15 @@ from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.randomness import torch_generator
 from burnish.resume import checkpoint_content
 from burnish.run_folder import RunFolder
+from burnish.sampling.clip_file import middle_frame
 from burnish.sampling.grid import LARGEST_CELL, save_grid
 from burnish.sampling.outputs import write_picture
-from burnish.sampling.sampler import EncodedRequest, decode_pictures, draw_latents
+from burnish.sampling.sampler import Drawn, EncodedRequest, decode_pictures, draw_latents
 
 DISK_POLL_S = 5.0
 GRID_COLUMNS = 10  # of more steps than this, the grid shows some
+
+_SAMPLE = re.compile(r"step-(\d+)-(\d+)\.(?:png|mp4)")
 
 
 def averaged(run: Training) -> AbstractContextManager[None]:
@@ -218,7 +222,7 @@ class Save:
 
 @dataclass
 class Sample:
-    """Pictures with fixed seeds, and a grid over all steps so far; failing to draw never ends a run (law L6)."""
+    """What is drawn with fixed seeds, and a grid over all steps so far; failing to draw never ends a run (law L6)."""
 
     requests: Sequence[EncodedRequest]
     folder: Path
@@ -250,13 +254,13 @@ class Sample:
             return
         try:
             paths = self.write(run.step, pictures)
-        except (OSError, DiskFull, MemoryError) as error:
+        except (OSError, DiskFull, DataError, MemoryError) as error:
             self.events.warned(f"step {run.step}: samples were drawn and could not be written: {error}")
             return
         self.events.sampled(run.step, paths)
 
-    def pictures(self, run: Training) -> list[Image.Image]:
-        drawn: list[Image.Image] = []
+    def pictures(self, run: Training) -> list[Drawn]:
+        drawn: list[Drawn] = []
         for first in range(0, len(self.requests), self.batch_size):
             self.raise_if_stopped()
             chosen = self.requests[first : first + self.batch_size]
@@ -269,29 +273,28 @@ class Sample:
     def progress(self, done: int, total: int) -> None:
         self.raise_if_stopped()
 
-    def write(self, step: int, pictures: Sequence[Image.Image]) -> list[Path]:
+    def write(self, step: int, pictures: Sequence[Drawn]) -> list[Path]:
         paths = []
         for number, (picture, encoded) in enumerate(zip(pictures, self.requests, strict=True), 1):
             path = self.folder / f"step-{step:08d}-{number:02d}.png"
-            write_picture(path, picture, encoded.request, extra={"step": step})
-            paths.append(path)
+            paths.append(write_picture(path, picture, encoded.request, extra={"step": step}))
         self.write_grid(step)
         return paths
 
     def write_grid(self, last_step: int) -> None:
         """One row per prompt, one column per step that has all its pictures, from the files themselves."""
+        files: dict[int, dict[int, Path]] = {}  # by step and row
+        for path in self.folder.glob("step-*-*.*"):
+            if (match := _SAMPLE.fullmatch(path.name)) and int(match[1]) <= last_step:
+                files.setdefault(int(match[1]), {})[int(match[2])] = path
         rows = range(1, len(self.requests) + 1)
-        steps = sorted({int(path.name.split("-")[1]) for path in self.folder.glob("step-*-01.png")})
-        files = {
-            s: [self.folder / f"step-{s:08d}-{row:02d}.png" for row in rows] for s in steps if s <= last_step
-        }
-        whole = {step: paths for step, paths in files.items() if all(path.exists() for path in paths)}
+        whole = {step: files[step] for step in sorted(files) if files[step].keys() >= set(rows)}
         shown = evenly(list(whole), GRID_COLUMNS)
         save_grid(
             self.folder / "grid.png",
             rows=[encoded.request.prompt for encoded in self.requests],
             columns=[f"step {step}" for step in shown],
-            pictures=[[thumbnail(whole[step][row - 1]) for step in shown] for row in rows],
+            pictures=[[thumbnail(whole[step][row]) for step in shown] for row in rows],
         )
 
 
@@ -303,9 +306,12 @@ def evenly(steps: Sequence[int], most: int) -> list[int]:
 
 
 def thumbnail(path: Path) -> Image.Image:
-    """A picture at the size of a grid's cell; the file is closed."""
-    with Image.open(path) as picture:
-        small = picture.convert("RGB")
+    """A picture, or a clip's middle frame, at the size of a grid's cell; the file is closed."""
+    if path.suffix == ".mp4":
+        small = middle_frame(path)
+    else:
+        with Image.open(path) as picture:
+            small = picture.convert("RGB")
     small.thumbnail((LARGEST_CELL, LARGEST_CELL))
     return small
 

@@ -41,6 +41,9 @@ def test_three_files_of_one_number(tmp_path: Path) -> None:
         "steps": 2,
         "guidance": 3.5,
         "true_guidance": 1.0,
+        "frames": 1,
+        "references": [],
+        "mask": None,
         "model": "x",
         "adapters": [],
     }

@@ -50,6 +50,16 @@ def generate(
     size: Annotated[
         str | None, typer.Option("--size", metavar="HxW", help="Height x width in pixels.")
     ] = None,
+    frames: Annotated[
+        int | None, typer.Option("--frames", min=1, max=1025, help="Of a video model's clips.")
+    ] = None,
+    reference: Annotated[
+        list[Path],
+        typer.Option("--reference", help="Picture that the model is shown beside the prompts; repeatable."),
+    ] = [],  # noqa: B006  typer copies it
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Where the first reference is to be filled: white.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Denoising steps.")] = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance", min=0, max=50, help="Guidance scale.")
@@ -64,7 +74,7 @@ def generate(
     precision: Annotated[str | None, typer.Option("--precision", help="bf16, fp16 or fp32.")] = None,
     overrides: Overrides = [],  # noqa: B006  typer copies it
 ) -> None:
-    """Draw pictures, numbered, each with its settings beside it in a .txt and a .json."""
+    """Draw pictures or clips, numbered, each with its settings beside it in a .txt and a .json."""
     from burnish.cli.output import Output
 
     run = _config(config, overrides)
@@ -78,6 +88,9 @@ def generate(
         seed=seed,
         count=count,
         size=_size(size),
+        frames=frames,
+        references=tuple(reference),
+        mask=mask,
         steps=steps,
         guidance=guidance,
     )
@@ -106,7 +119,9 @@ def generate(
             progress=lambda done, total: progress.phase("drawing", done, total),
         )
         out.end_progress()
-        out.say(f"{len(paths)} picture(s): {paths[0]} to {paths[-1].name}")
+        out.say(
+            f"{len(paths)} {'clip' if paths[0].suffix == '.mp4' else 'picture'}(s): {paths[0]} to {paths[-1].name}"
+        )
 
 
 def _config(reference: str | None, overrides: Sequence[str]) -> RunConfig | None:
@@ -156,7 +171,17 @@ def _of_config(entry: str | SamplePrompt) -> PromptLine:
     if isinstance(entry, str):
         return PromptLine(entry, line=0)
     height, width = _pair(entry.size)
-    return PromptLine(entry.prompt, 0, entry.negative, entry.seed, height, width)
+    return PromptLine(
+        entry.prompt,
+        0,
+        entry.negative,
+        entry.seed,
+        height,
+        width,
+        frames=entry.frames,
+        references=tuple(entry.references),
+        mask=entry.mask,
+    )
 
 
 def _filled(text: str, run: RunConfig | None) -> str:
@@ -205,6 +230,9 @@ def _requests(
     seed: int | None,
     count: int,
     size: tuple[int, int] | None,
+    frames: int | None,
+    references: tuple[Path, ...],
+    mask: Path | None,
     steps: int | None,
     guidance: float | None,
 ) -> list[PictureRequest]:
@@ -224,6 +252,9 @@ def _requests(
             width=width if size else prompt.width or width,
             steps=steps or prompt.steps or (sample.steps if sample else None),
             guidance=_first(guidance, prompt.guidance, sample.guidance if sample else None),
+            frames=frames or prompt.frames or (sample.frames if sample else None),
+            references=references or prompt.references,
+            mask=mask or prompt.mask,
         )
         requests += [replace(request, seed=begin + number) for number in range(count)]
     return requests

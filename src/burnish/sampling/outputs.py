@@ -1,4 +1,4 @@
-"""Numbered pictures, each with its prompt as .txt and everything that made it as .json."""
+"""Numbered pictures and clips, each with its prompt as .txt and everything that made it as .json."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from PIL import Image
 
 from burnish import __version__
 from burnish.atomic import atomic_write_bytes, atomic_write_text
-from burnish.sampling.sampler import WARNING, PictureRequest
+from burnish.sampling.clip_file import encode_clip
+from burnish.sampling.sampler import WARNING, Clip, Drawn, PictureRequest
 
-_NUMBERED = re.compile(r"(\d+)\.(png|txt|json)")
+_NUMBERED = re.compile(r"(\d+)\.(png|mp4|txt|json)")
 
 
 def next_number(folder: Path) -> int:
@@ -28,32 +29,49 @@ def next_number(folder: Path) -> int:
 
 
 def write_picture(
-    path: Path, picture: Image.Image, request: PictureRequest, *, extra: Mapping[str, object] | None = None
-) -> None:
-    """Write a PNG at `path`, and a .txt and a .json of the same name; each is whole or not there.
+    path: Path, drawn: Drawn, request: PictureRequest, *, extra: Mapping[str, object] | None = None
+) -> Path:
+    """Write a PNG at `path`, or an MP4 beside it, and a .txt and a .json of the same name; each is whole or not there.
 
-    The picture comes last: where it is, the other two are.
+    The picture or clip comes last: where it is, the other two are.
 
     Args:
         extra: further JSON values, such as model and adapters.
 
+    Returns:
+        Where it was written: `path`, with .mp4 for a clip.
+
     Raises:
         DiskFull: no space, or the folder cannot be written.
     """
+    frames = drawn.frames if isinstance(drawn, Clip) else (drawn,)
     facts: dict[str, object] = {
         **asdict(request),
-        "height": picture.height,
-        "width": picture.width,
+        "references": [str(reference) for reference in request.references],
+        "mask": str(request.mask) if request.mask is not None else None,
+        "height": frames[0].height,
+        "width": frames[0].width,
+        "frames": len(frames),
+        **({"fps": drawn.fps} if isinstance(drawn, Clip) else {}),
         **(extra or {}),
         "versions": {
             "burnish": __version__,
             **{package: version(package) for package in ("torch", "diffusers", "transformers")},
         },
     }
-    if WARNING in picture.info:
-        facts[WARNING] = picture.info[WARNING]
-    encoded = io.BytesIO()
-    picture.save(encoded, format="PNG")
+    if warnings := [frame.info[WARNING] for frame in frames if WARNING in frame.info]:
+        facts[WARNING] = warnings[0]
+    if isinstance(drawn, Clip):
+        path, encoded = path.with_suffix(".mp4"), encode_clip(drawn.frames, drawn.fps)
+    else:
+        encoded = _as_png(drawn)
     atomic_write_text(path.with_suffix(".txt"), request.prompt + "\n")
     atomic_write_text(path.with_suffix(".json"), json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    atomic_write_bytes(path, encoded.getvalue())
+    atomic_write_bytes(path, encoded)
+    return path
+
+
+def _as_png(picture: Image.Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    return data.getvalue()

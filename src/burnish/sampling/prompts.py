@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,18 @@ _LETTERS = {
     "s": "steps",
     "g": "guidance",
     "l": "guidance",  # kohya's files know two kinds of guidance; a family here has one
+    "f": "frames",
+    "i": "references",
+    "m": "mask",
 }
-_WHOLE = {"seed": (0, 2**63 - 1), "width": (16, 8192), "height": (16, 8192), "steps": (1, 1000)}
+_TEXTS = ("prompt", "negative", "references", "mask")
+_WHOLE = {
+    "seed": (0, 2**63 - 1),
+    "width": (16, 8192),
+    "height": (16, 8192),
+    "steps": (1, 1000),
+    "frames": (1, 1025),
+}
 _GUIDANCE = (0.0, 50.0)
 
 
@@ -42,10 +52,14 @@ class PromptLine:
     width: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    frames: int | None = None
+    references: tuple[Path, ...] = ()
+    mask: Path | None = None
 
 
 def read_prompts(path: Path) -> list[PromptLine]:
-    """Prompts of a .txt file (a line each, `--n negative --d seed --w --h --s steps --g guidance`) or .jsonl file.
+    """Prompts of a .txt file (a line each, `--n negative --d seed --w --h --s steps --g guidance --f frames
+    --i reference --m mask`) or .jsonl file. `--i` may be repeated; paths are relative to the file's folder.
 
     Empty lines and lines that begin with `#` are passed over. A line of JSON may stand in a .txt file too. An
     `--option` that is none of these ends with an error rather than in the prompt.
@@ -70,7 +84,8 @@ def read_prompts(path: Path) -> list[PromptLine]:
             continue
         try:
             as_json = path.suffix == ".jsonl" or line.startswith("{")
-            found.append(_from_json(line, number) if as_json else _from_text(line, number))
+            one = _from_json(line, number) if as_json else _from_text(line, number)
+            found.append(_with_full_paths(one, path.parent))
         except _Mistake as error:
             problems.append(f"{path}:{number}  {error}")
     if problems:
@@ -80,20 +95,31 @@ def read_prompts(path: Path) -> list[PromptLine]:
     return found
 
 
+def _with_full_paths(one: PromptLine, folder: Path) -> PromptLine:
+    return replace(
+        one,
+        references=tuple(folder / path.expanduser() for path in one.references),
+        mask=folder / one.mask.expanduser() if one.mask is not None else None,
+    )
+
+
 def _from_text(line: str, number: int) -> PromptLine:
     matches = list(_OPTION.finditer(line))
     prompt = line[: matches[0].start()].strip() if matches else line
     values: dict[str, Any] = {}
     for index, match in enumerate(matches):
         end = matches[index + 1].start() if index + 1 < len(matches) else len(line)
-        letter, value = match[1], line[match.end() : end].strip()
+        letter = match[1]
+        value: Any = line[match.end() : end].strip()
         name = _LETTERS.get(letter)
         if name is None:
             known = ", ".join(f"--{known}" for known in _LETTERS if known != "l")
             raise _Mistake(f"no option --{letter}; known: {known}")
-        if name in values:
+        if name == "references":
+            value = [*values.get(name, ()), value]
+        elif name in values:
             raise _Mistake(f"{name} is given twice")
-        values[name] = value if name == "negative" else _number(name, value)
+        values[name] = value if name in _TEXTS else _number(name, value)
     return _prompt_line({"prompt": prompt, **values}, number)
 
 
@@ -110,10 +136,16 @@ def _from_json(line: str, number: int) -> PromptLine:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
             raise _Mistake(f"no such entry {name!r}; {hint}")
-        wants_text = name in ("prompt", "negative")
+        if name == "references" and isinstance(value, list):
+            if not all(isinstance(file, str) for file in value):
+                raise _Mistake(f"references should be texts, got {value!r}")
+            continue
+        wants_text = name in _TEXTS
         if wants_text != isinstance(value, str) or isinstance(value, bool):
             raise _Mistake(f"{name} should be a {'text' if wants_text else 'number'}, got {value!r}")
-    numbers = {name: _number(name, str(entry[name])) for name in entry if name not in ("prompt", "negative")}
+    numbers = {name: _number(name, str(entry[name])) for name in entry if name not in _TEXTS}
+    if isinstance(entry.get("references"), str):
+        entry["references"] = [entry["references"]]
     return _prompt_line({**entry, **numbers}, number)
 
 
@@ -134,4 +166,9 @@ def _number(name: str, text: str) -> int | float:
 def _prompt_line(values: dict[str, Any], number: int) -> PromptLine:
     if not values.get("prompt", "").strip():
         raise _Mistake("has no prompt")
-    return PromptLine(line=number, **values)
+    files = [*values.get("references", ()), *([values["mask"]] if "mask" in values else [])]
+    if not all(file.strip() for file in files):
+        raise _Mistake("names no file for its reference or mask")
+    references = tuple(Path(file) for file in values.pop("references", ()))
+    mask = Path(values.pop("mask")) if "mask" in values else None
+    return PromptLine(line=number, references=references, mask=mask, **values)
