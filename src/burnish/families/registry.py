@@ -40,6 +40,7 @@ BUILT_IN = {
     "auraflow": "burnish.families.auraflow:AuraFlow",
     "wan21": "burnish.families.wan21:Wan21",
     "hidream": "burnish.families.hidream:HiDream",
+    "pixart": "burnish.families.pixart:PixArt",
 }
 
 
