@@ -30,7 +30,7 @@ TinyFolder = Callable[[str], Path]
 def written_parts(folder: Path, family: Any, place: Path, part: Part) -> list[Path]:
     files = []
     for slot in family.slots:
-        if slot.part != part or slot.folder in {file.stem for file in files}:
+        if (slot.listed_under or slot.part) != part or slot.folder in {file.stem for file in files}:
             continue
         if not (folder / slot.folder).is_dir():
             continue

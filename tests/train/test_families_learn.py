@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,11 @@ from burnish.data.batch import Batch
 from burnish.data.prepare import pixels_of
 from burnish.events import Listener
 from burnish.families.registry import family_named
-from burnish.family import Family, ModelSource, PictureInfo
+from burnish.family import Conditioning, Family, ModelSource, PictureInfo
 from burnish.generate import attach_adapter
 from burnish.objective import Denoising
 from burnish.run import train_run
-from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
+from burnish.sampling.sampler import EncodedRequest, PictureRequest, draw_latents, encode_requests
 
 TinyFolder = Callable[[str], Path]
 CASES = cases()
@@ -95,9 +96,32 @@ def fixed_loss(family: Family, drawn: list[Image.Image]) -> float:
 
 
 def ours(family: Family, case: Case) -> Tensor:
-    request = PictureRequest(CAPTION, "", SEED, *case.size, STEPS, GUIDANCE, frames=case.frames)
+    can = family.capabilities
+    # Such models draw nothing without a picture; `case.told` has what the denoiser is told of it.
+    picture = Path("told") if can.first_frame or can.masks else None
+    request = PictureRequest(
+        CAPTION,
+        "",
+        SEED,
+        *case.size,
+        STEPS,
+        GUIDANCE,
+        frames=case.frames,
+        references=() if picture is None else (picture,),
+        mask=picture if can.masks else None,
+    )
     encoded = encode_requests(family, [request])
+    if case.told is not None:
+        encoded = [told(one, case.told(family)) for one in encoded]
     return draw_latents(family, encoded, device="cpu", dtype=torch.float32)[0]
+
+
+def told(one: EncodedRequest, more: Conditioning) -> EncodedRequest:
+    return replace(
+        one,
+        conditioning=one.conditioning.merged(more),
+        negative=None if one.negative is None else one.negative.merged(more),
+    )
 
 
 def theirs(model: Path, adapter: Path, case: Case) -> Tensor:

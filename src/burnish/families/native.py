@@ -99,6 +99,8 @@ class NativeNames:
         renamed: Layout = {}
         for name, piece in layout.items():
             module, _, kind = name.rpartition(".")
+            if self.held_by(name) != (name,):  # a parameter that the table names itself
+                module = ""
             held = self.held_by(module) if module else self.held_by(name)
             for ours, part in zip(held, _parts(piece, held, rows or {}), strict=True):
                 if self.is_swapped(ours):

@@ -1,0 +1,123 @@
+"""Wan 2.1 by Alibaba (arXiv 2503.20314): text to video (1.3B and 14B), image to video (14B), and stills.
+
+A transformer over patches of 1x2x2 latents that predicts velocity, with UMT5's tokens beside it. The image-to-video
+model is told the clip's first frame twice: as latents of a clip that is grey after it, stacked on the noisy ones with
+four channels of which frames are known, and as CLIP's view of it, to which every block attends.
+
+Shape letters: B batch, C channels, T frames, H W height and width of latents, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from burnish.families import clip_vision, video_vae, wan
+from burnish.families.pipeline import Config, PipelineFamily
+from burnish.families.weights import Layout
+from burnish.family import Capabilities, Conditioning, LatentShape, Part, SamplerDefaults
+
+CHANNELS = 16
+I2V_CHANNELS = 36  # noisy latents, which frames are known, latents of the first frame
+
+
+class Wan21(PipelineFamily):
+    """Conditioning: `tokens_BSD` (B, 512, 4096); of image to video `first_frame_BCTHW` (B, 20, T, H, W) and
+    `clip_BSD` (B, 257, 1280), without which nothing is known of the first frame."""
+
+    name: ClassVar[str] = "wan21"
+    title: ClassVar[str] = "Wan 2.1"
+    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
+    spacing = "scheduler"
+    slots = (wan.transformer_slot(), wan.vae_slot(), wan.text_slot(), clip_vision.vision_slot())
+    targets = wan.TARGETS
+    capabilities = Capabilities(references=1, first_frame=True, video=True)  # of image to video
+    export = wan.keys("wan2.1", "wan2.1")
+    latents = LatentShape(channels=CHANNELS, compression=8, patch=2, frame_compression=4)
+    defaults = SamplerDefaults(
+        steps=50, guidance=5.0, size=(480, 832), negative_prompt=True, frames=81, fps=16.0
+    )
+    prompt_limit = wan.PROMPT_TOKENS
+
+    @classmethod
+    def accepts(cls, index: Config, config: Config) -> bool:
+        later = index.get("boundary_ratio") is not None or index.get("expand_timesteps")
+        sees_frame = config.get("image_dim") is not None and config.get("pos_embed_seq_len") is None
+        return not later and config["in_channels"] == (I2V_CHANNELS if sees_frame else CHANNELS)
+
+    @classmethod
+    def accepts_file(cls, denoiser: Layout) -> bool:
+        config = wan.config_from_shapes({}, denoiser)
+        return config["out_channels"] == CHANNELS and cls.accepts({}, config)
+
+    def configure(self) -> None:
+        self.goes_on = self.configs["transformer"]["in_channels"] == I2V_CHANNELS
+        if not self.goes_on:
+            self.capabilities = Capabilities(video=True)
+
+    def identity(self, part: Part) -> str:
+        # CLIP's picture encoder works in the VAE's stage, and can lie among the text encoders' files.
+        if part != "vae" or not self.goes_on:
+            return super().identity(part)
+        both = super().identity("vae") + super().identity("text_encoders")
+        return hashlib.sha256(both.encode()).hexdigest()
+
+    def example_conditioning(
+        self, batch: int, latents: Sequence[int], generator: torch.Generator
+    ) -> Conditioning:
+        return Conditioning(
+            {"tokens_BSD": wan.example_tokens(batch, self.denoiser.config.text_dim, generator)}
+        )
+
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
+    ) -> Conditioning:
+        return wan.encode_prompts(prompts, self.module("text_encoder"), self.tokenizer("text_encoder"))
+
+    def encode_references(
+        self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
+    ) -> Conditioning:
+        if not self.goes_on or not references:
+            return Conditioning({})
+        (first_B3HW,) = references
+        latents = self.encode_pixels(wan.clip_of(first_B3HW, frames))
+        seen_BSD = clip_vision.hidden_states(self.module("image_encoder"), first_B3HW)
+        return Conditioning({"first_frame_BCTHW": wan.with_known_first(latents, 4), "clip_BSD": seen_BSD})
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return video_vae.encode(self.module("vae"), pixels)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return video_vae.decode(self.module("vae"), latents)
+
+    def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        options: dict[str, Any] = {}
+        if self.goes_on:
+            noisy, seen_BSD = self._with_first_frame(noisy, conditioning)
+            options["encoder_hidden_states_image"] = seen_BSD.to(self.dtype)
+        predicted: Tensor = self.denoiser(
+            hidden_states=noisy.to(self.dtype),
+            timestep=t_B * 1000,
+            encoder_hidden_states=conditioning["tokens_BSD"].to(self.dtype),
+            return_dict=False,
+            **options,
+        )[0]
+        return predicted
+
+    def _with_first_frame(self, noisy: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        batch, _, *size = noisy.shape
+        known = conditioning.get("first_frame_BCTHW")
+        seen = conditioning.get("clip_BSD")
+        if known is None:
+            known = noisy.new_zeros(batch, I2V_CHANNELS - CHANNELS, *size)
+        if seen is None:
+            width = self.denoiser.config.image_dim
+            seen = noisy.new_zeros(batch, wan.IMAGE_TOKENS, width)
+        return torch.cat([noisy, known.to(noisy.dtype)], dim=1), seen
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.denoiser.blocks)

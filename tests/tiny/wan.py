@@ -1,0 +1,118 @@
+"""Wan 2.1: text to video and stills, image to video with CLIP's view of the first frame."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from diffusers import (
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from numpy.random import default_rng
+from PIL import Image
+from tiny_pipelines import drawn, t5_tokenizer
+from tiny_umt5 import umt5
+from tiny_video_vae import wan_vae
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from burnish.data.prepare import pixels_of
+from burnish.families.wan import NAMES
+from burnish.family import Conditioning, Family
+from tiny import Case
+
+SIZE = (64, 96)
+
+
+def transformer(**changed: Any) -> WanTransformer3DModel:
+    settings: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "text_dim": 32,
+        "ffn_dim": 96,
+        "num_layers": 3,
+        "rope_max_seq_len": 64,
+    }
+    return WanTransformer3DModel(**{**settings, **changed})
+
+
+def scheduler() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def rest(seed: int) -> dict[str, Any]:
+    """What every pipeline of Wan 2.1's has besides the denoiser."""
+    tokenizer = t5_tokenizer()
+    return {
+        "vae": drawn(seed + 1, wan_vae),
+        "text_encoder": drawn(seed + 2, lambda: umt5(tokenizer)),
+        "tokenizer": tokenizer,
+        "scheduler": scheduler(),
+    }
+
+
+def _text_to_video(seed: int) -> WanPipeline:
+    return WanPipeline(transformer=drawn(seed, transformer), transformer_2=None, **rest(seed))
+
+
+def clip_vision() -> CLIPVisionModel:
+    """As ViT-H: 257 tokens of 224 x 224 pixels."""
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=224,
+            patch_size=14,
+            hidden_act="gelu",
+        )
+    )
+
+
+def _image_to_video(seed: int) -> WanImageToVideoPipeline:
+    return WanImageToVideoPipeline(
+        transformer=drawn(
+            seed, lambda: transformer(in_channels=36, out_channels=16, image_dim=16, added_kv_proj_dim=24)
+        ),
+        transformer_2=None,
+        image_encoder=drawn(seed + 3, clip_vision),
+        image_processor=CLIPImageProcessorPil(),
+        **rest(seed),
+    )
+
+
+def first_frame() -> Image.Image:
+    blobs = Image.fromarray(default_rng(3).integers(0, 256, (4, 4, 3), dtype="uint8"))
+    return blobs.resize(SIZE[::-1], Image.Resampling.BICUBIC)
+
+
+def told(family: Family, frames: int) -> Conditioning:
+    return family.encode_references([pixels_of(first_frame())[None]], frames=frames)
+
+
+_FILE: dict[str, Any] = {"native": NAMES, "upstream": "convert_wan_transformer_to_diffusers"}
+CASES = {
+    "wan21": Case("wan21", _text_to_video, frames=5, **_FILE),
+    "wan21_still": Case("wan21", _text_to_video, call={"num_frames": 1}, learns=False),
+    "wan21_i2v": Case(
+        "wan21",
+        _image_to_video,
+        call={"image": first_frame()},
+        told=partial(told, frames=5),
+        frames=5,
+        pipeline=WanImageToVideoPipeline,
+        **_FILE,
+    ),
+    "wan21_i2v_still": Case(
+        "wan21",
+        _image_to_video,
+        call={"image": first_frame(), "num_frames": 1},
+        told=partial(told, frames=1),
+        pipeline=WanImageToVideoPipeline,
+        learns=False,
+    ),
+}
