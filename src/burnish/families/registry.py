@@ -36,6 +36,7 @@ BUILT_IN = {
     "cogview4": "burnish.families.cogview4:CogView4",
     "lumina2": "burnish.families.lumina2:Lumina2",
     "sana": "burnish.families.sana:Sana",
+    "qwen_image": "burnish.families.qwen_image:QwenImage",
     "z_image": "burnish.families.z_image:ZImage",
     "auraflow": "burnish.families.auraflow:AuraFlow",
     "wan21": "burnish.families.wan21:Wan21",
