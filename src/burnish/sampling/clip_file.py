@@ -26,7 +26,7 @@ def encode_clip(frames: Sequence[Image.Image], fps: float) -> bytes:
     """An MP4 of pictures of one size, whose sides are even, in BT.709 colours."""
     codec = next(name for name in CODECS if name in av.codecs_available)
     data = io.BytesIO()
-    with av.open(data, "w", format="mp4", options={"movflags": "faststart"}) as container:
+    with av.open(data, "w", format="mp4") as container:
         stream = container.add_stream(
             codec, Fraction(fps).limit_denominator(_RATE_STEPS), options=QUALITY[codec]
         )
