@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and XL: single files, the released sizes, and diffusers' own answers."""
+"""Stable Diffusion 1.5, 2 and XL: single files, the released sizes, and diffusers' own answers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from original_layout import (
     vae_in_original_names,
 )
 from safetensors.torch import load_file, save_file
+from tiny.stable_diffusion import open_clip_h
 from tiny_pipelines import build, clip_g, clip_l
 from torch import Tensor
 
@@ -29,6 +30,8 @@ from burnish.errors import ModelError, UserError
 from burnish.families import clip
 from burnish.families.latent_diffusion import Layouts, alphas_cumprod
 from burnish.families.registry import detect_family, family_named
+from burnish.families.sd2 import LAYERS_READ as LAYERS_READ_OF_H
+from burnish.families.sd2 import LAYOUTS as SD2_LAYOUTS
 from burnish.families.sd15 import LAYOUTS as SD15_LAYOUTS
 from burnish.families.sd15 import StableDiffusion15
 from burnish.families.sdxl import LAYOUTS as SDXL_LAYOUTS
@@ -37,7 +40,7 @@ from burnish.family import Family, ModelSource, Part, PictureInfo
 
 PARTS: frozenset[Part] = frozenset(("denoiser", "vae", "text_encoders"))
 PROMPTS = ["a photo of a cat", "Don't  stop: 2024!"]
-NAMES = ("sd15", "sdxl")
+NAMES = ("sd15", "sd2", "sdxl")
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,26 @@ class Model:
         if self.name == "sd15":
             old_buffer = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
             return prefixed({**self.text_encoders[0], **old_buffer}, "cond_stage_model.transformer.")
+        if self.name == "sd2":
+            return prefixed(clip_in_open_clip_names(self._whole_clip_h()), "cond_stage_model.model.")
         return {
             **prefixed(self.text_encoders[0], "conditioner.embedders.0.transformer."),
             **prefixed(clip_in_open_clip_names(self.text_encoders[1]), "conditioner.embedders.1.model."),
         }
 
+    def _whole_clip_h(self) -> Weights:
+        """With the layer above those that are read, and the projection, which is not."""
+        weights, last = self.text_encoders[0], f"text_model.encoder.layers.{LAYERS_READ_OF_H - 1}."
+        above = {
+            last.replace(str(LAYERS_READ_OF_H - 1), str(LAYERS_READ_OF_H)) + k[len(last) :]: v + 1
+            for k, v in weights.items()
+            if k.startswith(last)
+        }
+        assert above
+        return {**weights, **above, "text_projection.weight": torch.zeros(12, 32)}
+
     def original_unet(self) -> Weights:
-        return unet_in_original_names(self.unet, stages=4 if self.name == "sd15" else 3, layers=2)
+        return unet_in_original_names(self.unet, stages=3 if self.name == "sdxl" else 4, layers=2)
 
     def original_vae(self) -> Weights:
         return vae_in_original_names(self.vae, stages=4, layers=1)
@@ -84,6 +100,8 @@ def _built(name: str, folder: Path) -> Model:
     pipeline = build(name, folder)
     generator = torch.Generator().manual_seed(5)
     encoders = {"text_encoder": (clip_l(clip.shipped_tokenizer()), clip.END)}
+    if name == "sd2":
+        encoders["text_encoder"] = (open_clip_h(clip.shipped_tokenizer("!"), LAYERS_READ_OF_H), "!")
     if name == "sdxl":
         encoders["text_encoder_2"] = (clip_g(clip.shipped_tokenizer("!")), "!")
     texts = []
@@ -257,6 +275,42 @@ def test_a_single_file_marked_as_v_prediction_is_read_so(models: dict[str, Model
     assert schedule.alphas_cumprod[-1] == 0
 
 
+@pytest.mark.parametrize(("spread", "prediction"), [(0.05, "epsilon"), (0.12, "v")])
+def test_what_a_single_file_of_stable_diffusion_2_predicts_is_told_by_a_norm(
+    models: dict[str, Model], tmp_path: Path, spread: float, prediction: str
+) -> None:
+    weights = models["sd2"].single_file()
+    name = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    weights[name] = torch.linspace(-1.73, 1.73, len(weights[name])) * spread
+    path = saved(weights, tmp_path / "model.safetensors")
+    family = loaded("sd2", path)
+    assert family.schedule.prediction == prediction
+    assert family.defaults.size == ((768, 768) if prediction == "v" else (512, 512))
+    asked = family_named("sd2").load(
+        ModelSource(str(path)), frozenset(), dtype=torch.float32, device="cpu", prediction="v"
+    )
+    assert asked.schedule.prediction == "v"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_inpainting_unet_of_a_single_file(models: dict[str, Model], tmp_path: Path, name: str) -> None:
+    weights = models[name].single_file()
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    weights[first] = torch.cat([weights[first], weights[first], weights[first][:, :1]], dim=1)
+    source = ModelSource(str(saved(weights, tmp_path / "model.safetensors")))
+    assert detect_family(source) is family_named(name)
+    family = loaded(name, source)
+    assert family.capabilities.masks
+    assert family.capabilities.references == 1
+    noisy_BCHW, t_B, conditioning = family.example(64, 64, batch=1)
+    whole = torch.cat([torch.ones(1, 1, 8, 8), torch.zeros(1, 4, 8, 8)], dim=1)
+    without = family.predict(noisy_BCHW, t_B, conditioning)
+    assert torch.equal(family.predict(noisy_BCHW, t_B, conditioning.merged({"hole_B5HW": whole})), without)
+    assert not torch.equal(
+        family.predict(noisy_BCHW, t_B, conditioning.merged({"hole_B5HW": whole * 0})), without
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_captions_and_predictions_equal_the_pipelines_own(
     name: str, tiny_folder: Callable[[str], Path]
@@ -283,7 +337,8 @@ def test_captions_and_predictions_equal_the_pipelines_own(
             tokens_BSD, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
         assert torch.equal(conditioning["tokens_BSD"], tokens_BSD)
         expected = pipeline.unet(noisy_BCHW, torch.tensor([731.0, 731.0]), tokens_BSD, **extra).sample
-    assert torch.equal(family.predict(noisy_BCHW, torch.tensor([0.731] * 2).double(), conditioning), expected)
+    found = family.predict(noisy_BCHW, torch.tensor([0.731] * 2).double(), conditioning)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_sdxl_time_ids_stay_exact_when_the_conditioning_is_cast(tiny_sdxl: Path) -> None:
@@ -307,10 +362,15 @@ def test_sdxl_vae_stays_in_float32_when_the_rest_is_float16(tiny_sdxl: Path) -> 
 
 
 # Parameters of the released models: SD 1.5 as counted in arXiv 2112.10752 and the model cards, SDXL 2.6 B and
-# 83.7 M of arXiv 2307.01952, OpenAI CLIP ViT-L/14 text 123 M, OpenCLIP bigG text 695 M.
+# 83.7 M of arXiv 2307.01952, OpenAI CLIP ViT-L/14 text 123 M, OpenCLIP bigG text 695 M,
+# and ViT-H without its last layer 340 M.
 @pytest.mark.parametrize(
     ("layouts", "unet", "text"),
-    [(SD15_LAYOUTS, 859_520_964, [123_060_480]), (SDXL_LAYOUTS, 2_567_463_684, [123_060_480, 694_659_840])],
+    [
+        (SD15_LAYOUTS, 859_520_964, [123_060_480]),
+        (SD2_LAYOUTS, 865_910_724, [340_387_840]),
+        (SDXL_LAYOUTS, 2_567_463_684, [123_060_480, 694_659_840]),
+    ],
 )
 def test_shipped_configs_give_the_released_sizes(layouts: Layouts, unet: int, text: list[int]) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection

@@ -209,6 +209,14 @@ def transformers_names(layout: Layout) -> Layout:
     return _from_open_clip(model)
 
 
+def first_layers(layout: Layout, layers: int | None) -> Layout:
+    """A layout (names of `transformers_names`) without the layers above the first `layers`; None keeps all."""
+    if layers is None:
+        return layout
+    above = {n for n in layout if n.startswith("encoder.layers.") and int(n.split(".")[2]) >= layers}
+    return {name: piece for name, piece in layout.items() if name not in above}
+
+
 def _from_open_clip(model: Layout) -> Layout:
     renamed: Layout = {}
     for name, piece in model.items():

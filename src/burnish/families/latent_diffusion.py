@@ -1,4 +1,4 @@
-"""What Stable Diffusion 1 and XL share: where the parts of a checkpoint lie, and the noise schedule.
+"""What Stable Diffusion 1, 2 and XL share: where the parts of a checkpoint lie, and the noise schedule.
 
 A checkpoint is a diffusers folder, or a single file in the original layout (UNet, VAE and text encoders under
 prefixes), or one that holds the UNet alone beside separate files, as ComfyUI has them.
@@ -37,6 +37,10 @@ from burnish.family import ModelSource, Part, Prediction, Schedule
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 STEPS = 1000  # of the noise schedule
+PLAIN, INPAINTING = (
+    4,
+    9,
+)  # channels that a UNet takes: latents; with a mask, and the latents of what is not to change
 ENCODING_VERSION = 1  # raise when encoding gives other numbers for the same weights: caches then start anew
 
 Loaded = TypeVar("Loaded")
@@ -52,6 +56,7 @@ class TextEncoderPlace:
     prefix: str  # in a single file
     projection: bool  # whether it gives the pooled embedding
     padding: str
+    layers: int | None = None  # that are read, where files have more
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,15 @@ class Checkpoint:
     def single_file(self) -> Layout:
         return layout_of([self.path])
 
+    @cached_property
+    def unet_channels(self) -> int:
+        """Channels that the UNet takes."""
+        path = locate(self.source)
+        if path.is_dir():
+            return int(read_json(path / "unet" / "config.json").get("in_channels", PLAIN))
+        layout = below(self.single_file, UNET_PREFIX) or self.single_file
+        return unet.diffusers_names(layout)["conv_in.weight"].shape[1]
+
     def load(self, parts: frozenset[Part], dtype: torch.dtype, device: torch.device | str) -> Parts:
         loaded = Parts()
         if "denoiser" in parts:
@@ -176,7 +190,11 @@ class Checkpoint:
             (
                 clip.shipped_tokenizer(place.padding),
                 clip.load_from_layout(
-                    layout, config, projection=place.projection, dtype=dtype, device=device
+                    clip.first_layers(clip.transformers_names(layout), place.layers),
+                    config,
+                    projection=place.projection,
+                    dtype=dtype,
+                    device=device,
                 ),
             )
             for place, config, layout in zip(places, shipped, self._text_layouts(), strict=True)
@@ -306,10 +324,10 @@ def is_unet_of(
 
 
 def plain_text_to_image(config: Mapping[str, Any], stages: int) -> bool:
-    """A UNet that takes latents, time and CLIP tokens: no inpainting, no other encoder."""
+    """A UNet that takes latents, time and CLIP tokens, with or without a hole to fill; no other encoder."""
     return (
         config.get("_class_name") == "UNet2DConditionModel"
-        and config.get("in_channels") == 4
+        and config.get("in_channels") in (PLAIN, INPAINTING)
         and len(config.get("block_out_channels", ())) == stages
         and config.get("encoder_hid_dim") is None
         and config.get("class_embed_type") is None
@@ -319,7 +337,7 @@ def plain_text_to_image(config: Mapping[str, Any], stages: int) -> bool:
 def stage_count(shapes: Mapping[str, Sequence[int]]) -> int:
     """Down stages of a UNet by diffusers' names; 0 where this is no such UNet for four latent channels."""
     first = shapes.get("conv_in.weight", ())
-    if len(first) != 4 or first[1] != 4:
+    if len(first) != 4 or first[1] not in (PLAIN, INPAINTING) or "encoder_hid_proj.weight" in shapes:
         return 0
     stages = 0
     while f"down_blocks.{stages}.resnets.0.conv1.weight" in shapes:

@@ -1,46 +1,17 @@
 """Stable Diffusion 1.5 and its fine-tunes (arXiv 2112.10752).
 
 A UNet over 4-channel latents that predicts epsilon (some fine-tunes: v) and reads one CLIP of 77 tokens.
-Padding tokens are part of what the UNet was trained on, so there is no mask.
-
-Shape letters: B batch, C channels, H W height and width, S tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from burnish.errors import ModelError
-from burnish.families import autoencoder, clip
-from burnish.families.latent_diffusion import (
-    Checkpoint,
-    Layouts,
-    Parts,
-    TextEncoderPlace,
-    is_unet_of,
-    plain_text_to_image,
-    schedule_of,
-    stage_count,
-)
-from burnish.families.unet import TARGETS, repeated_blocks, with_depth, without_weights
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    ModelSource,
-    Part,
-    PictureInfo,
-    Prediction,
-    SamplerDefaults,
-    Schedule,
-    TargetSet,
-)
-from burnish.randomness import torch_generator
+from burnish.families import clip
+from burnish.families.latent_diffusion import Layouts, TextEncoderPlace, plain_text_to_image, stage_count
+from burnish.families.unet_family import UNetFamily
+from burnish.family import ExportKeys, SamplerDefaults
 
 LAYOUTS = Layouts(
     config_file="sd15.json",
@@ -52,13 +23,12 @@ LAYOUTS = Layouts(
 )
 
 
-class StableDiffusion15:
+class StableDiffusion15(UNetFamily):
     """Conditioning: `tokens_BSD`, CLIP's last hidden state after its final norm, (B, 77, 768)."""
 
     name: ClassVar[str] = "sd15"
     title: ClassVar[str] = "Stable Diffusion 1.5"
-    targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
-    default_targets: ClassVar[str] = "attention+mlp"
+    layouts: ClassVar[Layouts] = LAYOUTS
     export = ExportKeys(
         default="kohya",
         formats=("kohya", "diffusers"),
@@ -66,125 +36,21 @@ class StableDiffusion15:
         base_model_version="sd_v1",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
     )
-    capabilities = Capabilities()
     defaults = SamplerDefaults(steps=30, guidance=7.5, size=(512, 512), negative_prompt=True)
-    latents = LatentShape(channels=4, compression=8)
-
-    def __init__(
-        self, parts: Parts, schedule: Schedule, dtype: torch.dtype, checkpoint: Checkpoint | None
-    ) -> None:
-        self._parts = parts
-        self._dtype = dtype
-        self._checkpoint = checkpoint
-        self.schedule = schedule
 
     @classmethod
-    def detect(cls, source: ModelSource) -> bool:
-        return is_unet_of(
-            source,
-            lambda config: (
-                plain_text_to_image(config, stages=4)
-                and config.get("addition_embed_type") is None
-                # Stable Diffusion 2 is the same but for these.
-                and not config.get("use_linear_projection", False)
-            ),
-            lambda shapes: (
-                stage_count(shapes) == 4
-                and "add_embedding.linear_1.weight" not in shapes
-                and len(shapes.get("down_blocks.0.attentions.0.proj_in.weight", ())) == 4
-            ),
+    def fits_config(cls, config: Mapping[str, Any]) -> bool:
+        return (
+            plain_text_to_image(config, stages=4)
+            and config.get("addition_embed_type") is None
+            # Stable Diffusion 2 is the same but for these.
+            and not config.get("use_linear_projection", False)
         )
 
     @classmethod
-    def load(
-        cls,
-        source: ModelSource,
-        parts: frozenset[Part],
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        prediction: Prediction | None = None,
-    ) -> Self:
-        if not cls.detect(source):
-            raise ModelError(
-                f"{source.path} is not {cls.title}.",
-                remedy="Leave `model.family` out to have the family detected from the weights.",
-            )
-        checkpoint = Checkpoint(source, LAYOUTS, parts)
-        schedule = checkpoint.schedule(prediction)
-        return cls(checkpoint.load(parts, dtype, device), schedule, dtype, checkpoint)
-
-    @classmethod
-    def skeleton(cls, depth: int | None = None) -> Self:
-        unet = without_weights(with_depth(LAYOUTS.config["unet"], depth), torch.bfloat16)
-        return cls(Parts(unet=unet), schedule_of(LAYOUTS.config["scheduler"], None), torch.bfloat16, None)
-
-    def example(
-        self, height: int, width: int, batch: int, frames: int = 1
-    ) -> tuple[Tensor, Tensor, Conditioning]:
-        unet = self._parts.loaded_unet()
-        generator = torch_generator(0, "example")
-        noisy_BCHW = torch.randn(batch, *self.latents.of(height, width, frames), generator=generator)
-        tokens_BSD = torch.randn(batch, clip.TOKENS, unet.config.cross_attention_dim, generator=generator)
-        conditioning = Conditioning({"tokens_BSD": tokens_BSD.to(self._dtype)})
-        t_B = torch.full((batch,), 0.5, device=unet.device)
-        return noisy_BCHW.to(unet.device, self._dtype), t_B, conditioning.to(unet.device)
-
-    @property
-    def denoisers(self) -> Mapping[str, nn.Module]:
-        return {} if self._parts.unet is None else {"unet": self._parts.unet}
-
-    def identity(self, part: Part) -> str:
-        if self._checkpoint is None:
-            raise RuntimeError("a skeleton has no weights to identify")
-        return self._checkpoint.identity(part, self._dtype)
-
-    def release(self, part: Part) -> None:
-        self._parts.release(part)
-
-    @property
-    def prompt_limit(self) -> int:
-        return clip.TOKENS
-
-    def count_tokens(self, prompt: str) -> int:
-        return clip.count_tokens(self._parts.loaded_text_encoders()[0][0], prompt)
-
-    @torch.no_grad()
-    def encode_prompts(
-        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
-    ) -> Conditioning:
-        """Captions beyond 75 tokens are cut."""
-        ((tokenizer, encoder),) = self._parts.loaded_text_encoders()
-        ids_BS = clip.token_ids(tokenizer, prompts).to(encoder.device)
-        return Conditioning({"tokens_BSD": encoder(ids_BS).last_hidden_state})
-
-    def describe_pictures(self, pictures: Sequence[PictureInfo]) -> Conditioning:
-        return Conditioning({})
-
-    def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
-        return target
-
-    def encode_references(
-        self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
-    ) -> Conditioning:
-        return Conditioning({})
-
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        return autoencoder.encode(self._parts.loaded_vae(), pixels)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self._parts.loaded_vae(), latents)
-
-    def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        # Scaled in the precision given: a sampler passes float64, so that whole steps stay whole.
-        index_B = (t_B * 1000).float()
-        predicted_BCHW: Tensor = self._parts.loaded_unet()(
-            noisy.to(self._dtype),
-            index_B,
-            encoder_hidden_states=conditioning["tokens_BSD"].to(self._dtype),
-            return_dict=False,
-        )[0]
-        return predicted_BCHW
-
-    def blocks(self) -> list[nn.Module]:
-        return repeated_blocks(self._parts.loaded_unet())
+    def fits_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return (
+            stage_count(shapes) == 4
+            and "add_embedding.linear_1.weight" not in shapes
+            and len(shapes.get("down_blocks.0.attentions.0.proj_in.weight", ())) == 4
+        )

@@ -131,6 +131,12 @@ def load_module(
     return module.to(device).requires_grad_(False).eval()
 
 
+def read_tensor(piece: Piece) -> Tensor:
+    """One tensor of a layout, on the CPU."""
+    (found,) = [tensor for _, tensor in _read({"": piece}, [""], "cpu")]
+    return found
+
+
 def _check_shapes(wanted: Mapping[str, Tensor], layout: Layout, what: str) -> None:
     differing = [
         name for name in wanted if name in layout and layout[name].shape != tuple(wanted[name].shape)
