@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from burnish.config.data import Folder
+from burnish.data.cache import CacheKeys, RamCache
+from burnish.data.preflight import prepare_samples
+from burnish.data.prepare import encode_latents
 from burnish.errors import ModelError
 from burnish.families.flex1 import Flex1
 from burnish.families.flex2 import Flex2
@@ -60,3 +65,36 @@ def test_without_guidance_the_embedding_is_bypassed(tiny_folder: TinyFolder) -> 
         told = family.predict(noisy, t_B, conditioning)
         bypassed = family.predict(noisy, t_B, type(conditioning)(bare))
     assert not torch.allclose(told, bypassed, atol=1e-4)
+
+
+@pytest.mark.parametrize("given", [(), ("lines",), ("masks",), ("lines", "masks")])
+def test_flex2_learns_what_its_folders_hold(
+    tiny_folder: TinyFolder, tmp_path: Path, given: tuple[str, ...]
+) -> None:
+    """Neither holes nor control pictures are made up for it."""
+    family = Flex2.load(
+        ModelSource(str(tiny_folder("flex2"))), frozenset({"vae"}), dtype=torch.float32, device="cpu"
+    )
+    for number, name in enumerate(("pictures", "lines", "masks")):
+        (tmp_path / name).mkdir()
+        noise = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(number))
+        Image.fromarray((noise * 255).byte().numpy()).save(tmp_path / name / "0.png")
+    (tmp_path / "pictures" / "0.txt").write_text("a thing")
+    source = Folder(
+        path=tmp_path / "pictures",
+        references=[tmp_path / "lines"] if "lines" in given else [],
+        masks=tmp_path / "masks" if "masks" in given else None,
+        resolutions=[64],
+        bucket_step=16,
+    )
+    (sample,) = prepare_samples([source], pixel_multiple=16, family=family).samples
+    cache, keys = RamCache(), CacheKeys.of(family, torch.float32)
+    encode_latents([sample], family, cache, keys, device="cpu")
+    entry = cache.get("latents", keys.latents(sample, flip=False))
+    assert entry is not None
+    assert ("beside_BCHW" in entry) == bool(given)
+    if given:
+        picture, mask, control = entry["beside_BCHW"].split([16, 1, 16], dim=1)
+        assert control.any() == ("lines" in given)
+        assert picture.any() == ("masks" in given)
+        assert mask.mean() < 1 if "masks" in given else mask.eq(1).all()

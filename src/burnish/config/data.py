@@ -121,7 +121,7 @@ class Folder(Pictures):
     masks: Path | None = Field(
         None,
         description="Folder with a mask of the same name for each picture, white where a model that fills holes "
-        "learns to fill; random holes if absent.",
+        "learns to fill. If absent, random holes, or none where the model works without.",
     )
 
     @model_validator(mode="after")

@@ -217,6 +217,8 @@ class _Source:
         self._note_lost_resolution(name, facts, found)
         config, can = self.config, self.family.capabilities if self.family is not None else Capabilities()
         fps = windows.fps if facts.duration is not None and windows is not None else 0.0
+        # A model that also sees other pictures, such as a control picture, learns without holes unless given some.
+        holes = can.masks and (can.references == 1 or config.masks is not None)
         return [
             Sample(
                 picture_id=f"{self.index}/{name}",
@@ -237,8 +239,8 @@ class _Source:
                 fps=fps,
                 references=beside.references(placing) if beside is not None else (),
                 mask=beside.mask(placing) if beside is not None else None,
-                sees_itself=can.masks or can.first_frame,
-                fills_holes=can.masks,
+                sees_itself=holes or can.first_frame,
+                fills_holes=holes,
             )
             for resolution, placing in placed
             for part in parts
