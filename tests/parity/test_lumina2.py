@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import torch
 from comfyui_rules import comfy_delta
 from diffusers import DiffusionPipeline
 from diffusers.loaders import lora_conversion_utils, single_file_utils
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_single_files import assert_same, folder_weights, native_weights
+from transformers import PreTrainedTokenizerBase
 
 from burnish.adapters.lora import AdapterSet, adaptable_modules
 from burnish.adapters.targeting import choose_modules
@@ -20,7 +23,11 @@ from burnish.config.method import Lora
 from burnish.errors import AdapterError, ExportError
 from burnish.export.adapter_file import write_adapter
 from burnish.export.verify import verify_adapter
+from burnish.families import pipeline
 from burnish.families.lumina2 import NAMES, Lumina2
+from burnish.families.sentencepiece import Kind
+from burnish.families.sources import read_json
+from burnish.family import ModelSource, Part
 
 TinyFolder = Callable[[str], Path]
 WIDTHS = {2304: 48, 768: 16}
@@ -91,3 +98,53 @@ def test_a_layer_that_no_reader_would_find_is_refused(tiny_folder: TinyFolder, t
             dtype=torch.float32,
             metadata={},
         )
+
+
+def load(source: ModelSource) -> Lumina2:
+    parts: frozenset[Part] = frozenset(("denoiser", "vae", "text_encoders"))
+    return Lumina2.load(source, parts, dtype=torch.float32, device="cpu")
+
+
+def sentencepiece_model(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Gemma's pieces as SentencePiece stores them: text, score (the sooner merged, the higher), kind."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merged = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(model["merges"])))}
+    kinds = {"<unk>": Kind.UNKNOWN, **dict.fromkeys(("<pad>", "<eos>", "<bos>"), Kind.CONTROL)}
+    message = b""
+    for text in sorted(model["vocab"], key=model["vocab"].get):
+        kind = Kind.BYTE if text.startswith("<0x") else kinds.get(text, Kind.NORMAL)
+        name, score = text.encode(), struct.pack("<f", merged.get(text, -1e6))
+        piece = b"\x0a" + bytes([len(name)]) + name + b"\x15" + score + b"\x18" + bytes([kind])
+        message += b"\x0a" + bytes([len(piece)]) + piece
+    return message
+
+
+def test_files_of_comfyui_give_what_the_folder_gives(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folder("lumina2")
+    parts = ("transformer", "vae", "text_encoder")
+    shipped = {part: read_json(folder / part / "config.json") for part in parts}
+    shipped["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    monkeypatch.setattr(pipeline, "shipped_configs", lambda name: shipped)
+    whole = load(ModelSource(str(folder)))
+    native = native_weights(NAMES, folder_weights(folder, "transformer"))
+    save_file(native, tmp_path / "lumina.safetensors")
+    save_file(folder_weights(folder, "vae"), tmp_path / "ae.safetensors")
+    gemma = {f"model.{name}": tensor for name, tensor in folder_weights(folder, "text_encoder").items()}
+    pieces = sentencepiece_model(whole.tokenizer("text_encoder"))
+    gemma["spiece_model"] = torch.frombuffer(bytearray(pieces), dtype=torch.uint8)
+    save_file(gemma, tmp_path / "gemma.safetensors")
+    apart = ModelSource(
+        str(tmp_path / "lumina.safetensors"), tmp_path / "ae.safetensors", (tmp_path / "gemma.safetensors",)
+    )
+    files = load(apart)
+    captions = ["a photo of a sks dog on a red chair, \u732b", "two people walking"]
+    expected, found = whole.encode_prompts(captions), files.encode_prompts(captions)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+    pixels_B3HW = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(files.encode_pixels(pixels_B3HW), whole.encode_pixels(pixels_B3HW))
+    example = whole.example(64, 96, batch=2)
+    assert torch.equal(files.predict(*example), whole.predict(*example))
