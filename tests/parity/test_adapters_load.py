@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import comfyui_rules
 import diffusers_rules
 import pytest
 import torch
-from diffusers.loaders import lora_conversion_utils
+from released_widths import tiny_loaders
 from safetensors.torch import load_file
 from tiny import Case, cases
 from torch import Tensor, nn
@@ -90,7 +89,7 @@ def test_it_is_read_back(
     [
         (name, format)
         for name, case in CASES.items()
-        for format in {family_named(case.family).export.default, "diffusers"} & set(formats(case))
+        for format in sorted({family_named(case.family).export.default, "diffusers"} & set(formats(case)))
         if case.loads_adapters
     ],
 )
@@ -99,10 +98,7 @@ def test_diffusers_loads_all_of_it(
 ) -> None:
     case = CASES[name]
     for one in write(case, tiny_folder(name), tmp_path, METHODS[method], format):
-        with ExitStack() as patches:
-            for function, numbers in case.loader_widths.items():
-                converter = getattr(lora_conversion_utils, function)
-                patches.enter_context(diffusers_rules.widths(converter, numbers))
+        with tiny_loaders(case.loader_widths):
             options = {"load_into_transformer_2": True} if one.part == "transformer_2" else {}
             diffusers_rules.load_and_compare(
                 tiny_folder(name), one.path, one.weights, part=one.part, pipeline=case.pipeline, **options
