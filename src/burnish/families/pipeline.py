@@ -129,8 +129,7 @@ class PipelineSource:
 
     @cached_property
     def path(self) -> Path:
-        slots = [s for s in self.slots if s.part != "denoiser" or self._is_chosen(s)]
-        wanted = [f for s in slots if s.part in self.parts for f in (s.folder, s.tokenizer) if f]
+        wanted = [f for s in self.slots if s.part in self.parts for f in (s.folder, s.tokenizer) if f]
         return locate_parts(self.source, wanted)
 
     @cached_property
@@ -141,19 +140,12 @@ class PipelineSource:
 
     def has(self, slot: Slot) -> bool:
         """Whether the model comes with this module."""
-        if slot.part == "denoiser" and not self._is_chosen(slot):
-            return False
-        if slot.part == "denoiser" and self.source.denoisers:
-            return True
         if not slot.optional:
             return True
         if self.index:
             library, kind = (*self.index.get(slot.folder, ()), None, None)[:2]
             return library is not None and (not slot.kinds or kind in slot.kinds)
         return any(slot.find(layout) is not None for layout in self._candidates(slot))
-
-    def _is_chosen(self, slot: Slot) -> bool:
-        return not self.source.denoisers or slot.folder in self.source.denoisers
 
     def is_apart(self, slot: Slot) -> bool:
         """Whether the module comes from a separate file that the config names."""
@@ -183,12 +175,8 @@ class PipelineSource:
     def _find(self, slot: Slot) -> Layout:
         if self._in_folder(slot):
             return slot.tidy(layout_of(weight_files(self.path / slot.folder)))
-        # A single file holds one denoiser; of several that are built alike, the first slot knows its names.
-        find = (
-            next(s.find for s in self.slots if s.part == "denoiser") if slot.part == "denoiser" else slot.find
-        )
         for layout in self._candidates(slot):
-            found = find(layout)
+            found = slot.find(layout)
             if found is not None:
                 return found
         what = slot.folder.replace("_", " ")
@@ -370,11 +358,6 @@ class PipelineFamily:
         return found is not None and cls.accepts_file(found)
 
     @classmethod
-    def fits(cls, source: ModelSource) -> bool:
-        """Whether these weights can be of this family where the config says so, though `detect` cannot know."""
-        return cls.detect(source)
-
-    @classmethod
     def load(
         cls,
         source: ModelSource,
@@ -384,12 +367,11 @@ class PipelineFamily:
         device: torch.device | str,
         prediction: Prediction | None = None,
     ) -> Self:
-        if not cls.fits(source):
+        if not cls.detect(source):
             raise ModelError(
                 f"{source.path} is not {cls.title}.",
                 remedy="Leave `model.family` out to have the family detected from the weights.",
             )
-        cls._refuse_unknown_denoisers(source)
         found = PipelineSource(source, cls.slots, shipped_configs(cls.name), cls.title, parts)
         known = [
             s
@@ -411,16 +393,6 @@ class PipelineFamily:
                 if slot.tokenizer is not None:
                     family.tokenizers[slot.folder] = found.tokenizer(slot)
         return family
-
-    @classmethod
-    def _refuse_unknown_denoisers(cls, source: ModelSource) -> None:
-        known = [slot.folder for slot in cls.denoiser_slots()]
-        unknown = [folder for folder in source.denoisers if folder not in known]
-        if unknown:
-            raise ModelError(
-                f"{cls.title} has no denoiser {unknown[0]!r}; it has {', '.join(known)}.",
-                remedy="Correct `model.denoisers`, or leave it out to train all of them.",
-            )
 
     @classmethod
     def skeleton(cls, depth: int | None = None) -> Self:
