@@ -1,7 +1,7 @@
 """Tokenizers inside weight files, against what SentencePiece itself makes of the same model.
 
 `gemma_like.model` was trained by SentencePiece 0.2.3 on the corpus of `tiny_pipelines.py` with Gemma's settings: BPE
-of 420 pieces with bytes to fall back on, digits apart, no normalizing, words of its own for runs of blanks and line ends.
+of 420 pieces with bytes to fall back on, digits apart, no normalizing, words of its own for blanks and line ends.
 """
 
 from __future__ import annotations
