@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from tiny_pipelines import CORPUS
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -12,12 +13,16 @@ SPECIAL = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 WORDS = ("Describe the video by detailing the following aspects: system user assistant",)
 
 
-def llama_tokenizer(padding_side: str = "right") -> LlamaTokenizerFast:
-    """Llama's BPE over pieces that carry their leading blank, with the marks of its chat template."""
+def llama_tokenizer(padding_side: str = "right", words: Sequence[str] = WORDS) -> LlamaTokenizerFast:
+    """Llama's BPE over pieces that carry their leading blank, with the marks of its chat template.
+
+    Args:
+        words: what it knows besides `CORPUS`.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
-    tokenizer.train_from_iterator([*CORPUS, *WORDS], trainers.BpeTrainer(vocab_size=900, show_progress=False))
+    tokenizer.train_from_iterator([*CORPUS, *words], trainers.BpeTrainer(vocab_size=900, show_progress=False))
     model = json.loads(tokenizer.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
     found = LlamaTokenizerFast(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft.tuners.lora import LoraLayer as PeftLayer
+from released_widths import widths as widths
 from torch import Tensor, nn
 
 from burnish.adapters.lora import LoraWeights
@@ -90,31 +90,6 @@ def nothing_said() -> Iterator[None]:
     finally:
         diffusers_logging.remove_handler(listener)
     no_text_encoder = tuple(
-        f"No LoRA keys associated to {kind}" for kind in ("CLIPTextModel", "T5EncoderModel")
+        f"No LoRA keys associated to {kind}" for kind in ("CLIPTextModel", "T5EncoderModel", "ChatGLMModel")
     )
     assert [line for line in said if not line.startswith(no_text_encoder)] == []
-
-
-@contextmanager
-def widths(function: Callable[..., Any], tiny: Mapping[int, int]) -> Iterator[None]:
-    """Within it `function` has other numbers in its code.
-
-    diffusers' converters hold the widths of the released models as constants, which a tiny model does not have.
-    """
-    released = function.__code__
-    function.__code__ = _with_numbers(released, tiny)
-    try:
-        yield
-    finally:
-        function.__code__ = released
-
-
-def _with_numbers(code: CodeType, numbers: Mapping[int, int]) -> CodeType:
-    def changed(constant: Any) -> Any:
-        if isinstance(constant, CodeType):
-            return _with_numbers(constant, numbers)
-        if isinstance(constant, tuple):
-            return tuple(changed(one) for one in constant)
-        return numbers.get(constant, constant) if type(constant) is int else constant
-
-    return code.replace(co_consts=changed(code.co_consts))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
-from diffusers_rules import widths
+from released_widths import widths
 from safetensors.torch import load_file, save_file
 from tiny import Case, cases
 from torch import Tensor

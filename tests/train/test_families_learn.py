@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.random import default_rng
 from PIL import Image
+from released_widths import tiny_loaders
 from tiny import Case, cases
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def fixed_loss(family: Family, drawn: list[Image.Image]) -> float:
         for number in range(8):
             noise = torch.randn(batch.latents_BCHW.shape, generator=torch.Generator().manual_seed(number))
             t_B = torch.full((len(drawn),), 0.05 + 0.9 * number / 7)
-            t_B = t_B if family.schedule.is_flow else (t_B * 1000).floor() / 1000
+            t_B = t_B if family.schedule.is_flow else (t_B * family.schedule.steps).floor() / family.schedule.steps
             losses.append(objective.losses_at(family, batch, noise, t_B).mean())
     return float(torch.stack(losses).mean())
 
@@ -127,7 +128,8 @@ def told(one: EncodedRequest, more: Conditioning) -> EncodedRequest:
 def theirs(model: Path, adapter: Path, case: Case) -> Tensor:
     pipeline = case.pipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    with tiny_loaders(case.loader_widths):
+        pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
     height, width = case.size
     drawn = pipeline(
         prompt=[CAPTION],

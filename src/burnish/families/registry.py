@@ -30,6 +30,7 @@ BUILT_IN = {
     "flex2": "burnish.families.flex2:Flex2",
     "flux2": "burnish.families.flux2:Flux2",
     "sd3": "burnish.families.sd3:StableDiffusion3",
+    "hunyuan_video": "burnish.families.hunyuan_video:HunyuanVideo",
     "ltx": "burnish.families.ltx:LTXVideo",
     "krea2": "burnish.families.krea2:Krea2",
     "ernie_image": "burnish.families.ernie_image:ErnieImage",

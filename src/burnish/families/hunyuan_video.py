@@ -1,0 +1,242 @@
+"""HunyuanVideo by Tencent (arXiv 2412.03603), 13 billion parameters: clips and pictures from text.
+
+A transformer of two-stream and one-stream blocks over 2x2 patches of 16-channel latents (the VAE takes 8 x 8 pixels and
+4 frames into one) that predicts velocity. It reads Llama's third last hidden state, of which padding is masked, and
+CLIP's pooled embedding; its guidance scale is embedded. Llama is asked in a template for what matters in a video; the
+states of that instruction are dropped.
+
+Shape letters: B batch, C channels, T frames, H W height and width of latents, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
+
+from burnish.families import clip, video_vae
+from burnish.families.hunyuan_names import NAMES, TimeTextGuidance, find_transformer
+from burnish.families.llama import llama_slot
+from burnish.families.masked import trimmed
+from burnish.families.native import depth
+from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.text_slots import clip_slot
+from burnish.families.weights import Layout, below
+from burnish.family import (
+    Capabilities,
+    Conditioning,
+    ExportKeys,
+    LatentShape,
+    SamplerDefaults,
+    TargetSet,
+)
+
+HEAD_DIM = 128
+LLAMA_TOKENS = 256
+LAYERS_SKIPPED = 2
+# As released, missing blanks included (diffusers: DEFAULT_PROMPT_TEMPLATE); so many tokens stand before the caption.
+TEMPLATE = (
+    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+)
+INSTRUCTION_TOKENS = 95
+
+_TWO, _ONE = "transformer_blocks", "single_transformer_blocks"
+_ATTENTION = (
+    f"{_TWO}.*.attn.to_[qkv]",
+    f"{_TWO}.*.attn.to_out.0",
+    f"{_TWO}.*.attn.add_[qkv]_proj",
+    f"{_TWO}.*.attn.to_add_out",
+    f"{_ONE}.*.attn.to_[qkv]",
+)
+_FEED_FORWARD = (
+    f"{_TWO}.*.ff.net.0.proj",
+    f"{_TWO}.*.ff.net.2",
+    f"{_TWO}.*.ff_context.net.0.proj",
+    f"{_TWO}.*.ff_context.net.2",
+    f"{_ONE}.*.proj_mlp",
+    f"{_ONE}.*.proj_out",
+)
+
+
+def _make_transformer(config: Mapping[str, Any]) -> HunyuanVideoTransformer3DModel:
+    """The denoiser, with a guidance embedding that can be bypassed where it has one."""
+    transformer: HunyuanVideoTransformer3DModel = HunyuanVideoTransformer3DModel.from_config(dict(config))
+    if transformer.config.guidance_embeds:
+        transformer.time_text_embed = TimeTextGuidance(transformer.time_text_embed)
+    return transformer
+
+
+def _transformer_config(shipped: Config, layout: Layout) -> dict[str, Any]:
+    width, channels = layout["x_embedder.proj.weight"].shape[:2]
+    head_dim = layout[f"{_TWO}.0.attn.norm_q.weight"].shape[0]
+    if head_dim != HEAD_DIM:  # how positions are spread over the heads is not written in a single file
+        raise ValueError(f"heads of {HEAD_DIM}: they are of {head_dim}")
+    return {
+        **shipped,
+        "in_channels": channels,
+        "num_attention_heads": width // head_dim,
+        "num_layers": depth(layout, f"{_TWO}."),
+        "num_single_layers": depth(layout, f"{_ONE}."),
+        "num_refiner_layers": depth(layout, "context_embedder.token_refiner.refiner_blocks."),
+        "text_embed_dim": layout["context_embedder.proj_in.weight"].shape[1],
+        "pooled_projection_dim": layout["time_text_embed.text_embedder.linear_1.weight"].shape[1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in layout,
+    }
+
+
+def _find_vae(layout: Layout) -> Layout | None:
+    """Diffusers kept the names of the release."""
+    for prefix in ("", "vae.", "first_stage_model."):
+        inside = below(layout, prefix)
+        if {
+            "encoder.down_blocks.0.resnets.0.conv1.conv.weight",
+            "encoder.mid_block.attentions.0.to_q.weight",
+            "post_quant_conv.weight",
+        } <= set(inside):
+            return inside
+    return None
+
+
+def _vae_config(shipped: Config, layout: Layout) -> dict[str, Any]:
+    stages = depth(layout, "encoder.down_blocks.")
+    return {
+        **shipped,
+        "latent_channels": layout["post_quant_conv.weight"].shape[0],
+        "block_out_channels": [
+            layout[f"encoder.down_blocks.{stage}.resnets.0.conv1.conv.weight"].shape[0]
+            for stage in range(stages)
+        ],
+        "layers_per_block": depth(layout, "encoder.down_blocks.0.resnets."),
+    }
+
+
+class HunyuanVideo(PipelineFamily):
+    """Conditioning: `tokens_BSD` (B, up to 256, 4096), `mask_BS`, `pooled_BD` (B, 768), and `guidance_B`."""
+
+    name: ClassVar[str] = "hunyuan_video"
+    title: ClassVar[str] = "HunyuanVideo"
+    pipelines = ("HunyuanVideoPipeline",)
+    slots = (
+        Slot("transformer", "denoiser", _make_transformer, find_transformer, _transformer_config),
+        Slot(
+            "vae",
+            "vae",
+            AutoencoderKLHunyuanVideo.from_config,
+            _find_vae,
+            _vae_config,
+            file_hint="hunyuan_video_vae_bf16.safetensors",
+        ),
+        llama_slot("text_encoder", "tokenizer"),
+        clip_slot("text_encoder_2", "tokenizer_2", projection=False),
+    )
+    capabilities = Capabilities(guidance_embedding=True, video=True)
+    targets: ClassVar[Mapping[str, TargetSet]] = {
+        "attention": TargetSet(_ATTENTION, "Query, key, value and output of attention."),
+        "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),
+        "all": TargetSet(
+            (f"{_TWO}.*", f"{_ONE}.*", "proj_out"),
+            "Every layer of the blocks, modulations included, and the last layer; not the refiner of the captions, "
+            "which diffusers would read wrongly from ComfyUI's format.",
+        ),
+    }
+    # Diffusers knows the format by a fused attention layer of a two-stream block.
+    export = ExportKeys(
+        default="comfy",
+        formats=("comfy", "diffusers"),
+        modelspec="hunyuan-video",
+        base_model_version="hunyuan_video",
+        prefix={"comfy": "transformer.", "diffusers": "transformer."},
+        native=NAMES.native_module,
+        unreadable={"comfy": ("context_embedder.*",)},
+        complete=(f"{_TWO}.0.attn.to_[qkv]",),
+    )
+    latents = LatentShape(channels=16, compression=8, patch=2, frame_compression=4)
+    defaults = SamplerDefaults(
+        steps=50, guidance=6.0, size=(720, 1280), negative_prompt=False, frames=129, fps=24.0
+    )
+    prompt_limit = LLAMA_TOKENS
+
+    @classmethod
+    def accepts(cls, index: Config, config: Config) -> bool:
+        return config.get("image_condition_type") is None and config.get("in_channels", 16) == 16
+
+    @classmethod
+    def accepts_file(cls, denoiser: Layout) -> bool:
+        patch = denoiser["x_embedder.proj.weight"].shape
+        return len(patch) == 5 and patch[1] == 16
+
+    @classmethod
+    def with_depth(cls, config: dict[str, Any], depth: int) -> dict[str, Any]:
+        refiners = config["num_refiner_layers"]
+        return {**super().with_depth(config, depth), "num_refiner_layers": refiners}
+
+    def example_conditioning(
+        self, batch: int, latents: Sequence[int], generator: torch.Generator
+    ) -> Conditioning:
+        config = self.denoiser.config
+        return Conditioning(
+            {
+                "tokens_BSD": torch.randn(batch, LLAMA_TOKENS, config.text_embed_dim, generator=generator),
+                "mask_BS": torch.ones(batch, LLAMA_TOKENS, dtype=torch.bool),
+                "pooled_BD": torch.randn(batch, config.pooled_projection_dim, generator=generator),
+            }
+        )
+
+    def count_tokens(self, prompt: str) -> int:
+        """Of the caption and the mark behind it, as Llama reads them."""
+        return len(self.tokenizer("text_encoder")(prompt, add_special_tokens=False).input_ids) + 1
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
+    ) -> Conditioning:
+        encoder = self.module("text_encoder")
+        encoded = self.tokenizer("text_encoder")(
+            [TEMPLATE.format(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=INSTRUCTION_TOKENS + LLAMA_TOKENS,
+            truncation=True,
+            return_tensors="pt",
+        ).to(encoder.device)
+        states_BSD = encoder(
+            encoded.input_ids, attention_mask=encoded.attention_mask, output_hidden_states=True
+        ).hidden_states[-(LAYERS_SKIPPED + 1)]
+        tokens_BSD, mask_BS = trimmed(
+            states_BSD[:, INSTRUCTION_TOKENS:], encoded.attention_mask[:, INSTRUCTION_TOKENS:]
+        )
+        clip_l = self.module("text_encoder_2")
+        ids = clip.token_ids(self.tokenizer("text_encoder_2"), prompts).to(clip_l.device)
+        return Conditioning(
+            {"tokens_BSD": tokens_BSD, "mask_BS": mask_BS, "pooled_BD": clip_l(ids).pooler_output}
+        )
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return video_vae.encode(self.module("vae"), pixels)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return video_vae.decode(self.module("vae"), latents)
+
+    def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        guidance_B = conditioning.get("guidance_B")
+        predicted: Tensor = self.denoiser(
+            hidden_states=noisy.to(self.dtype),
+            timestep=t_B * 1000,
+            encoder_hidden_states=conditioning["tokens_BSD"].to(self.dtype),
+            encoder_attention_mask=conditioning["mask_BS"],
+            pooled_projections=conditioning["pooled_BD"].to(self.dtype),
+            guidance=None if guidance_B is None else guidance_B * 1000,
+            return_dict=False,
+        )[0]
+        return predicted
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]
