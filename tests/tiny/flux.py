@@ -30,7 +30,9 @@ class FillOfTheMode(FluxFillPipeline):
     """FluxFillPipeline draws the picture's latents from their posterior; here they are its mode, as in training."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        with patch.object(DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mode()):
+        with patch.object(
+            DiagonalGaussianDistribution, "sample", lambda posterior, generator=None: posterior.mode()
+        ):
             return super().__call__(*arguments, **named)
 
 
@@ -131,7 +133,6 @@ CASES = {
         call={"image": picture(48, 80, 1), **KONTEXT},
         told=told_kontext,
         guidance=(2.5,),
-        learns=False,
         **COMMON,
     ),
     "flux_kontext_alone": Case(
@@ -144,7 +145,6 @@ CASES = {
         told=told_fill,
         pipeline=FillOfTheMode,
         guidance=(30.0,),
-        learns=False,
         **COMMON,
         **UPSTREAM,
     ),
