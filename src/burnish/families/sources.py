@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from burnish.errors import ModelError
 from burnish.family import ModelSource, Part
 
+_WITHOUT_WEIGHTS = ("tokenizer", "processor")  # folders that begin so
 CONFIG_FILES = ("*.json", "*/*.json")
 REFUSED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -116,7 +117,7 @@ def files_behind(source: ModelSource, path: Path, part: Part, folders: Sequence[
     root = locate_parts(source, folders)
     found: list[Path] = []
     for folder in folders:
-        if not folder.startswith("tokenizer"):
+        if not folder.startswith(_WITHOUT_WEIGHTS):
             found += weight_files(root / folder)
         settings = (".json", ".txt", ".model")
         found += sorted(file for file in (root / folder).iterdir() if file.suffix in settings)
@@ -129,7 +130,7 @@ def _part_files(folders: Sequence[str], variant: str) -> list[str]:
 
 
 def _lacks_weights(folder: Path) -> bool:
-    return not folder.name.startswith("tokenizer") and not any(folder.glob("*.safetensors"))
+    return not folder.name.startswith(_WITHOUT_WEIGHTS) and not any(folder.glob("*.safetensors"))
 
 
 def _neighbours(path: Path) -> str:
