@@ -117,4 +117,5 @@ def test_pixels(tiny_folder: TinyFolder, name: str) -> None:
 
 
 def test_a_family_that_has_a_pipeline_is_compared() -> None:
-    assert all(issubclass(case.pipeline, DiffusionPipeline) for case in CASES.values())
+    others = [name for name, case in CASES.items() if not issubclass(case.pipeline, DiffusionPipeline)]
+    assert others == ["omnigen2"]  # which diffusers lacks: compared with the published equations

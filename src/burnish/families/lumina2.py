@@ -83,7 +83,8 @@ def _rows(native: Layout) -> dict[str, int]:
 
 def _find_transformer(layout: Layout) -> Layout | None:
     if "time_caption_embed.caption_embedder.0.weight" in layout:
-        return layout
+        # OmniGen2, built on the same plan, has an embedder of references beside it.
+        return None if "ref_image_patch_embedder.weight" in layout else layout
     return NAMES.denoiser(layout, _rows)
 
 

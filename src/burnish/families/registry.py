@@ -35,6 +35,7 @@ BUILT_IN = {
     "krea2": "burnish.families.krea2:Krea2",
     "ernie_image": "burnish.families.ernie_image:ErnieImage",
     "cogview4": "burnish.families.cogview4:CogView4",
+    "omnigen2": "burnish.families.omnigen2:OmniGen2",
     "lumina2": "burnish.families.lumina2:Lumina2",
     "sana": "burnish.families.sana:Sana",
     "qwen_image": "burnish.families.qwen_image:QwenImage",
