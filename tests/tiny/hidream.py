@@ -42,9 +42,13 @@ def hidream(seed: int, *, distilled: bool = False) -> HiDreamImagePipeline:
             seed + 1,
             lambda: kl_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant=False),
         ),
-        text_encoder=drawn(seed + 2, lambda: _clip(clip, width=24, heads=12, activation="quick_gelu")),
+        text_encoder=drawn(
+            seed + 2, lambda: _clip(clip, width=24, heads=12, layers=2, activation="quick_gelu")
+        ),
         tokenizer=clip,
-        text_encoder_2=drawn(seed + 3, lambda: _clip(clip_2, width=40, heads=20, activation="gelu")),
+        text_encoder_2=drawn(
+            seed + 3, lambda: _clip(clip_2, width=40, heads=20, layers=13, activation="gelu")
+        ),
         tokenizer_2=clip_2,
         text_encoder_3=drawn(seed + 4, lambda: t5(of_t5)),
         tokenizer_3=of_t5,
@@ -79,7 +83,7 @@ def long_clip_tokenizer() -> CLIPTokenizer:
 
 
 def _clip(
-    tokenizer: CLIPTokenizer, *, width: int, heads: int, activation: str
+    tokenizer: CLIPTokenizer, *, width: int, heads: int, layers: int, activation: str
 ) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
@@ -87,7 +91,7 @@ def _clip(
             hidden_size=width,
             intermediate_size=width * 2,
             num_attention_heads=heads,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,  # by more than 12 the larger is told in single files
             hidden_act=activation,
             projection_dim=width,
             max_position_embeddings=POSITIONS,
