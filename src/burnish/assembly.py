@@ -133,7 +133,8 @@ def held_out_fingerprint(config: RunConfig, prepared: Prepared) -> str:
 
 def build_objective(section: Objective, family: Family) -> Denoising:
     """Fill what the section leaves to the family."""
-    low, high = section.range
+    first, last = family.schedule.times
+    low, high = (first + (last - first) * time for time in section.range)
     match section.timesteps:
         case None if family.schedule.is_flow:
             times = Timesteps("logit_normal", 0.0, 1.0, low, high)

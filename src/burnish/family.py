@@ -191,6 +191,7 @@ class Schedule:
     # Sigmas of a flow before the shift: 1 to 1/steps; 1 to 1/1000 in whole thousandths; or the scheduler's own.
     spacing: Literal["linear", "thousandths", "scheduler"] = "linear"
 
+    times: tuple[float, float] = (0.0, 1.0)  # those that the loaded denoisers are for; training keeps to them
     @property
     def is_flow(self) -> bool:
         return self.alphas_cumprod is None
@@ -273,7 +274,8 @@ class ExportKeys:
 class ModelSource:
     """Where the weights are. `path` is a diffusers folder, a .safetensors file, or a Hub id `owner/name`.
 
-    `vae` and `text_encoders` name separate files for checkpoints that hold the denoiser alone (ComfyUI).
+    `vae` and `text_encoders` name separate files for checkpoints that hold the denoiser alone (ComfyUI). `denoisers`
+    names those to load of a model with several, all if empty; of a single file, the one that it holds.
     """
 
     path: str
@@ -287,6 +289,7 @@ class NegativePrompt(str):
     """A prompt of what to keep away from.
 
     Families that put an instruction in front of captions are released without it there, and for the empty caption.
+    denoisers: tuple[str, ...] = ()
     """
 
     __slots__ = ()

@@ -45,6 +45,7 @@ def choose_model(model: Model) -> ChosenModel:
         text_encoders=tuple(model.text_encoders),
         revision=model.revision,
         offline=model.offline,
+        denoisers=tuple(model.denoisers),
     )
     family = family_named(model.family) if model.family else detect_family(source)
     return ChosenModel(family, source, model.prediction)

@@ -61,8 +61,8 @@ def load(kind: type[Family], folder: Path) -> Load:
 
 
 def the_denoiser(family: Family) -> nn.Module:
-    (denoiser,) = family.denoisers.values()
-    return denoiser
+    """Of several the first, at whose times the family's example is."""
+    return next(iter(family.denoisers.values()))
 
 
 def described(family: Family, conditioning: Conditioning) -> Conditioning:
@@ -253,7 +253,8 @@ def test_a_shallow_skeleton_is_the_same_but_for_depth_and_predicts(kind: type[Fa
 
 def test_blocks_come_in_forward_order_each_once(load: Load) -> None:
     family = load("denoiser")
-    blocks = family.blocks()
+    inside_it = set(the_denoiser(family).modules())
+    blocks = [block for block in family.blocks() if block in inside_it]
     called: list[nn.Module] = []
     hooks = [block.register_forward_pre_hook(lambda module, _: called.append(module)) for block in blocks]
     family.predict(*family.example(SIZE, SIZE, batch=1))

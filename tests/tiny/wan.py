@@ -1,4 +1,5 @@
-"""Wan 2.1: text to video and stills, image to video with CLIP's view of the first frame."""
+"""Wan 2.1: text to video and stills, image to video with CLIP's view of the first frame. Wan 2.2: two denoisers by
+time, and the one of 5B over latents of 48 channels."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from numpy.random import default_rng
 from PIL import Image
 from tiny_pipelines import drawn, t5_tokenizer
 from tiny_umt5 import umt5
-from tiny_video_vae import wan_vae
+from tiny_video_vae import wan22_vae, wan_vae
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -94,6 +95,47 @@ def told(family: Family, frames: int) -> Conditioning:
     return family.encode_references([pixels_of(first_frame())[None]], frames=frames)
 
 
+def _two_experts(seed: int) -> WanPipeline:
+    return WanPipeline(
+        transformer=drawn(seed, transformer),
+        transformer_2=drawn(seed + 4, transformer),
+        boundary_ratio=0.875,
+        **rest(seed),
+    )
+
+
+def _two_experts_image(seed: int) -> WanImageToVideoPipeline:
+    return WanImageToVideoPipeline(
+        transformer=drawn(seed, lambda: transformer(in_channels=36, out_channels=16)),
+        transformer_2=drawn(seed + 4, lambda: transformer(in_channels=36, out_channels=16)),
+        boundary_ratio=0.9,
+        image_encoder=None,
+        image_processor=None,
+        **rest(seed),
+    )
+
+
+def _wide(seed: int) -> WanPipeline:
+    return WanPipeline(
+        transformer=drawn(seed, lambda: transformer(in_channels=48, out_channels=48)),
+        transformer_2=None,
+        expand_timesteps=True,
+        **{**rest(seed), "vae": drawn(seed + 1, wan22_vae)},
+    )
+
+
+def wide_image(seed: int) -> WanImageToVideoPipeline:
+    """5B as the pipeline that goes on from a first frame."""
+    return WanImageToVideoPipeline(
+        transformer=drawn(seed, lambda: transformer(in_channels=48, out_channels=48)),
+        transformer_2=None,
+        image_encoder=None,
+        image_processor=None,
+        expand_timesteps=True,
+        **{**rest(seed), "vae": drawn(seed + 1, wan22_vae)},
+    )
+
+
 _FILE: dict[str, Any] = {"native": NAMES, "upstream": "convert_wan_transformer_to_diffusers"}
 CASES = {
     "wan21": Case("wan21", _text_to_video, frames=5, **_FILE),
@@ -115,4 +157,16 @@ CASES = {
         pipeline=WanImageToVideoPipeline,
         learns=False,
     ),
+    "wan22": Case("wan22", _two_experts, frames=5, learns=False),
+    "wan22_i2v": Case(
+        "wan22",
+        _two_experts_image,
+        call={"image": first_frame()},
+        told=partial(told, frames=5),
+        frames=5,
+        pipeline=WanImageToVideoPipeline,
+        learns=False,
+    ),
+    "wan22_5b": Case("wan22", _wide, frames=5, **_FILE),
+    "wan22_5b_still": Case("wan22", _wide, call={"num_frames": 1}, learns=False),
 }

@@ -36,6 +36,11 @@ class Model(Section):
     text_encoders: list[Path] = Field(
         [], description="Text-encoder files, for a checkpoint that holds the denoiser alone."
     )
+    denoisers: list[str] = Field(
+        [],
+        description="Of a model with several denoisers (Wan 2.2 14B: `transformer` for high noise, `transformer_2` "
+        "for low) those to train, all if empty; of a single file, which one it holds.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     offline: bool = Field(False, description="Never reach for the network, not even for a Hub id.")
     prediction: Literal["velocity", "epsilon", "v"] | None = Field(

@@ -129,7 +129,8 @@ class PipelineSource:
 
     @cached_property
     def path(self) -> Path:
-        wanted = [f for s in self.slots if s.part in self.parts for f in (s.folder, s.tokenizer) if f]
+        slots = [s for s in self.slots if s.part != "denoiser" or self._is_chosen(s)]
+        wanted = [f for s in slots if s.part in self.parts for f in (s.folder, s.tokenizer) if f]
         return locate_parts(self.source, wanted)
 
     @cached_property
@@ -140,12 +141,19 @@ class PipelineSource:
 
     def has(self, slot: Slot) -> bool:
         """Whether the model comes with this module."""
+        if slot.part == "denoiser" and not self._is_chosen(slot):
+            return False
+        if slot.part == "denoiser" and self.source.denoisers:
+            return True
         if not slot.optional:
             return True
         if self.index:
             library, kind = (*self.index.get(slot.folder, ()), None, None)[:2]
             return library is not None and (not slot.kinds or kind in slot.kinds)
         return any(slot.find(layout) is not None for layout in self._candidates(slot))
+
+    def _is_chosen(self, slot: Slot) -> bool:
+        return not self.source.denoisers or slot.folder in self.source.denoisers
 
     def is_apart(self, slot: Slot) -> bool:
         """Whether the module comes from a separate file that the config names."""
@@ -175,8 +183,12 @@ class PipelineSource:
     def _find(self, slot: Slot) -> Layout:
         if self._in_folder(slot):
             return slot.tidy(layout_of(weight_files(self.path / slot.folder)))
+        # A single file holds one denoiser; of several that are built alike, the first slot knows its names.
+        find = (
+            next(s.find for s in self.slots if s.part == "denoiser") if slot.part == "denoiser" else slot.find
+        )
         for layout in self._candidates(slot):
-            found = slot.find(layout)
+            found = find(layout)
             if found is not None:
                 return found
         what = slot.folder.replace("_", " ")
@@ -377,6 +389,7 @@ class PipelineFamily:
             s
             for s in cls.slots
             if s.part != "text_encoders" and (s.part == "denoiser" or found.index or s.part in parts)
+        cls._refuse_unknown_denoisers(source)
         ]
         configs: dict[str, Config] = {s.folder: found.config(s) for s in known if found.has(s)}
         configs = {**found.shipped, **configs, "scheduler": found.scheduler, "model_index": found.index}
@@ -399,6 +412,16 @@ class PipelineFamily:
         shipped = shipped_configs(cls.name)
         family = cls({**shipped, "model_index": {}}, torch.bfloat16, None)
         for slot in cls.denoiser_slots():
+    @classmethod
+    def _refuse_unknown_denoisers(cls, source: ModelSource) -> None:
+        known = [slot.folder for slot in cls.denoiser_slots()]
+        unknown = [folder for folder in source.denoisers if folder not in known]
+        if unknown:
+            raise ModelError(
+                f"{cls.title} has no denoiser {unknown[0]!r}; it has {', '.join(known)}.",
+                remedy="Correct `model.denoisers`, or leave it out to train all of them.",
+            )
+
             if slot.optional:
                 continue
             config = dict(shipped[slot.folder])

@@ -44,6 +44,7 @@ BUILT_IN = {
     "wan21": "burnish.families.wan21:Wan21",
     "hidream": "burnish.families.hidream:HiDream",
     "pixart": "burnish.families.pixart:PixArt",
+    "wan22": "burnish.families.wan22:Wan22",
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ftfy
@@ -17,12 +18,14 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 
+from burnish.families import video_vae
 from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import Slot
+from burnish.families.sources import locate
 from burnish.families.umt5 import umt5_slot
 from burnish.families.video_vae import wan_vae_slot
-from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, TargetSet
+from burnish.families.weights import Layout, layout_of
+from burnish.family import Conditioning, ExportKeys, ModelSource, TargetSet
 
 PROMPT_TOKENS = 512
 HEAD_DIM = 128
@@ -231,3 +234,53 @@ def with_known_first(latents_BCTHW: Tensor, frame_compression: int) -> Tensor:
     known = latents_BCTHW.new_zeros(batch, frame_compression, length, height, width)
     known[:, :, 0] = 1
     return torch.cat([known, latents_BCTHW], dim=1)
+
+
+def either_vae_slot() -> Slot:
+    """Wan 2.1's VAE or Wan 2.2's of 48 channels, told apart in single files by their latents.
+
+    The shipped configs hold both, by the number of channels.
+    """
+
+    def config_of(shipped: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+        channels = layout["post_quant_conv.weight"].shape[0]
+        return video_vae.config_from_shapes(shipped[str(channels)], layout)
+
+    return replace(vae_slot("wan2.2_vae.safetensors or wan_2.1_vae.safetensors"), config_of=config_of)
+
+
+def layout_of_file(source: ModelSource, slot: Slot) -> Layout | None:
+    """A denoiser in a single file under diffusers' names; None where it holds none."""
+    return slot.find(layout_of([locate(source)]))
+
+
+def predict_after(
+    denoiser: Any,
+    noisy: Tensor,
+    t_B: Tensor,
+    conditioning: Conditioning,
+    first_BC1HW: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Velocity of noisy latents (B, C, T, H, W); with a first frame its latents go in clean, at time 0.
+
+    What comes out at the first frame then leads straight to it: (noisy - data) / t is noise - data.
+    """
+    given, time = noisy, t_B * 1000
+    if first_BC1HW is not None:
+        given = torch.cat([first_BC1HW.to(noisy), noisy[:, :, 1:]], dim=2)
+        _, _, frames, height, width = noisy.shape
+        later_N = torch.ones(frames, height // 2, width // 2, device=noisy.device, dtype=time.dtype)
+        later_N[0] = 0
+        time = time[:, None] * later_N.flatten()
+    velocity: Tensor = denoiser(
+        hidden_states=given.to(dtype),
+        timestep=time,
+        encoder_hidden_states=conditioning["tokens_BSD"].to(dtype),
+        return_dict=False,
+    )[0]
+    if first_BC1HW is None:
+        return velocity
+    t_B1111 = t_B.view(-1, 1, 1, 1, 1).clamp_min(1e-6)
+    kept = (noisy[:, :, :1].double() - first_BC1HW.double()) / t_B1111
+    return torch.cat([kept.to(velocity), velocity[:, :, 1:]], dim=2)

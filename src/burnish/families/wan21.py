@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from burnish.families import clip_vision, video_vae, wan
 from burnish.families.pipeline import Config, PipelineFamily
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, Conditioning, LatentShape, Part, SamplerDefaults
+from burnish.family import Capabilities, Conditioning, LatentShape, ModelSource, Part, SamplerDefaults
 
 CHANNELS = 16
 I2V_CHANNELS = 36  # noisy latents, which frames are known, latents of the first frame
@@ -48,6 +48,10 @@ class Wan21(PipelineFamily):
         later = index.get("boundary_ratio") is not None or index.get("expand_timesteps")
         sees_frame = config.get("image_dim") is not None and config.get("pos_embed_seq_len") is None
         return not later and config["in_channels"] == (I2V_CHANNELS if sees_frame else CHANNELS)
+
+    @classmethod
+    def detect(cls, source: ModelSource) -> bool:
+        return not source.denoisers and super().detect(source)  # this is one of Wan 2.2's two, then
 
     @classmethod
     def accepts_file(cls, denoiser: Layout) -> bool:

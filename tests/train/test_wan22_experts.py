@@ -1,0 +1,102 @@
+"""One of Wan 2.2's two denoisers is trained alone, at its own times, and diffusers draws with it as we do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from runs import picture_folder, run_config
+from safetensors import safe_open
+
+from burnish.assembly import build_objective
+from burnish.config.train import Objective
+from burnish.data.batch import Batch
+from burnish.events import Listener
+from burnish.families.wan22 import Wan22
+from burnish.family import Conditioning, ModelSource
+from burnish.generate import attach_adapter
+from burnish.run import train_run
+from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
+
+TinyFolder = Callable[[str], Path]
+PROMPT, SEED, STEPS, GUIDANCE, SIDE, FRAMES = "a sks dog", 7, 4, 3.0, 64, 5
+
+
+def drawn(model: Path, adapter: Path | None) -> torch.Tensor:
+    parts = frozenset(("denoiser", "vae", "text_encoders"))
+    family = Wan22.load(ModelSource(str(model)), parts, dtype=torch.float32, device="cpu")
+    if adapter is not None:
+        attach_adapter(family, adapter, note=pytest.fail)
+    request = PictureRequest(PROMPT, "", SEED, SIDE, SIDE, STEPS, GUIDANCE, frames=FRAMES)
+    return draw_latents(family, encode_requests(family, [request]), device="cpu", dtype=torch.float32)[0]
+
+
+@pytest.mark.parametrize("part", ["transformer", "transformer_2"])
+def test_one_denoiser_alone(tiny_folder: TinyFolder, tmp_path: Path, part: str) -> None:
+    model = tiny_folder("wan22")
+    config = run_config(
+        model,
+        picture_folder(tmp_path / "pictures"),
+        tmp_path,
+        {
+            "model.family": "wan22",
+            "model.denoisers": [part],
+            "train.steps": 8,
+            "train.optimizer.learning_rate": 0.05,
+            "train.schedule.warmup_steps": 0,
+            "method.dropout": 0.0,
+            "data.0.captions": {},
+            "save.dtype": "float32",
+        },
+    )
+    adapter = train_run(config, progress=Listener()).adapter
+    assert adapter is not None
+    with safe_open(adapter, "pt") as opened:
+        assert opened.metadata()["burnish.part"] == part
+    found = drawn(model, adapter)
+    assert (found - drawn(model, None)).abs().max() > 0.01
+
+    pipeline = WanPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(
+        adapter.parent, weight_name=adapter.name, load_into_transformer_2=part == "transformer_2"
+    )
+    reference = pipeline(
+        prompt=[PROMPT],
+        negative_prompt=[""],
+        height=SIDE,
+        width=SIDE,
+        num_frames=FRAMES,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=[torch.Generator("cpu").manual_seed(SEED)],
+        output_type="latent",
+    ).frames[0]
+    torch.testing.assert_close(found, reference.detach(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("denoisers", "low", "high"),
+    [((), 0.0, 1.0), (("transformer",), 0.875, 1.0), (("transformer_2",), 0.0, 0.875)],
+)
+def test_times_are_those_of_the_denoiser(
+    tiny_folder: TinyFolder, denoisers: tuple[str, ...], low: float, high: float
+) -> None:
+    source = ModelSource(str(tiny_folder("wan22")), denoisers=denoisers)
+    family = Wan22.load(source, frozenset(), dtype=torch.float32, device="cpu")
+    batch = Batch(
+        latents_BCHW=torch.zeros(400, 1, 1, 1, 1),
+        conditioning=Conditioning({}),
+        weight_B=torch.ones(400),
+        sample_ids=tuple(str(number) for number in range(400)),
+        paths=("",) * 400,
+        position=0,
+    )
+    for section in (Objective(), Objective(range=(0.5, 1.0))):
+        times = build_objective(section, family).draw_times(batch, seed=1, tokens=1)
+        first = low + section.range[0] * (high - low)
+        assert first <= times.min() < first + 0.2 * (high - first)
+        assert high - 0.2 * (high - first) < times.max() <= high
