@@ -1,4 +1,4 @@
-"""Lumina 2 in other programs: diffusers' converters, whose widths are those of the release, and ComfyUI's rules."""
+"""Lumina 2 beside what is checked for every family: layers without a reader, and ComfyUI's files, tokenizer included."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import diffusers_rules
 import pytest
 import torch
-from comfyui_rules import comfy_delta
 from diffusers import DiffusionPipeline
-from diffusers.loaders import lora_conversion_utils, single_file_utils
-from safetensors.torch import load_file, save_file
-from test_single_files import assert_same, folder_weights, native_weights
+from safetensors.torch import save_file
+from test_single_files import folder_weights, native_weights
 from transformers import PreTrainedTokenizerBase
 
 from burnish.adapters.lora import AdapterSet, adaptable_modules
@@ -22,7 +19,6 @@ from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora
 from burnish.errors import AdapterError, ExportError
 from burnish.export.adapter_file import write_adapter
-from burnish.export.verify import verify_adapter
 from burnish.families import pipeline
 from burnish.families.lumina2 import NAMES, Lumina2
 from burnish.families.sentencepiece import Kind
@@ -30,55 +26,6 @@ from burnish.families.sources import read_json
 from burnish.family import ModelSource, Part
 
 TinyFolder = Callable[[str], Path]
-WIDTHS = {2304: 48, 768: 16}
-
-
-def test_diffusers_reads_the_same_weights_from_a_native_file(tiny_folder: TinyFolder) -> None:
-    wanted = folder_weights(tiny_folder("lumina2"), "transformer")
-    native = native_weights(NAMES, wanted)
-    native["norm_final.weight"] = torch.ones(48)  # of the release, without use
-    convert = single_file_utils.convert_lumina2_to_diffusers
-    with diffusers_rules.widths(convert, WIDTHS):
-        assert_same(convert(native), wanted)
-
-
-@pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all"])
-def test_an_adapter_loads_in_diffusers_and_in_comfyui(
-    tiny_folder: TinyFolder, tmp_path: Path, targets: str
-) -> None:
-    pipeline = DiffusionPipeline.from_pretrained(tiny_folder("lumina2"))
-    denoiser = pipeline.transformer.requires_grad_(False)
-    native = native_weights(NAMES, dict(denoiser.state_dict()))
-    chosen = choose_modules(denoiser, Lumina2.targets, Lumina2.default_targets, Lora(rank=3, targets=targets))
-    adapter = AdapterSet.attach(denoiser, chosen, dropout=0.0, seed=5)
-    for layer in adapter.layers.values():
-        layer.lora_B.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(6))
-    weights, path = adapter.weights(), tmp_path / "a.safetensors"
-    modules = adaptable_modules(denoiser)
-    write_adapter(
-        path,
-        weights,
-        part="transformer",
-        keys=Lumina2.export,
-        modules=modules,
-        format="auto",
-        dtype=torch.float32,
-        metadata={},
-    )
-    verify_adapter(path, weights, denoiser, part="transformer", keys=Lumina2.export)
-
-    converter = lora_conversion_utils._convert_non_diffusers_lumina2_lora_to_diffusers
-    with diffusers_rules.widths(converter, WIDTHS):
-        diffusers_rules.load_and_compare(tiny_folder("lumina2"), path, weights)
-
-    deltas, lost = comfy_delta(load_file(path), {name: tensor.shape for name, tensor in native.items()})
-    assert lost == []
-    for name, one in weights.items():
-        stack = NAMES.native_module(name)
-        rows = [weights_of.shape[0] for weights_of in (modules[part].weight for part in stack.holds)]
-        place = stack.holds.index(name)
-        found = torch.split(deltas[f"{stack.name}.weight"], rows)[place]
-        torch.testing.assert_close(found, one.delta(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_that_no_reader_would_find_is_refused(tiny_folder: TinyFolder, tmp_path: Path) -> None:

@@ -38,7 +38,14 @@ def _lumina2(seed: int) -> Lumina2Pipeline:
     )
 
 
+_WIDTHS = {2304: 48, 768: 16}
 CASES = {
-    # diffusers' converters of files and adapters know no widths but the released ones; see parity/test_lumina2.py.
-    "lumina2": Case("lumina2", _lumina2, native=NAMES, loads_adapters=False),
+    "lumina2": Case(
+        "lumina2",
+        _lumina2,
+        native=NAMES,
+        upstream="convert_lumina2_to_diffusers",
+        upstream_widths=_WIDTHS,
+        loader_widths={"_convert_non_diffusers_lumina2_lora_to_diffusers": _WIDTHS},
+    ),
 }
