@@ -1,4 +1,4 @@
-"""Lumina 2 beside what is checked for every family: layers without a reader, and ComfyUI's files, tokenizer included."""
+"""Lumina 2 beside what is checked for every family: layers without a reader, and the files of ComfyUI."""
 
 from __future__ import annotations
 
