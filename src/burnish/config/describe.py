@@ -78,7 +78,7 @@ _TEMPLATE = """\
 # `burnish config schema --output {schema}` writes the file of the line above, for an editor;
 # `burnish config show THIS_FILE` prints every option there is, with its value.
 
-name: my-{family}            # the run goes to runs/my-{family}, the adapter is called my-{family}.safetensors
+name: my-{family}      # the run goes to runs/my-{family}, the adapter is my-{family}.safetensors
 trigger: sks                 # the word that calls what is learned; replaces [trigger] below
 
 model:
