@@ -7,7 +7,9 @@ from typing import Any
 
 from tiny_pipelines import CORPUS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
+    BatchFeature,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -15,6 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from burnish.families.qwen import CHAT_OF_QWEN3, CHAT_OF_QWEN25, END_OF_TEXT, add_chat_tokens
 
@@ -118,3 +121,42 @@ def qwen3(tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 3) -> Qwen3M
 def qwen3_lm(tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 3) -> Qwen3ForCausalLM:
     """With the head that writes words, as some pipelines name it."""
     return Qwen3ForCausalLM(qwen3_config(tokenizer, width, layers))
+
+
+class Processor:
+    """What `Qwen2_5_VLProcessor` gives for pictures and text, with transformers' own processor of pictures on Pillow.
+
+    The processor itself needs torchvision for its videos.
+    """
+
+    def __init__(self, tokenizer: Qwen2Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        # As released with Qwen-Image-Edit.
+        self.pictures = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12_845_056)
+
+    def __call__(
+        self, text: list[str], images: Any, padding: bool = True, return_tensors: str = "pt"
+    ) -> BatchFeature:
+        seen = self.pictures(images=images, return_tensors=return_tensors)
+        counts = (seen["image_grid_thw"].prod(-1) // 4).tolist()
+        texts = []
+        for one in text:
+            parts = one.split("<|image_pad|>")
+            tokens = ["<|image_pad|>" * count for count in counts]
+            texts.append("".join(a + b for a, b in zip(parts, [*tokens, ""], strict=True)))
+        return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **seen})
+
+
+def tell_kinds_of_tokens(encoder: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Make an encoder see for itself which tokens are pictures.
+
+    Processors of transformers 5 say it, and diffusers 0.42 does not pass it on, by which pictures would be counted as
+    words (https://github.com/huggingface/diffusers/issues/14194).
+    """
+    forward = encoder.forward
+
+    def with_kinds(input_ids: Tensor, **options: Any) -> Any:
+        kinds = (input_ids == encoder.config.image_token_id).int()
+        return forward(input_ids=input_ids, mm_token_type_ids=kinds, **options)
+
+    encoder.forward = with_kinds

@@ -40,6 +40,7 @@ class Case:
     frames: int = 1
     guidance: tuple[float, ...] = (1.0, 4.0)
     guidance_argument: str = "guidance_scale"
+    compared_in: str = ""  # the file in tests/parity that compares it, where a prompt alone draws nothing
     negatives: bool = True  # the pipeline takes `negative_prompt`
     loads_adapters: bool = True  # diffusers loads the family's default adapter file
     side: int = 64  # of the square pictures it is trained on

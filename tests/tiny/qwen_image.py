@@ -1,11 +1,16 @@
-"""Qwen-Image: double-stream blocks, Qwen2.5-VL, the VAE with a time axis."""
+"""Qwen-Image and its editing releases: double-stream blocks, Qwen2.5-VL, the VAE with a time axis."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
 
 from diffusers import (
     AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
@@ -60,6 +65,30 @@ def _qwen_image(seed: int) -> QwenImagePipeline:
     )
 
 
+class EditWithoutProcessor(QwenImageEditPipeline):
+    """Loads without the released processor, which needs torchvision; what it does is in `tiny_qwen.Processor`."""
+
+    _optional_components: ClassVar[list[str]] = ["processor"]
+
+
+class EditPlusWithoutProcessor(QwenImageEditPlusPipeline):
+    """As `EditWithoutProcessor`."""
+
+    _optional_components: ClassVar[list[str]] = ["processor"]
+
+
+def _edit(seed: int, *, kind: type[DiffusionPipeline], zero_cond_t: bool) -> DiffusionPipeline:
+    tokenizer = qwen_tokenizer()
+    return kind(
+        transformer=transformer(seed, zero_cond_t=zero_cond_t),
+        vae=vae(seed + 1),
+        text_encoder=drawn(seed + 2, lambda: qwen25_vl(tokenizer, WIDTH)),
+        tokenizer=tokenizer,
+        processor=None,
+        scheduler=scheduler(),
+    )
+
+
 def unpacked(pipeline: DiffusionPipeline, patches_BND: Tensor) -> Tensor:
     latents: Tensor = pipeline._unpack_latents(patches_BND, 64, 96, 8)[:, :, 0]
     return latents
@@ -79,4 +108,19 @@ CASES = {
         idle=IDLE,
         native=NAMES,
     ),
+    **{
+        name: Case(
+            "qwen_image_edit",
+            partial(_edit, kind=kind.__base__, zero_cond_t=name.endswith("2511")),
+            idle=IDLE,
+            pipeline=kind,
+            compared_in="test_qwen_image_edit.py",
+            learns=False,  # there, too
+        )
+        for name, kind in {
+            "qwen_image_edit": EditWithoutProcessor,
+            "qwen_image_edit_2509": EditPlusWithoutProcessor,
+            "qwen_image_edit_2511": EditPlusWithoutProcessor,
+        }.items()
+    },
 }

@@ -370,6 +370,11 @@ class PipelineFamily:
         return found is not None and cls.accepts_file(found)
 
     @classmethod
+    def fits(cls, source: ModelSource) -> bool:
+        """Whether these weights can be of this family where the config says so, though `detect` cannot know."""
+        return cls.detect(source)
+
+    @classmethod
     def load(
         cls,
         source: ModelSource,
@@ -379,7 +384,7 @@ class PipelineFamily:
         device: torch.device | str,
         prediction: Prediction | None = None,
     ) -> Self:
-        if not cls.detect(source):
+        if not cls.fits(source):
             raise ModelError(
                 f"{source.path} is not {cls.title}.",
                 remedy="Leave `model.family` out to have the family detected from the weights.",

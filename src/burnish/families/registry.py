@@ -39,6 +39,7 @@ BUILT_IN = {
     "lumina2": "burnish.families.lumina2:Lumina2",
     "sana": "burnish.families.sana:Sana",
     "qwen_image": "burnish.families.qwen_image:QwenImage",
+    "qwen_image_edit": "burnish.families.qwen_image_edit:QwenImageEdit",
     "z_image": "burnish.families.z_image:ZImage",
     "auraflow": "burnish.families.auraflow:AuraFlow",
     "wan21": "burnish.families.wan21:Wan21",

@@ -1,0 +1,67 @@
+"""Pictures as Qwen2.5-VL sees them: sized, normed and cut into patches, without torchvision.
+
+The same numbers as transformers' `Qwen2VLImageProcessor` on Pillow gives, with the settings that Qwen-Image's editing
+releases come with.
+
+Shape letters: H W height and width, N patches, D width of a patch, K pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, floor, sqrt
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+PATCH = 14  # pixels
+MERGED = 2  # patches each way that become one token
+FRAMES = 2  # a still picture counts twice in a patch
+FEWEST_PIXELS, MOST_PIXELS = 56 * 56, 12_845_056
+# Of the pictures that CLIP was trained on, by colour.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+def picture_of(pixels_3HW: Tensor) -> Image.Image:
+    """Pixels in [-1, 1] as an RGB picture of 8 bits."""
+    values_3HW = ((pixels_3HW.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(values_3HW.permute(1, 2, 0).numpy())
+
+
+def patches(pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    """What the vision transformer reads, (N, D) float32, and for each picture (frames, rows, columns), (K, 3)."""
+    seen, grids = [], []
+    for picture in pictures:
+        height, width = seen_size(picture.height, picture.width)
+        values_HW3 = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+        pixels_HW3 = torch.from_numpy(values_HW3.copy()).float() / 255
+        normed_HW3 = (pixels_HW3 - torch.tensor(_MEAN)) / torch.tensor(_DEVIATION)
+        rows, columns = height // PATCH, width // PATCH
+        # Patches in the order in which they are merged to tokens, colours outermost within a patch.
+        blocks = normed_HW3.reshape(rows // MERGED, MERGED, PATCH, columns // MERGED, MERGED, PATCH, 3)
+        blocks = blocks.permute(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
+        seen.append(blocks.expand(-1, -1, -1, -1, -1, FRAMES, -1, -1).reshape(rows * columns, -1))
+        grids.append([1, rows, columns])
+    return torch.cat(seen), torch.tensor(grids)
+
+
+def tokens(grids_K3: Tensor) -> list[int]:
+    """Tokens that each picture becomes."""
+    return [int(count) // MERGED**2 for count in grids_K3.prod(1).tolist()]
+
+
+def seen_size(height: int, width: int) -> tuple[int, int]:
+    """The nearest size of whole tokens, with neither too few nor too many pixels."""
+    factor = PATCH * MERGED
+    rows, columns = (round(length / factor) for length in (height, width))
+    pixels = rows * columns * factor**2
+    if pixels > MOST_PIXELS:
+        shrink = sqrt(height * width / MOST_PIXELS)
+        rows, columns = (max(1, floor(length / shrink / factor)) for length in (height, width))
+    elif pixels < FEWEST_PIXELS:
+        grow = sqrt(FEWEST_PIXELS / (height * width))
+        rows, columns = (ceil(length * grow / factor) for length in (height, width))
+    return rows * factor, columns * factor
