@@ -389,12 +389,12 @@ class PipelineFamily:
                 f"{source.path} is not {cls.title}.",
                 remedy="Leave `model.family` out to have the family detected from the weights.",
             )
+        cls._refuse_unknown_denoisers(source)
         found = PipelineSource(source, cls.slots, shipped_configs(cls.name), cls.title, parts)
         known = [
             s
             for s in cls.slots
             if s.part != "text_encoders" and (s.part == "denoiser" or found.index or s.part in parts)
-        cls._refuse_unknown_denoisers(source)
         ]
         configs: dict[str, Config] = {s.folder: found.config(s) for s in known if found.has(s)}
         configs = {**found.shipped, **configs, "scheduler": found.scheduler, "model_index": found.index}
@@ -413,11 +413,6 @@ class PipelineFamily:
         return family
 
     @classmethod
-    def skeleton(cls, depth: int | None = None) -> Self:
-        shipped = shipped_configs(cls.name)
-        family = cls({**shipped, "model_index": {}}, torch.bfloat16, None)
-        for slot in cls.denoiser_slots():
-    @classmethod
     def _refuse_unknown_denoisers(cls, source: ModelSource) -> None:
         known = [slot.folder for slot in cls.denoiser_slots()]
         unknown = [folder for folder in source.denoisers if folder not in known]
@@ -427,6 +422,11 @@ class PipelineFamily:
                 remedy="Correct `model.denoisers`, or leave it out to train all of them.",
             )
 
+    @classmethod
+    def skeleton(cls, depth: int | None = None) -> Self:
+        shipped = shipped_configs(cls.name)
+        family = cls({**shipped, "model_index": {}}, torch.bfloat16, None)
+        for slot in cls.denoiser_slots():
             if slot.optional:
                 continue
             config = dict(shipped[slot.folder])
