@@ -1,17 +1,21 @@
 """Wan 2.1: text to video and stills, image to video with CLIP's view of the first frame. Wan 2.2: two denoisers by
-time, and the one of 5B over latents of 48 channels."""
+time, and the one of 5B over latents of 48 channels. VACE: a second row of blocks that reads a control."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import (
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from numpy.random import default_rng
 from PIL import Image
 from tiny_pipelines import drawn, t5_tokenizer
@@ -21,7 +25,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from burnish.data.prepare import pixels_of
-from burnish.families.wan import NAMES
+from burnish.families.wan import NAMES, VACE_NAMES
 from burnish.family import Conditioning, Family
 from tiny import Case
 
@@ -136,6 +140,62 @@ def wide_image(seed: int) -> WanImageToVideoPipeline:
     )
 
 
+class OneByOne(WanVACEPipeline):
+    """The pipeline takes one prompt at a time; this calls it for each of several."""
+
+    def __call__(  # type: ignore[override]
+        self, prompt: list[str], negative_prompt: list[str], generator: list[torch.Generator], **options: Any
+    ) -> WanPipelineOutput:
+        drawn = [
+            super(OneByOne, self).__call__(one, negative, generator=seeded, **options).frames
+            for one, negative, seeded in zip(prompt, negative_prompt, generator, strict=True)
+        ]
+        return WanPipelineOutput(frames=torch.cat(drawn))
+
+
+def _vace(seed: int) -> WanVACEPipeline:
+    return WanVACEPipeline(
+        transformer=drawn(
+            seed,
+            lambda: WanVACETransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=12,
+                text_dim=32,
+                ffn_dim=96,
+                num_layers=3,
+                rope_max_seq_len=64,
+                vace_layers=[0, 2],
+                vace_in_channels=96,
+            ),
+        ),
+        transformer_2=None,
+        **rest(seed),
+    )
+
+
+def _grey(family: Family, frames: int) -> Conditioning:
+    """What the pipeline takes where no clip is given."""
+    return family.encode_references([torch.zeros(1, 3, *SIZE)], frames=frames)
+
+
+def control_clip() -> list[Image.Image]:
+    blobs = default_rng(4).integers(0, 256, (5, 4, 4, 3), dtype="uint8")
+    return [Image.fromarray(one).resize(SIZE[::-1], Image.Resampling.BICUBIC) for one in blobs]
+
+
+def hole() -> Image.Image:
+    """White on the left half, which is to be drawn."""
+    picture = Image.new("RGB", SIZE[::-1])
+    picture.paste((255, 255, 255), (0, 0, SIZE[1] // 2, SIZE[0]))
+    return picture
+
+
+def _controlled(family: Family) -> Conditioning:
+    clip = torch.stack([pixels_of(picture) for picture in control_clip()], dim=1)
+    mask = (pixels_of(hole())[:1] + 1) / 2
+    return family.encode_references([clip[None]], mask_B1HW=mask[None], frames=5)
+
+
 _FILE: dict[str, Any] = {"native": NAMES, "upstream": "convert_wan_transformer_to_diffusers"}
 CASES = {
     "wan21": Case("wan21", _text_to_video, frames=5, **_FILE),
@@ -169,4 +229,30 @@ CASES = {
     ),
     "wan22_5b": Case("wan22", _wide, frames=5, **_FILE),
     "wan22_5b_still": Case("wan22", _wide, call={"num_frames": 1}, learns=False),
+    "wan_vace": Case(
+        "wan_vace",
+        _vace,
+        told=partial(_grey, frames=5),
+        frames=5,
+        pipeline=OneByOne,
+        native=VACE_NAMES,
+        upstream="convert_wan_transformer_to_diffusers",
+    ),
+    "wan_vace_still": Case(
+        "wan_vace",
+        _vace,
+        call={"num_frames": 1},
+        told=partial(_grey, frames=1),
+        pipeline=OneByOne,
+        learns=False,
+    ),
+    "wan_vace_control": Case(
+        "wan_vace",
+        _vace,
+        call={"video": control_clip(), "mask": [hole()] * 5},
+        told=_controlled,
+        frames=5,
+        pipeline=OneByOne,
+        learns=False,
+    ),
 }

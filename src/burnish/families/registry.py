@@ -44,6 +44,8 @@ BUILT_IN = {
     "auraflow": "burnish.families.auraflow:AuraFlow",
     "wan21": "burnish.families.wan21:Wan21",
     "hidream": "burnish.families.hidream:HiDream",
+    "wan_vace": "burnish.families.wan_vace:WanVace",
+    "wan22": "burnish.families.wan22:Wan22",
     "pixart": "burnish.families.pixart:PixArt",
     "wan22": "burnish.families.wan22:Wan22",
 }
