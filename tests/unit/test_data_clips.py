@@ -190,7 +190,7 @@ def test_windows():
     # Without a number as many as the model draws, or as many as there are.
     assert windows().within(20.0) == [Window(81, 0.0)]
     assert windows().within(1.0) == [Window(13, 0.0)]
-    assert windows().within(0.999) == [Window(13, 0.0)]  # a container's rounding
+    assert windows().within(1.0615) == [Window(17, 0.0)]  # 17 frames, rounded to milliseconds by a container
     with pytest.raises(BadPicture, match="are 4 frames at 16 per second; at least 5 are taken"):
         windows().within(0.25)
 

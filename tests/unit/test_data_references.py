@@ -86,21 +86,33 @@ def full(samples: Sequence[Sample], family: Family) -> tuple[Cache, CacheKeys]:
     return cache, keys
 
 
-def test_a_reference_of_the_same_size_lies_over_its_target(tmp_path: Path, kontext: Family):
-    """Resized, cut and mirrored alike: a copy of the target as its own reference stays the same pixel by pixel."""
+class Small(Flux):
+    """An editor that takes references smaller, and square."""
+
+    def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
+        return 32, 32
+
+
+@pytest.mark.parametrize("kind", [Flux, Small])
+def test_a_reference_of_the_same_size_lies_over_its_target(
+    kind: type[Flux], tmp_path: Path, tiny_folder: TinyFolder
+):
+    """Resized, cut and mirrored alike, and only then taken smaller: a copy of the target stays the same picture."""
+    family = loaded(kind, tiny_folder("flux_kontext"))
     path = target(tmp_path / "a", "x.png", 150, 100)
     (tmp_path / "r").mkdir()
     Image.open(path).save(tmp_path / "r" / "x.webp", lossless=True)
-    (sample,) = prepared(tmp_path / "a", kontext, references=[tmp_path / "r"], flip=True).samples
+    (sample,) = prepared(tmp_path / "a", family, references=[tmp_path / "r"], flip=True).samples
     assert sample.fit.cut_share > 0
-    wanted = kontext.reference_size(
-        sample.bucket.height, sample.bucket.width, (sample.bucket.height, sample.bucket.width)
-    )
+    height, width = sample.bucket.height, sample.bucket.width
+    wanted = family.reference_size(height, width, (height, width))
     for flip in (False, True):
         (reference,) = load_references(sample, flip=flip)
         assert reference.shape == (3, *wanted)
         fitted = sample.fit.apply(Image.open(path).convert("RGB"), flipped=flip)
-        assert torch.equal(reference, as_tensor(fitted.resize(wanted[::-1], Image.Resampling.LANCZOS)))
+        if (height, width) != wanted:
+            fitted = fitted.resize(wanted[::-1], Image.Resampling.LANCZOS)
+        assert torch.equal(reference, as_tensor(fitted))
 
 
 def test_a_reference_of_another_size_is_cut_in_the_middle(tmp_path: Path, kontext: Family):
