@@ -19,6 +19,8 @@ TinyFolder = Callable[[str], Path]
 
 # Warnings are errors; these come from inside a library, where no caller can avoid them.
 UPSTREAM_WARNINGS = (
+    # diffusers' ChatGLM, Kolors' text encoder, compiles an activation as torch once wished.
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning",
     # diffusers' ChromaTransformer2DModel takes its position embedding from where it used to be.
     "ignore:`FluxPosEmbed` is deprecated:FutureWarning",
     # diffusers' EulerDiscreteScheduler gives a torch tensor to numpy, whose `copy` argument torch lacks.

@@ -6,7 +6,8 @@ Shape letters: B batch, C channels, T frames, H W height and width (of pixels or
 D width. A video family works on pixels (B, 3, T, H, W) and latents (B, C, T, H, W); a picture is a clip of one frame.
 Conventions: data at t = 0, noise at t = 1; pixels in [-1, 1]; sizes in pixels as (height, width).
 A flow family mixes x_t = (1 - t) * data + t * noise and predicts velocity = noise - data. An older family mixes
-x_t = sqrt(alpha_bar) * data + sqrt(1 - alpha_bar) * noise at index t * 1000 and predicts epsilon or v.
+x_t = sqrt(alpha_bar) * data + sqrt(1 - alpha_bar) * noise at index t * steps (1000, as a rule) and predicts epsilon
+or v.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class Schedule:
 
     prediction: Prediction
     scheduler: Mapping[str, Any]  # diffusers scheduler config, `_class_name` included
-    alphas_cumprod: Tensor | None = None  # (1000,) float64 for epsilon and v; None for a flow
+    alphas_cumprod: Tensor | None = None  # (steps,) float64 for epsilon and v; None for a flow
     shift: float | TokenShift = 1.0  # timestep shift of a flow, as released
     # Sigmas of a flow before the shift: 1 to 1/steps; 1 to 1/1000 in whole thousandths; or the scheduler's own.
     spacing: Literal["linear", "thousandths", "scheduler"] = "linear"
@@ -198,6 +199,11 @@ class Schedule:
 
 
 Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the noise schedule: what a scheduler's timestep is divided by to give t."""
+        return 1000 if self.alphas_cumprod is None else len(self.alphas_cumprod)
 
 
 def classifier_free_guidance(with_prompt: Tensor, without: Tensor, scale: Tensor) -> Tensor:

@@ -106,8 +106,9 @@ class Denoising:
         t_B = torch.stack(draws)
         if self.schedule.is_flow:
             return low + (high - low) * shift_time(t_B, self.shift_at(tokens))
-        # An older denoiser knows whole indices 0 to 999 only.
-        return ((low + (high - low) * t_B) * 1000).floor().clamp(max=999) / 1000
+        # An older denoiser knows whole indices only: 0 to 999, as a rule.
+        steps = self.schedule.steps
+        return ((low + (high - low) * t_B) * steps).floor().clamp(max=steps - 1) / steps
 
     def shift_at(self, tokens: int) -> float:
         if isinstance(self.shift, float | int):
@@ -174,7 +175,7 @@ def _mixing(schedule: Schedule, t_B: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of data and noise at `t_B`, each (B,) float32."""
     if schedule.alphas_cumprod is None:
         return 1 - t_B, t_B
-    index_B = (t_B * 1000).round().long().clamp(0, 999)
+    index_B = (t_B * schedule.steps).round().long().clamp(0, schedule.steps - 1)
     # On the CPU, in float64: not every device has that type.
     alpha_B = schedule.alphas_cumprod.cpu()[index_B.cpu()]
     return alpha_B.sqrt().float().to(t_B.device), (1 - alpha_B).sqrt().float().to(t_B.device)

@@ -36,7 +36,6 @@ from burnish.families.weights import Layout, below, layout_of
 from burnish.family import ModelSource, Part, Prediction, Schedule
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-STEPS = 1000  # of the noise schedule
 PLAIN, INPAINTING = (
     4,
     9,
@@ -272,13 +271,10 @@ def schedule_of(config: Mapping[str, Any], prediction: Prediction | None) -> Sch
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
-    """Share of the data's variance left after each of the 1000 steps, float64, shape (1000,).
+    """Share of the data's variance left after each of the steps (1000, as a rule), float64, shape (steps,).
 
     Betas as in diffusers' schedulers; `rescale_betas_zero_snr` is algorithm 1 of arXiv 2305.08891.
     """
-    steps = config.get("num_train_timesteps", STEPS)
-    if steps != STEPS:
-        raise ModelError(f"The scheduler has {steps} training steps; only {STEPS} are supported.")
     alphas = torch.cumprod(1 - _betas(config), 0)
     if config.get("rescale_betas_zero_snr"):
         root = alphas.sqrt()
@@ -291,14 +287,15 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     if config.get("trained_betas") is not None:
         return torch.tensor(config["trained_betas"], dtype=torch.float64)
     # Where a config leaves them out, diffusers' defaults hold.
+    steps = int(config.get("num_train_timesteps", 1000))
     low, high = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     match config.get("beta_schedule", "linear"):
         case "linear":
-            return torch.linspace(low, high, STEPS, dtype=torch.float64)
+            return torch.linspace(low, high, steps, dtype=torch.float64)
         case "scaled_linear":
-            return torch.linspace(math.sqrt(low), math.sqrt(high), STEPS, dtype=torch.float64) ** 2
+            return torch.linspace(math.sqrt(low), math.sqrt(high), steps, dtype=torch.float64) ** 2
         case "squaredcos_cap_v2":  # arXiv 2102.09672, equation 17
-            times = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
+            times = torch.arange(steps + 1, dtype=torch.float64) / steps
             remaining = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
             return (1 - remaining[1:] / remaining[:-1]).clamp(max=0.999)
         case other:

@@ -29,6 +29,7 @@ BUILT_IN = {
     "flex1": "burnish.families.flex1:Flex1",
     "flex2": "burnish.families.flex2:Flex2",
     "flux2": "burnish.families.flux2:Flux2",
+    "kolors": "burnish.families.kolors:Kolors",
     "sd3": "burnish.families.sd3:StableDiffusion3",
     "hunyuan_video": "burnish.families.hunyuan_video:HunyuanVideo",
     "ltx": "burnish.families.ltx:LTXVideo",

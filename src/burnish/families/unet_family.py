@@ -173,7 +173,7 @@ class UNetFamily:
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         # Scaled in the precision given: a sampler passes float64, so that whole steps stay whole.
-        index_B = (t_B * 1000).float()
+        index_B = (t_B * self.schedule.steps).float()
         predicted_BCHW: Tensor = self._parts.loaded_unet()(
             self._with_hole(noisy, conditioning).to(self._dtype),
             index_B,

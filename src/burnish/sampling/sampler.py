@@ -277,7 +277,13 @@ def _draw_batch(
         model_input = torch.cat([latents_BCHW] * 2) if guided else latents_BCHW
         if not family.schedule.is_flow:
             model_input = scheduler.scale_model_input(model_input, timestep)
-        t_B = torch.full((len(model_input),), float(timestep) / 1000, dtype=time_type, device=device)
+        t_B = torch.full(
+            (len(model_input),), float(timestep) / family.schedule.steps, dtype=time_type, device=device
+        )
+        if family.capabilities.mean_flow:
+            until = float(timesteps[number + 1]) if number + 1 < len(timesteps) else 0.0
+            until_B = torch.full_like(t_B, until / 1000)
+            conditioning = conditioning.merged({"until_B": until_B})
         predicted = family.predict(model_input, t_B, conditioning).float()
         if guided:
             without, with_prompt = predicted.chunk(2)
