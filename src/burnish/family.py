@@ -117,6 +117,7 @@ class LatentShape:
     compression: int  # pixels per latent, each way
     patch: int = 1  # latents per token, each way
     frame_compression: int | None = None  # frames per latent frame after the first; None: no time axis
+    noise_last: bool = False  # the released sampler draws noise place by place, channels innermost
 
     @property
     def pixel_multiple(self) -> int:
@@ -191,19 +192,21 @@ class Schedule:
     shift: float | TokenShift = 1.0  # timestep shift of a flow, as released
     # Sigmas of a flow before the shift: 1 to 1/steps; 1 to 1/1000 in whole thousandths; or the scheduler's own.
     spacing: Literal["linear", "thousandths", "scheduler"] = "linear"
-
+    # In place of both in sampling: tokens and steps -> sigmas as they come after the shift.
+    sigmas: Callable[[int, int], Sequence[float]] | None = None
     times: tuple[float, float] = (0.0, 1.0)  # those that the loaded denoisers are for; training keeps to them
+
     @property
     def is_flow(self) -> bool:
         return self.alphas_cumprod is None
-
-
-Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
 
     @property
     def steps(self) -> int:
         """Steps of the noise schedule: what a scheduler's timestep is divided by to give t."""
         return 1000 if self.alphas_cumprod is None else len(self.alphas_cumprod)
+
+
+Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def classifier_free_guidance(with_prompt: Tensor, without: Tensor, scale: Tensor) -> Tensor:
@@ -221,6 +224,8 @@ class SamplerDefaults:
     fps: float = 0.0  # of clips; 0 for still pictures
     guide: Guide = classifier_free_guidance
     guides_above: float = 1.0  # scales up to this one take no second pass
+    # In place of `guide`: what the prompts say -> the rule of one run, which may remember its steps.
+    guide_of: Callable[[Conditioning], Guide] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +236,9 @@ class Capabilities:
     masks: bool = False  # fills holes: the first reference is the picture, a mask says where
     first_frame: bool = False  # the first reference is the clip's first frame
     video: bool = False
+    mean_flow: bool = (
+        False  # reads conditioning["until_B"], the time a step goes to; absent means: the velocity here
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,13 +297,13 @@ class ModelSource:
     text_encoders: tuple[Path, ...] = ()
     revision: str | None = None
     offline: bool = False
+    denoisers: tuple[str, ...] = ()
 
 
 class NegativePrompt(str):
     """A prompt of what to keep away from.
 
     Families that put an instruction in front of captions are released without it there, and for the empty caption.
-    denoisers: tuple[str, ...] = ()
     """
 
     __slots__ = ()
