@@ -1,0 +1,46 @@
+"""Gemma 3 by Google (arXiv 2503.19786) as a text encoder: the language model without its eyes, all hidden states read.
+
+Shape letters: B batch, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Gemma3TextConfig, Gemma3TextModel
+
+from burnish.families.native import refuse_scaled
+from burnish.families.pipeline import Slot
+from burnish.families.text_slots import language_model_slot, settings_of
+from burnish.families.weights import Layout, below
+
+# Where releases keep the language model: two spellings of the model with eyes, and the one without.
+_STEMS = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+_LAST = "norm.weight"
+
+
+def gemma3_slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") -> Slot:
+    """Gemma 3 without its head and its vision tower; its folder's config can be that of the whole model."""
+
+    def config(**settings: Any) -> Gemma3TextConfig:
+        return Gemma3TextConfig(**settings_of(settings.get("text_config", settings)))
+
+    return language_model_slot(
+        folder,
+        tokenizer,
+        config=config,
+        model=Gemma3TextModel,
+        signs=("model.layers.0.self_attn.q_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight"),
+        tidy=transformers_names,
+        unused=("lm_head.*", "*rotary_emb*inv_freq", "*vision_tower.*", "*multi_modal_projector.*"),
+    )
+
+
+def transformers_names(layout: Layout) -> Layout:
+    """Names as Gemma3TextModel has them.
+
+    Raises:
+        ModelError: 8-bit weights with scales beside them.
+    """
+    refuse_scaled(layout)
+    return next((below(layout, stem) for stem in _STEMS if stem + _LAST in layout), layout)
