@@ -111,10 +111,11 @@ class ZImage(PipelineFamily):
     }
     export = ExportKeys(
         default="diffusers",
-        formats=("diffusers",),
+        formats=("diffusers", "comfy"),  # the latter, with fused queries, loads in ComfyUI alone
         modelspec="z-image",
         base_model_version="z_image",
-        prefix={"diffusers": "transformer."},
+        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        native=NAMES.native_module,
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     defaults = SamplerDefaults(
