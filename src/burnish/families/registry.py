@@ -49,7 +49,6 @@ BUILT_IN = {
     "wan_vace": "burnish.families.wan_vace:WanVace",
     "wan22": "burnish.families.wan22:Wan22",
     "pixart": "burnish.families.pixart:PixArt",
-    "wan22": "burnish.families.wan22:Wan22",
 }
 
 
@@ -99,7 +98,6 @@ def detect_family(source: ModelSource) -> type[Family]:
 
     Raises:
         ModelError: the weights cannot be found or read, or no family or more than one knows them.
-    """
     local = replace(source, path=str(locate(source)))  # a Hub id is looked up once, not once per family
     matches = {name: family for name, family in families().items() if family.detect(local)}
     if len(matches) == 1:
