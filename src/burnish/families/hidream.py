@@ -117,7 +117,7 @@ class HiDream(PipelineFamily):
         device: torch.device | str,
         prediction: Prediction | None = None,
     ) -> Self:
-        if "text_encoders" in parts and not source.text_encoders and cls.detect(source):
+        if "text_encoders" in parts and not source.text_encoders and cls.fits(source):
             _require_llama(locate(source))
         return super().load(source, parts, dtype=dtype, device=device, prediction=prediction)
 
