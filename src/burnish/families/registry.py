@@ -98,6 +98,7 @@ def detect_family(source: ModelSource) -> type[Family]:
 
     Raises:
         ModelError: the weights cannot be found or read, or no family or more than one knows them.
+    """
     local = replace(source, path=str(locate(source)))  # a Hub id is looked up once, not once per family
     matches = {name: family for name, family in families().items() if family.detect(local)}
     if len(matches) == 1:
