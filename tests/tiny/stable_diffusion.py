@@ -154,7 +154,6 @@ def told(family: Family) -> Conditioning:
 FILLS: dict[str, Any] = {
     "call": {"image": picture(), "mask_image": mask(), "strength": 1.0},
     "told": told,
-    "learns": False,
 }
 CASES = {
     "sd2": Case("sd2", partial(_one_clip, second=True, prediction="v_prediction")),
@@ -165,5 +164,5 @@ CASES = {
     "sd2_inpainting": Case(
         "sd2", partial(_one_clip, second=True, channels=INPAINTING), pipeline=InpaintOfTheMode, **FILLS
     ),
-    "sdxl_inpainting": Case("sdxl", _sdxl_inpainting, pipeline=InpaintXLOfTheMode, **FILLS),
+    "sdxl_inpainting": Case("sdxl", _sdxl_inpainting, pipeline=InpaintXLOfTheMode, side=128, **FILLS),
 }
