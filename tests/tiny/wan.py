@@ -184,9 +184,9 @@ def control_clip() -> list[Image.Image]:
 
 
 def hole() -> Image.Image:
-    """White on the left half, which is to be drawn."""
+    """White where it is to be drawn, with edges that cut through latents."""
     picture = Image.new("RGB", SIZE[::-1])
-    picture.paste((255, 255, 255), (0, 0, SIZE[1] // 2, SIZE[0]))
+    picture.paste((255, 255, 255), (0, 0, SIZE[1] // 2 + 3, SIZE[0] - 6))
     return picture
 
 
