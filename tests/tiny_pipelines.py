@@ -166,10 +166,10 @@ def clip_l_with_projection(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProject
     return CLIPTextModelWithProjection(_clip_config(tokenizer, width=24, heads=12, activation="quick_gelu"))
 
 
-def clip_g(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    # More layers than CLIP-L's twelve: by these the files of the two are told apart.
+def clip_g(tokenizer: CLIPTokenizer, layers: int = 3) -> CLIPTextModelWithProjection:
+    """OpenCLIP's bigG. With more layers than CLIP-L's twelve, separate files of the two are told apart."""
     return CLIPTextModelWithProjection(
-        _clip_config(tokenizer, width=40, heads=20, activation="gelu", layers=13)
+        _clip_config(tokenizer, width=40, heads=20, activation="gelu", layers=layers)
     )
 
 

@@ -38,7 +38,7 @@ def _sd3(seed: int, *, medium: bool) -> StableDiffusion3Pipeline:
         ),
         text_encoder=drawn(seed + 2, lambda: clip_l_with_projection(tokenizer)),
         tokenizer=tokenizer,
-        text_encoder_2=drawn(seed + 3, lambda: clip_g(tokenizer_2)),
+        text_encoder_2=drawn(seed + 3, lambda: clip_g(tokenizer_2, layers=13)),
         tokenizer_2=tokenizer_2,
         text_encoder_3=drawn(seed + 4, lambda: t5(tokenizer_3, width=72)),
         tokenizer_3=tokenizer_3,
