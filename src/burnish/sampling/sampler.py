@@ -256,7 +256,7 @@ def _draw_batch(
     generators = [torch.Generator("cpu").manual_seed(one.request.seed) for one in encoded]
     scheduler = make_scheduler(family.schedule)
     shape = family.latents.of(*first.size, first.frames)
-    noise = [torch.randn((1, *shape), generator=generator, dtype=dtype) for generator in generators]
+    noise = [_noise(family, shape, generator, dtype) for generator in generators]
     # The latents stay in float32 whatever the denoiser computes in: small steps would be lost in bfloat16.
     latents_BCHW = torch.cat(noise).to(device).float()
     _set_timesteps(scheduler, family.schedule, first.steps, family.latents.tokens(shape))
@@ -264,6 +264,9 @@ def _draw_batch(
         latents_BCHW = latents_BCHW * scheduler.init_noise_sigma
 
     conditioning = _joined(encoded, device, dtype)
+    guide, guide_of = family.defaults.guide, family.defaults.guide_of
+    if guide_of is not None:
+        guide = guide_of(conditioning.rows(slice(-len(encoded), None)))
     scale = torch.tensor([one.scale for one in encoded], device=device).view(-1, *(1 for _ in shape))
     # Stochastic schedulers (Euler ancestral, LCM) draw on the CPU from each picture's own generator.
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -287,11 +290,18 @@ def _draw_batch(
         predicted = family.predict(model_input, t_B, conditioning).float()
         if guided:
             without, with_prompt = predicted.chunk(2)
-            predicted = family.defaults.guide(with_prompt, without, scale)
+            predicted = guide(with_prompt, without, scale)
         latents_BCHW = scheduler.step(predicted, timestep, latents_BCHW, return_dict=False, **options)[0]
         # A second-order scheduler takes several turns per step.
         step_done(first.steps * (number + 1) // len(timesteps))
     return latents_BCHW
+
+
+def _noise(family: Family, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Of one picture, (1, C, ...), in the order in which the released sampler draws it."""
+    if not family.latents.noise_last:
+        return torch.randn((1, *shape), generator=generator, dtype=dtype)
+    return torch.randn((1, *shape[1:], shape[0]), generator=generator, dtype=dtype).movedim(-1, 1)
 
 
 def _joined(
@@ -327,6 +337,10 @@ def _set_timesteps(scheduler: Any, schedule: Schedule, steps: int, tokens: int) 
         scheduler.set_timesteps(steps)
         return
     options: dict[str, Any] = {}
+    if schedule.sigmas is not None:
+        scheduler.set_timesteps(sigmas=list(schedule.sigmas(tokens, steps)))
+        scheduler.set_begin_index(0)
+        return
     if not isinstance(schedule.shift, float | int):
         options["mu"] = schedule.shift.mu(tokens, steps)
     if schedule.spacing == "linear":
