@@ -150,7 +150,7 @@ def config_from_shapes(shipped: Mapping[str, Any], layout: Layout) -> dict[str, 
 def encode(vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
     """Pixels in [-1, 1] -> latents (B, C, H/8, W/8) in the scale the denoiser sees: the posterior's mode."""
     mode_BCHW: Tensor = vae.encode(pixels_B3HW.to(vae.device, vae.dtype)).latent_dist.mode()
-    scaled_BCHW: Tensor = (mode_BCHW - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    scaled_BCHW: Tensor = (mode_BCHW - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
     return scaled_BCHW
 
 
@@ -158,5 +158,5 @@ def encode(vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
 def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
     """Latents in the scale the denoiser sees -> pixels (B, 3, H, W) in [-1, 1], not clamped."""
     plain_BCHW = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    pixels_B3HW: Tensor = vae.decode(plain_BCHW + (vae.config.shift_factor or 0.0), return_dict=False)[0]
+    pixels_B3HW: Tensor = vae.decode(plain_BCHW + (vae.config.get("shift_factor") or 0.0), return_dict=False)[0]
     return pixels_B3HW

@@ -87,6 +87,8 @@ _RESPELLED = (
     ("time_in.out_layer.", "time_in.mlp.2."),
     ("guidance_in.in_layer.", "guidance_in.mlp.0."),
     ("guidance_in.out_layer.", "guidance_in.mlp.2."),
+    ("time_r_in.in_layer.", "time_r_in.mlp.0."),
+    ("time_r_in.out_layer.", "time_r_in.mlp.2."),
 )
 
 
@@ -102,11 +104,12 @@ def find_transformer(layout: Layout) -> Layout | None:
         return layout
     for prefix in PREFIXES:
         if f"{prefix}double_blocks.0.img_attn.qkv.weight" in layout:
-            return NAMES.denoiser(_in_tencents_names(below(layout, prefix)), rows_of_stacks)
+            return NAMES.denoiser(in_tencents_names(below(layout, prefix)), rows_of_stacks)
     return NAMES.denoiser(layout, rows_of_stacks)
 
 
-def _in_tencents_names(layout: Layout) -> Layout:
+def in_tencents_names(layout: Layout) -> Layout:
+    """A layout in ComfyUI's names, its prefix taken off."""
     renamed: Layout = {}
     for name, piece in layout.items():
         for theirs, ours in _RESPELLED:

@@ -34,6 +34,7 @@ BUILT_IN = {
     "ltx2": "burnish.families.ltx2:LTX2",
     "hunyuan_video": "burnish.families.hunyuan_video:HunyuanVideo",
     "ltx": "burnish.families.ltx:LTXVideo",
+    "hunyuan_image": "burnish.families.hunyuan_image:HunyuanImage",
     "krea2": "burnish.families.krea2:Krea2",
     "ernie_image": "burnish.families.ernie_image:ErnieImage",
     "cogview4": "burnish.families.cogview4:CogView4",
