@@ -101,6 +101,15 @@ def test_an_unknown_denoiser_is_refused(tiny_folder: TinyFolder) -> None:
         load(tiny_folder("wan22"), denoisers=("transformer_3",))
 
 
+def test_a_single_file_of_a_pair_must_be_said_which(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    file = tmp_path / "expert.safetensors"
+    save_file(native_weights(NAMES, folder_weights(tiny_folder("wan22_i2v"), "transformer")), file)
+    assert detect_family(ModelSource(str(file))) is family_named("wan22")
+    with pytest.raises(ModelError, match="one of the two denoisers") as error:
+        load(file)
+    assert "model.denoisers: [transformer]" in str(error.value.remedy)
+
+
 @pytest.mark.parametrize("part", ["transformer", "transformer_2"])
 @pytest.mark.parametrize("name", ["wan22", "wan22_i2v"])
 def test_a_single_file_is_the_denoiser_that_the_config_names(

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from burnish.errors import ModelError
 from burnish.families import video_vae, wan
 from burnish.families.pipeline import Config, PipelineFamily, not_in_files
 from burnish.families.sources import locate
@@ -90,6 +91,11 @@ class Wan22(PipelineFamily):
             self.capabilities = Capabilities(video=True)
         if self.is_wide:
             return
+        if self.source is not None and not self.index and not chosen:
+            raise ModelError(
+                f"{self.source.path} holds one of the two denoisers of {self.title} and does not tell which.",
+                remedy=f"Set `model.denoisers: [{HIGH}]` for the one for high noise, `[{LOW}]` for low noise.",
+            )
         released = I2V_BOUNDARY if self.goes_on else T2V_BOUNDARY
         self.boundary = float(self.index.get("boundary_ratio") or released)
         if tuple(chosen) in ((HIGH,), (LOW,)):
