@@ -155,6 +155,7 @@ def test_latents_are_the_scaled_mode_and_decode_back(load: Load, folder: Path, n
     reference = AutoModel.from_pretrained(str(folder / "vae"))
     pixels_B3HW = torch.rand(2, 3, SIZE, 2 * SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     has_time = next(reference.parameters()).dim() == 5
+    reference.use_slicing = True  # HunyuanVideo 1.5's takes no more than one at a time
     with torch.no_grad():
         encoded = reference.encode(pixels_B3HW[:, :, None] if has_time else pixels_B3HW)
         mode = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
@@ -251,7 +252,7 @@ def test_a_shallow_skeleton_is_the_same_but_for_depth_and_predicts(kind: type[Fa
     assert shallow.predict(noisy_BCHW, t_B, conditioning).shape == noisy_BCHW.shape
 
 
-def test_blocks_come_in_forward_order_each_once(load: Load) -> None:
+def test_blocks_come_in_forward_order_each_once(load: Load, name: str) -> None:
     family = load("denoiser")
     inside_it = set(the_denoiser(family).modules())
     blocks = [block for block in family.blocks() if block in inside_it]
@@ -263,7 +264,12 @@ def test_blocks_come_in_forward_order_each_once(load: Load) -> None:
     assert [id(block) for block in called] == [id(block) for block in blocks]
 
     inside = sum(parameter.numel() for block in blocks for parameter in block.parameters())
-    everything = sum(parameter.numel() for parameter in the_denoiser(family).parameters())
+    full_size = cases()[name].full_size if name in cases() else ()
+    everything = sum(
+        parameter.numel()
+        for key, parameter in the_denoiser(family).named_parameters()
+        if not key.startswith(full_size)
+    )
     assert inside > everything / 2  # blocks are what memory plans move about
 
 

@@ -31,6 +31,7 @@ BUILT_IN = {
     "flux2": "burnish.families.flux2:Flux2",
     "kolors": "burnish.families.kolors:Kolors",
     "sd3": "burnish.families.sd3:StableDiffusion3",
+    "hunyuan_video15": "burnish.families.hunyuan_video15:HunyuanVideo15",
     "ltx2": "burnish.families.ltx2:LTX2",
     "hunyuan_video": "burnish.families.hunyuan_video:HunyuanVideo",
     "ltx": "burnish.families.ltx:LTXVideo",

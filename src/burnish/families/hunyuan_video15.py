@@ -1,0 +1,243 @@
+"""HunyuanVideo 1.5 by Tencent (arXiv 2511.18870), 8.3 billion parameters: clips and pictures from text.
+
+A transformer of two-stream blocks over 32-channel latents (the VAE takes 16 x 16 pixels and 4 frames into one), beside
+which stand the latents of a first frame and a mask of where it is; without one both are zero. It reads Qwen2.5-VL's
+third last hidden state of the caption in a chat, whose instruction is dropped, and what a ByT5 makes of the words in
+quotation marks, letter by letter. Of both, padding is masked.
+
+Shape letters: B batch, C channels, T frames, H W height and width of latents, S tokens, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+from burnish.families import qwen, video_vae
+from burnish.families.masked import trimmed
+from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.text_slots import language_model_slot, t5_slot
+from burnish.families.weights import Layout, below
+from burnish.family import (
+    Capabilities,
+    Conditioning,
+    ExportKeys,
+    LatentShape,
+    SamplerDefaults,
+    TargetSet,
+)
+
+QWEN_TOKENS = 1000
+GLYPH_TOKENS = 256
+LAYERS_SKIPPED = 2
+ANSWER_TOKENS = 5  # the chat goes on behind the caption: its end, a line, whose turn it is, a line
+# As released with its runs of blanks (diffusers: HunyuanVideo15Pipeline); so many tokens stand before the caption.
+INSTRUCTION = (
+    "You are a helpful assistant. Describe the video by detailing the following aspects:         "
+    "1. The main content and theme of the video.         "
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.         "
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects.         "
+    "4. background environment, light, style and atmosphere.         "
+    "5. camera angles, movements, and transitions used in the video."
+)
+INSTRUCTION_TOKENS = 108
+_QUOTED = re.compile(r"\"(.*?)\"|“(.*?)”")
+
+_BLOCKS = "transformer_blocks"
+_ATTENTION = (
+    f"{_BLOCKS}.*.attn.to_[qkv]",
+    f"{_BLOCKS}.*.attn.to_out.0",
+    f"{_BLOCKS}.*.attn.add_[qkv]_proj",
+    f"{_BLOCKS}.*.attn.to_add_out",
+)
+_FEED_FORWARD = (
+    f"{_BLOCKS}.*.ff.net.0.proj",
+    f"{_BLOCKS}.*.ff.net.2",
+    f"{_BLOCKS}.*.ff_context.net.0.proj",
+    f"{_BLOCKS}.*.ff_context.net.2",
+)
+
+
+class Time(nn.Module):
+    """In place of diffusers' HunyuanVideo15TimeEmbedding, with the same sub-modules: waves of time in float32.
+
+    Diffusers takes time itself in the number type of the weights, by which bfloat16 would confuse neighbouring steps.
+    """
+
+    def __init__(self, released: nn.Module) -> None:
+        super().__init__()
+        self.time_proj = released.get_submodule("time_proj")
+        self.timestep_embedder = released.get_submodule("timestep_embedder")
+
+    def forward(self, timestep_B: Tensor, timestep_r: Tensor | None = None) -> Tensor:
+        weight = self.timestep_embedder.get_submodule("linear_1").get_parameter("weight")
+        embedded_BD: Tensor = self.timestep_embedder(self.time_proj(timestep_B.float()).to(weight.dtype))
+        return embedded_BD
+
+
+def _make_transformer(config: Mapping[str, Any]) -> HunyuanVideo15Transformer3DModel:
+    transformer: HunyuanVideo15Transformer3DModel = HunyuanVideo15Transformer3DModel.from_config(dict(config))
+    transformer.time_embed = Time(transformer.time_embed)
+    return transformer
+
+
+def _make_vae(config: Mapping[str, Any]) -> AutoencoderKLHunyuanVideo15:
+    vae: AutoencoderKLHunyuanVideo15 = AutoencoderKLHunyuanVideo15.from_config(dict(config))
+    vae.use_slicing = True  # diffusers' mask of its attention is of one clip
+    return vae
+
+
+def _text_slot() -> Slot:
+    """Qwen2.5-VL's language model by itself, as the release keeps it."""
+
+    def tidy(layout: Layout) -> Layout:
+        return below(layout, "model.") or layout
+
+    return language_model_slot(
+        "text_encoder",
+        "tokenizer",
+        config=Qwen2_5_VLTextConfig,
+        model=Qwen2_5_VLTextModel,
+        signs=("layers.0.self_attn.q_proj.bias", "embed_tokens.weight"),
+        tidy=tidy,
+        ship_tokenizer=qwen.shipped_tokenizer,
+    )
+
+
+def quoted(prompt: str) -> str | None:
+    """What the glyph encoder reads of a caption: the words in quotation marks, each once; None if there are none."""
+    found = [straight or curly for straight, curly in _QUOTED.findall(prompt)]
+    return "".join(f'Text "{text}". ' for text in dict.fromkeys(found)) or None
+
+
+class HunyuanVideo15(PipelineFamily):
+    """Conditioning: `tokens_BSD` (B, up to 1000, 3584) with `mask_BS`, and of quoted words `tokens_glyph_BSD` (B, up to
+    256, 1472) with `mask_glyph_BS`."""
+
+    name: ClassVar[str] = "hunyuan_video15"
+    title: ClassVar[str] = "HunyuanVideo 1.5"
+    pipelines = ("HunyuanVideo15Pipeline",)
+    slots = (
+        Slot("transformer", "denoiser", _make_transformer),
+        Slot("vae", "vae", _make_vae),
+        _text_slot(),
+        t5_slot("text_encoder_2", "tokenizer_2"),
+    )
+    capabilities = Capabilities(video=True)
+    targets: ClassVar[Mapping[str, TargetSet]] = {
+        "attention": TargetSet(_ATTENTION, "Query, key, value and output of attention."),
+        "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),
+        "all": TargetSet(
+            (f"{_BLOCKS}.*", "proj_out"),
+            "Every layer of the blocks, modulations included, and the last layer.",
+        ),
+    }
+    export = ExportKeys(
+        default="diffusers",
+        formats=("diffusers",),
+        modelspec="hunyuan-video-1.5",
+        base_model_version="hunyuan_video_1_5",
+        prefix={"diffusers": "transformer."},
+    )
+    latents = LatentShape(channels=32, compression=16, frame_compression=4)
+    defaults = SamplerDefaults(
+        steps=50, guidance=6.0, size=(480, 848), negative_prompt=True, frames=121, fps=24.0
+    )
+    prompt_limit = QWEN_TOKENS
+
+    @classmethod
+    def accepts(cls, index: Config, config: Config) -> bool:
+        """Not the distilled releases of few steps, which are told a second time."""
+        return not config.get("use_meanflow")
+
+    def example_conditioning(
+        self, batch: int, latents: Sequence[int], generator: torch.Generator
+    ) -> Conditioning:
+        config = self.denoiser.config
+        lengths = {
+            "": (QWEN_TOKENS, config.text_embed_dim),
+            "glyph_": (GLYPH_TOKENS, config.text_embed_2_dim),
+        }
+        tokens = {
+            f"tokens_{kind}BSD": torch.randn(batch, *size, generator=generator)
+            for kind, size in lengths.items()
+        }
+        masks = {
+            f"mask_{kind}BS": torch.ones(batch, size[0], dtype=torch.bool) for kind, size in lengths.items()
+        }
+        return Conditioning({**tokens, **masks})
+
+    def count_tokens(self, prompt: str) -> int:
+        return len(self.tokenizer("text_encoder")(prompt or " ").input_ids) + ANSWER_TOKENS
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
+    ) -> Conditioning:
+        encoder = self.module("text_encoder")
+        chats = [
+            [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt or " "}]
+            for prompt in prompts
+        ]
+        encoded = self.tokenizer("text_encoder").apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            padding="max_length",
+            max_length=INSTRUCTION_TOKENS + QWEN_TOKENS,
+            truncation=True,
+            return_tensors="pt",
+            tokenizer_kwargs={"padding_side": "right"},
+        )
+        ids, mask_BS = (encoded[key].to(encoder.device) for key in ("input_ids", "attention_mask"))
+        states_BSD = encoder(ids, attention_mask=mask_BS, output_hidden_states=True).hidden_states
+        tokens_BSD, mask_BS = trimmed(
+            states_BSD[-(LAYERS_SKIPPED + 1)][:, INSTRUCTION_TOKENS:], mask_BS[:, INSTRUCTION_TOKENS:]
+        )
+        glyphs = Conditioning.collate([self._glyphs(quoted(prompt)) for prompt in prompts])
+        return Conditioning({"tokens_BSD": tokens_BSD, "mask_BS": mask_BS, **glyphs})
+
+    def _glyphs(self, text: str | None) -> Conditioning:
+        """Of one caption; without words in quotation marks one place that is masked."""
+        encoder = self.module("text_encoder_2")
+        if text is None:
+            tokens_1SD = torch.zeros(1, 1, encoder.config.d_model, device=encoder.device, dtype=encoder.dtype)
+            mask_1S = torch.zeros(1, 1, dtype=torch.bool, device=encoder.device)
+        else:
+            encoded = self.tokenizer("text_encoder_2")(
+                text, max_length=GLYPH_TOKENS, truncation=True, return_tensors="pt"
+            ).to(encoder.device)
+            mask_1S = encoded.attention_mask.bool()
+            tokens_1SD = encoder(encoded.input_ids, attention_mask=mask_1S.float()).last_hidden_state
+        return Conditioning({"tokens_glyph_BSD": tokens_1SD, "mask_glyph_BS": mask_1S})
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        return video_vae.encode(self.module("vae"), pixels)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return video_vae.decode(self.module("vae"), latents)
+
+    def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        """No first frame: its latents and mask are zero, and of its picture there is not one token."""
+        first_frame = torch.zeros_like(torch.cat([noisy, noisy[:, :1]], dim=1))
+        predicted: Tensor = self.denoiser(
+            hidden_states=torch.cat([noisy, first_frame], dim=1).to(self.dtype),
+            timestep=t_B * 1000,
+            encoder_hidden_states=conditioning["tokens_BSD"].to(self.dtype),
+            encoder_attention_mask=conditioning["mask_BS"],
+            encoder_hidden_states_2=conditioning["tokens_glyph_BSD"].to(self.dtype),
+            encoder_attention_mask_2=conditioning["mask_glyph_BS"],
+            image_embeds=noisy.new_zeros(len(noisy), 0, self.denoiser.config.image_embed_dim).to(self.dtype),
+            return_dict=False,
+        )[0]
+        return predicted
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.denoiser.transformer_blocks)
