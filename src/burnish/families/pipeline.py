@@ -491,7 +491,14 @@ class PipelineFamily:
     def identity(self, part: Part) -> str:
         if self.source is None:
             raise RuntimeError("a skeleton has no weights to identify")
-        settings = f"{self.dtype}" + (f" {self.prompt_limit}" if part == "text_encoders" else "")
+        settings = f"{self.dtype}"
+        if part != "denoiser":
+            # Families, and releases of one, put the same encoder's captions into templates of their own, read other
+            # layers of it, or scale the same latents otherwise.
+            can = self.capabilities
+            settings += f" {self.name} {can.references} {can.masks} {can.first_frame}"
+        if part == "text_encoders":
+            settings += f" {self.prompt_limit}"
         return self.source.identity(part, settings)
 
     def release(self, part: Part) -> None:
