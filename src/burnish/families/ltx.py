@@ -187,7 +187,9 @@ class LTXVideo(PipelineFamily):
             return velocity
         # (noisy - data) / t is noise - data: what is given costs no loss, and a sampler arrives at it.
         t_B111 = t_B.view(-1, 1, 1, 1).clamp_min(1e-6)
-        kept = (noisy[:, :, 0].double() - first.double()) / t_B111
+        # Apple's GPUs lack float64.
+        precise = torch.float32 if noisy.device.type == "mps" else torch.float64
+        kept = (noisy[:, :, 0].to(precise) - first.to(precise)) / t_B111
         return torch.cat([kept[:, :, None].to(velocity), velocity[:, :, 1:]], dim=2)
 
     def seconds_and_pixels(self) -> tuple[float, int, int]:

@@ -282,5 +282,7 @@ def predict_after(
     if first_BC1HW is None:
         return velocity
     t_B1111 = t_B.view(-1, 1, 1, 1, 1).clamp_min(1e-6)
-    kept = (noisy[:, :, :1].double() - first_BC1HW.double()) / t_B1111
+    # Apple's GPUs lack float64.
+    precise = torch.float32 if noisy.device.type == "mps" else torch.float64
+    kept = (noisy[:, :, :1].to(precise) - first_BC1HW.to(precise)) / t_B1111
     return torch.cat([kept.to(velocity), velocity[:, :, 1:]], dim=2)
