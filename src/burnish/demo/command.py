@@ -110,6 +110,8 @@ def draw_before_and_after(
     phase: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Drawn:
     """The test prompt with `SEEDS` seeds and all ordinary prompts, by the base model and with the adapter."""
+    from PIL import Image
+
     from burnish.generate import draw_pictures_with
     from burnish.sampling.sampler import PictureRequest
 
@@ -132,6 +134,6 @@ def draw_before_and_after(
             batch_size=16,
             progress=partial(phase, label),
         )
-        sets.append(list(drawn))
+        sets.append([picture for picture in drawn if isinstance(picture, Image.Image)])
     before, after = sets
     return Drawn(before[:SEEDS], after[:SEEDS], before[SEEDS:], after[SEEDS:])
