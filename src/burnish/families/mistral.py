@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Mistral3Config, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from burnish.families import tekken
 from burnish.families.native import depth, refuse_scaled
 from burnish.families.pipeline import Config, Slot
 from burnish.families.text_slots import settings_of, tokenizer_in
@@ -47,6 +48,7 @@ def mistral_slot(folder: str, tokenizer: str) -> Slot:
         tidy=_language_model,
         tokenizer=tokenizer,
         load_tokenizer=tokenizer_in,
+        tokenizer_in_file=tekken.tokenizer_in_file,
         unused=UNUSED,
         file_hint="mistral_3_small_flux2_bf16.safetensors",
     )
