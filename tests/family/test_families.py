@@ -355,8 +355,9 @@ def test_padding_does_not_matter_where_there_is_a_mask(load: Load) -> None:
     assert not conditioning["mask_BS"].all()
     noisy_BCHW, t_B, _ = family.example(SIZE, SIZE, batch=1)
     garbage = {tokens: conditioning[tokens].clone() for tokens in of_tokens}
-    for tokens, tensor in garbage.items():  # tokens_BSD has its mask in mask_BS
-        tensor[~conditioning[tokens.replace("tokens", "mask")[:-1]].bool()] = 100.0
+    for tokens, tensor in garbage.items():  # tokens_BSD and tokens_BSLD have their mask in mask_BS
+        (mask,) = [name for name in masks if tokens.replace("tokens", "mask").startswith(name)]
+        tensor[~conditioning[mask].bool()] = 100.0
     torch.testing.assert_close(
         family.predict(noisy_BCHW, t_B, conditioning.merged(garbage)),
         family.predict(noisy_BCHW, t_B, conditioning),
