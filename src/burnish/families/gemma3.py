@@ -5,6 +5,7 @@ Shape letters: B batch, S tokens, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import Gemma3TextConfig, Gemma3TextModel
@@ -17,6 +18,7 @@ from burnish.families.weights import Layout, below
 # Where releases keep the language model: two spellings of the model with eyes, and the one without.
 _STEMS = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _LAST = "norm.weight"
+_SIGNS = ("layers.0.self_attn.q_norm.weight", "layers.0.pre_feedforward_layernorm.weight")
 
 
 def gemma3_slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") -> Slot:
@@ -25,15 +27,24 @@ def gemma3_slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") -> S
     def config(**settings: Any) -> Gemma3TextConfig:
         return Gemma3TextConfig(**settings_of(settings.get("text_config", settings)))
 
-    return language_model_slot(
+    made = language_model_slot(
         folder,
         tokenizer,
         config=config,
         model=Gemma3TextModel,
-        signs=("model.layers.0.self_attn.q_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight"),
+        signs=_SIGNS,
         tidy=transformers_names,
         unused=("lm_head.*", "*rotary_emb*inv_freq", "*vision_tower.*", "*multi_modal_projector.*"),
     )
+    return replace(made, find=find_gemma3)
+
+
+def find_gemma3(layout: Layout) -> Layout | None:
+    """The language model inside a file, as Gemma3TextModel names it; None if there is none."""
+    for stem in (*_STEMS, ""):
+        if all(stem + sign in layout for sign in _SIGNS):
+            return transformers_names(layout)
+    return None
 
 
 def transformers_names(layout: Layout) -> Layout:

@@ -8,6 +8,7 @@ before the names.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import LlamaConfig, LlamaModel
@@ -29,7 +30,7 @@ def llama_slot(
     file_hint: str = "llava_llama3_fp16.safetensors",
 ) -> Slot:
     """The Llama text encoder of a pipeline; a call gives `hidden_states` of which the last is normalised."""
-    return language_model_slot(
+    made = language_model_slot(
         folder,
         tokenizer,
         config=LlamaConfig,
@@ -40,6 +41,19 @@ def llama_slot(
         config_of=config_from_shapes,
         file_hint=file_hint,
     )
+
+    def find(layout: Layout) -> Layout | None:
+        found = made.find(layout)
+        return layout if found is None and _is_llama(layout) else found
+
+    return replace(made, find=find)
+
+
+def _is_llama(layout: Layout) -> bool:
+    """Whether these are LlamaModel's own names: Qwen has biases or norms of queries besides, Gemma more norms."""
+    layer = "layers.0."
+    others = ("self_attn.q_proj.bias", "self_attn.q_norm.weight", "pre_feedforward_layernorm.weight")
+    return {_LAYER, "embed_tokens.weight"} <= set(layout) and not any(layer + o in layout for o in others)
 
 
 def transformers_names(layout: Layout) -> Layout:

@@ -79,6 +79,17 @@ def _find_transformer(layout: Layout) -> Layout | None:
     return None if found is None else {k: v for k, v in found.items() if "embeddings_connector" not in k}
 
 
+def _find_vae(layout: Layout) -> Layout | None:
+    """As diffusers names it."""
+    signs = {"latents_std", "encoder.down_blocks.0.downsamplers.0.conv.conv.weight"}
+    return layout if signs <= set(layout) else None
+
+
+def _find_connectors(layout: Layout) -> Layout | None:
+    """As diffusers names them."""
+    return layout if "video_connector.transformer_blocks.0.attn1.to_q.weight" in layout else None
+
+
 class LTX2(PipelineFamily):
     """Conditioning: `tokens_BSD` (B, 1024, 3840), what the connectors make of a caption for the video stream."""
 
@@ -87,9 +98,9 @@ class LTX2(PipelineFamily):
     pipelines = ("LTX2Pipeline",)
     slots = (
         Slot("transformer", "denoiser", LTX2VideoTransformer3DModel.from_config, _find_transformer),
-        Slot("vae", "vae", AutoencoderKLLTX2Video.from_config),
+        Slot("vae", "vae", AutoencoderKLLTX2Video.from_config, _find_vae),
         gemma3_slot("text_encoder", "tokenizer"),
-        Slot("connectors", "text_encoders", LTX2TextConnectors.from_config),
+        Slot("connectors", "text_encoders", LTX2TextConnectors.from_config, _find_connectors),
     )
     capabilities = Capabilities(video=True)
     targets: ClassVar = {
