@@ -19,6 +19,7 @@ from burnish.optim.state import pack_state, unpack_state
 # by content when the checkpoint is restored.
 FIXED = (
     "model.family",
+    "model.denoisers",
     "model.prediction",
     "model.training_adapter",
     *(f"method.{name}" for name in ("kind", "rank", "alpha", "conv_rank", "conv_alpha")),

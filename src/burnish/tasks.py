@@ -49,6 +49,8 @@ def averaged(run: Training) -> AbstractContextManager[None]:
 class Validate:
     """Loss on held-out pictures at fixed noise and times; remembers the best step, counts those without progress.
 
+    Where the loaded denoisers are for a part of the times only, the times lie as far into that part.
+
     Raises:
         NonFiniteLoss: the loss is NaN or inf.
     """
@@ -81,6 +83,7 @@ class Validate:
     def loss(self, run: Training) -> float:
         """Mean over held-out samples and times, each with noise that depends on the sample and time alone."""
         losses = []
+        begin, end = run.family.schedule.times
         for batch in self.batches():
             batch = batch.to(run.device)
             for t in self.times:
@@ -93,7 +96,7 @@ class Validate:
                         for sample_id in batch.sample_ids
                     ]
                 )
-                t_B = torch.full((len(noise),), t)
+                t_B = torch.full((len(noise),), begin + (end - begin) * t)
                 losses.append(run.objective.losses_at(run.family, batch, noise, t_B).flatten())
         return float(torch.cat(losses).mean())
 

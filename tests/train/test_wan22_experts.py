@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +17,14 @@ from safetensors import safe_open
 from burnish.assembly import build_objective
 from burnish.config.train import Objective
 from burnish.data.batch import Batch
-from burnish.events import Listener
+from burnish.events import Events, Listener
 from burnish.families.wan22 import Wan22
 from burnish.family import Conditioning, ModelSource
 from burnish.generate import attach_adapter
+from burnish.objective import Denoising
 from burnish.run import train_run
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
+from burnish.tasks import Validate
 
 TinyFolder = Callable[[str], Path]
 PROMPT, SEED, STEPS, GUIDANCE, SIDE, FRAMES = "a sks dog", 7, 4, 3.0, 64, 5
@@ -100,3 +105,27 @@ def test_times_are_those_of_the_denoiser(
         first = low + section.range[0] * (high - low)
         assert first <= times.min() < first + 0.2 * (high - first)
         assert high - 0.2 * (high - first) < times.max() <= high
+
+
+@pytest.mark.parametrize(
+    ("denoisers", "expected"),
+    [((), [0.2, 0.9]), (("transformer",), [0.9, 0.9875]), (("transformer_2",), [0.175, 0.7875])],
+)
+def test_held_out_times_are_those_of_the_denoiser(
+    tiny_folder: TinyFolder, denoisers: tuple[str, ...], expected: list[float]
+) -> None:
+    source = ModelSource(str(tiny_folder("wan22")), denoisers=denoisers)
+    family = Wan22.load(source, frozenset(("denoiser",)), dtype=torch.float32, device="cpu")
+    latents, _, conditioning = family.example(SIDE, SIDE, batch=1)
+    batch = Batch(latents, conditioning, torch.ones(1), ("a#0",), ("a.png",), 0)
+    judged: list[float] = []
+
+    class Seen(Denoising):
+        def losses_at(self, family: Any, batch: Any, noise: Any, t_B: Any, predict: Any = None) -> Any:
+            judged.extend(t_B.tolist())
+            return super().losses_at(family, batch, noise, t_B, predict)
+
+    run: Any = SimpleNamespace(family=family, device="cpu", seed=0, objective=Seen(family.schedule))
+    validate = Validate(lambda: iter([batch]), (0.2, 0.9), 1, 0.0, Events())
+    assert math.isfinite(validate.loss(run))
+    assert judged == pytest.approx(expected)

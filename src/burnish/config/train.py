@@ -153,7 +153,9 @@ class Validation(Section):
     every: int = Field(100, ge=1, description="Optimizer steps between validations.")
     pictures: int = Field(4, ge=1, le=100000, description="Training pictures held out, chosen by the seed.")
     times: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        [0.15, 0.4, 0.65, 0.9], min_length=1, description="Times at which each is judged."
+        [0.15, 0.4, 0.65, 0.9],
+        min_length=1,
+        description="Times at which each is judged, within those of the denoisers.",
     )
     early_stop: EarlyStop | None = Field(None, description="Off if absent.")
 
