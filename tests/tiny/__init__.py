@@ -60,6 +60,7 @@ class Case:
         default_factory=dict
     )  # released widths in the code of diffusers' adapter converters (by name), and those of this pipeline
     vae_epsilon: float | None = None  # under the root of FLUX.2's variance, where it is not the VAE's own
+    vae_places_first: bool = False  # FLUX.2's folded channels with the place in the fold outermost
     on_meta: bool = True  # the denoiser computes without weights (its code asks for no real device)
     full_size: tuple[str, ...] = ()  # modules as large as released, whatever the config says
     idle: tuple[str, ...] = ()  # targets that cannot change the output, as released (patterns)

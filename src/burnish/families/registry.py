@@ -36,6 +36,7 @@ BUILT_IN = {
     "hunyuan_video": "burnish.families.hunyuan_video:HunyuanVideo",
     "ltx": "burnish.families.ltx:LTXVideo",
     "hunyuan_image": "burnish.families.hunyuan_image:HunyuanImage",
+    "ideogram4": "burnish.families.ideogram4:Ideogram4",
     "krea2": "burnish.families.krea2:Krea2",
     "ernie_image": "burnish.families.ernie_image:ErnieImage",
     "cogview4": "burnish.families.cogview4:CogView4",
