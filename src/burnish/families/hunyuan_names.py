@@ -70,7 +70,6 @@ _RESPELLED = (
     ("txt_in.t_embedder.out_layer.", "txt_in.t_embedder.mlp.2."),
     ("txt_in.c_embedder.in_layer.", "txt_in.c_embedder.linear_1."),
     ("txt_in.c_embedder.out_layer.", "txt_in.c_embedder.linear_2."),
-    ("txt_in.individual_token_refiner.blocks.", "txt_in.individual_token_refiner.blocks."),
     ("self_attn.qkv.", "self_attn_qkv."),
     ("self_attn.proj.", "self_attn_proj."),
     ("_attn.norm.query_norm.scale", "_attn_q_norm.weight"),
