@@ -16,6 +16,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -160,3 +162,33 @@ def tell_kinds_of_tokens(encoder: Qwen2_5_VLForConditionalGeneration) -> None:
         return forward(input_ids=input_ids, mm_token_type_ids=kinds, **options)
 
     encoder.forward = with_kinds
+
+
+def qwen3_vl(tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 36) -> Qwen3VLModel:
+    """As deep as the released one, which denoisers read at many depths, with the smallest eyes."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_theta": 5e6,
+            "rope_type": "default",
+            "mrope_interleaved": True,
+            "mrope_section": [4, 2, 2],
+        },
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    eyes = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": width,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=eyes))

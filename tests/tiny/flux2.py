@@ -6,13 +6,13 @@ from functools import partial
 
 import torch
 from diffusers import (
-    AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
 )
+from tiny_flux2_vae import flux2_vae
 from tiny_mistral import mistral3, mistral_tokenizer
 from tiny_pipelines import drawn
 from tiny_qwen import qwen3_lm, qwen_tokenizer
@@ -22,20 +22,6 @@ from burnish.families.flux2_names import NAMES
 from tiny import Case
 
 WIDTH = 16  # of the text encoders; the denoiser reads three of their states
-
-
-def _vae() -> AutoencoderKLFlux2:
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 16, 16, 16),
-        decoder_block_out_channels=(8, 8, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-    )
-    # As after training: no channel's mean is nought, no deviation one.
-    vae.bn.running_mean.normal_(0, 0.5)
-    vae.bn.running_var.uniform_(0.5, 4)
-    return vae
 
 
 def _transformer(*, guidance: bool) -> Flux2Transformer2DModel:
@@ -58,7 +44,7 @@ def _dev(seed: int) -> Flux2Pipeline:
     tokenizer = mistral_tokenizer()
     return Flux2Pipeline(
         transformer=drawn(seed, lambda: _transformer(guidance=True)),
-        vae=drawn(seed + 1, _vae),
+        vae=drawn(seed + 1, flux2_vae),
         text_encoder=drawn(seed + 2, lambda: mistral3(tokenizer, WIDTH)),
         tokenizer=tokenizer,  # the released processor around it needs torchvision, for pictures that are not shown
         scheduler=_scheduler(),
@@ -69,7 +55,7 @@ def _klein(seed: int, *, distilled: bool) -> Flux2KleinPipeline:
     tokenizer = qwen_tokenizer(qwen3=True)
     return Flux2KleinPipeline(
         transformer=drawn(seed, lambda: _transformer(guidance=False)),
-        vae=drawn(seed + 1, _vae),
+        vae=drawn(seed + 1, flux2_vae),
         text_encoder=drawn(seed + 2, lambda: qwen3_lm(tokenizer, WIDTH, layers=29)),
         tokenizer=tokenizer,
         scheduler=_scheduler(),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline, Ideogram4Transformer2DModel
 from tiny_flux2_vae import flux2_vae
 from tiny_pipelines import drawn
-from tiny_qwen import qwen_tokenizer
+from tiny_qwen import qwen3_vl, qwen_tokenizer
 from torch import Tensor
-from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 
 from burnish.families.ideogram4 import NAMES
 from tiny import Case
@@ -28,7 +27,7 @@ def _ideogram4(seed: int) -> Ideogram4Pipeline:
         transformer=drawn(seed, _transformer),
         unconditional_transformer=drawn(seed + 3, _transformer),
         vae=drawn(seed + 1, flux2_vae),
-        text_encoder=drawn(seed + 2, lambda: _qwen3_vl(tokenizer)),
+        text_encoder=drawn(seed + 2, lambda: qwen3_vl(tokenizer, WIDTH, LAYERS)),
         tokenizer=tokenizer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
@@ -44,35 +43,6 @@ def _transformer() -> Ideogram4Transformer2DModel:
         llm_features_dim=READ * WIDTH,
         mrope_section=(6, 5, 5),
     )
-
-
-def _qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLModel:
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 24,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "rope_parameters": {
-            "rope_theta": 5e6,
-            "rope_type": "default",
-            "mrope_interleaved": True,
-            "mrope_section": [4, 2, 2],
-        },
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    eyes = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
-        "deepstack_visual_indexes": [0],
-        "num_position_embeddings": 16,
-    }
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=eyes))
 
 
 def _unpacked(pipeline: Ideogram4Pipeline, latents: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from functools import partial
 
 from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
 from tiny_pipelines import drawn
-from tiny_qwen import qwen_tokenizer
+from tiny_qwen import qwen3_vl, qwen_tokenizer
 from tiny_video_vae import qwen_image_vae
 from torch import Tensor
-from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
 
 from tiny import Case
 
@@ -40,7 +39,7 @@ def _krea2(seed: int, *, distilled: bool) -> Krea2Pipeline:
             ),
         ),
         vae=drawn(seed + 1, qwen_image_vae),
-        text_encoder=drawn(seed + 2, lambda: _qwen3_vl(tokenizer, max(LAYERS) + 1)),
+        text_encoder=drawn(seed + 2, lambda: qwen3_vl(tokenizer)),
         tokenizer=tokenizer,
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
@@ -48,35 +47,6 @@ def _krea2(seed: int, *, distilled: bool) -> Krea2Pipeline:
         text_encoder_select_layers=LAYERS,
         is_distilled=distilled,
     )
-
-
-def _qwen3_vl(tokenizer: Qwen2Tokenizer, layers: int) -> Qwen3VLModel:
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "rope_parameters": {
-            "rope_theta": 5e6,
-            "rope_type": "default",
-            "mrope_interleaved": True,
-            "mrope_section": [4, 2, 2],
-        },
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    eyes = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "deepstack_visual_indexes": [0],
-        "num_position_embeddings": 16,
-    }
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=eyes))
 
 
 def _unpacked(pipeline: Krea2Pipeline, latents: Tensor) -> Tensor:
