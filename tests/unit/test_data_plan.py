@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_an_epoch_draws_each_sample_as_often_as_it_repeats():
         # A bucket has one smaller batch at most.
         small = [batch[0].sample.bucket for batch in batches if len(batch) < 4]
         assert len(small) == len(set(small))
+
+
+def test_samples_with_holes_and_without_are_in_different_batches():
+    mixed = [replace(sample(n, size=64), sees_itself=n % 2 == 0, fills_holes=n % 2 == 0) for n in range(12)]
+    plan = BatchPlan(mixed, 4, seed=5)
+    for position in range(plan.batches_per_epoch):
+        assert len({draw.sample.sees_itself for draw in plan.draws(position)}) == 1
 
 
 def test_any_position_is_the_same_in_any_order_from_any_plan():

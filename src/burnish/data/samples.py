@@ -23,10 +23,12 @@ class BatchShape:
     bucket: Bucket
     frames: int = 1
     references: tuple[tuple[int, int], ...] = ()  # sizes
+    sees_itself: bool = False
 
     def __str__(self) -> str:
         references = "".join(f"+{height}x{width}" for height, width in self.references)
-        return f"{self.bucket}{f'x{self.frames}' if self.frames > 1 else ''}{references}"
+        itself = "+itself" if self.sees_itself else ""
+        return f"{self.bucket}{f'x{self.frames}' if self.frames > 1 else ''}{itself}{references}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ class Sample:
 
     @property
     def shape(self) -> BatchShape:
-        return BatchShape(self.bucket, self.frames, tuple(one.size for one in self.references))
+        sizes = tuple(one.size for one in self.references)
+        return BatchShape(self.bucket, self.frames, sizes, self.sees_itself)
 
     @property
     def has_references(self) -> bool:
