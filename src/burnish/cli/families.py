@@ -26,7 +26,9 @@ def show_families() -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        "Size, steps and guidance are the sampler's defaults; of adapter files the first is the default."
+        "Size, steps and guidance are the sampler's defaults; of adapter files the first is the default.\n"
+        "Some releases take more than the one shown: those that edit a reference, inpainting models masks, "
+        "image-to-video models first frames."
     )
 
 
