@@ -169,8 +169,6 @@ def test_latents_are_the_scaled_mode_and_decode_back(load: Load, folder: Path, n
         folded_BCHW = Flux2Pipeline._patchify_latents(mode_BCHW)
         if cases()[name].vae_places_first:
             folded_BCHW = folded_BCHW.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
-        if cases()[name].vae_places_first:
-            folded_BCHW = folded_BCHW.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1, 2)
         epsilon = cases()[name].vae_epsilon or reference.bn.eps
         deviation = (reference.bn.running_var + epsilon).sqrt().view(1, -1, 1, 1)
         expected_BCHW = (folded_BCHW - reference.bn.running_mean.view(1, -1, 1, 1)) / deviation
