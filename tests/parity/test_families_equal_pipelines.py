@@ -118,6 +118,7 @@ def test_pixels(tiny_folder: TinyFolder, name: str) -> None:
 
 def test_a_family_that_has_a_pipeline_is_compared() -> None:
     others = [name for name, case in CASES.items() if not issubclass(case.pipeline, DiffusionPipeline)]
-    assert others == ["omnigen2"]  # which diffusers lacks: compared with the published equations
+    # A modular pipeline of diffusers; and what diffusers lacks, compared with the published equations.
+    assert others == ["anima", "omnigen2"]
     elsewhere = {case.compared_in for name, case in cases().items() if name not in CASES}
     assert all((Path(__file__).parent / file).is_file() for file in elsewhere)

@@ -27,6 +27,7 @@ from burnish.families import autoencoder
 from burnish.families.fingerprints import fingerprint
 from burnish.families.sources import (
     files_behind,
+    index_file,
     locate,
     locate_parts,
     read_header,
@@ -135,9 +136,9 @@ class PipelineSource:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """model_index.json of a diffusers folder; empty for a single file."""
+        """model_index.json of a diffusers folder, or what a modular pipeline has in its place; empty for a file."""
         path = locate(self.source)
-        return read_json(path / "model_index.json") if path.is_dir() else {}
+        return read_json(index_file(path)) if path.is_dir() else {}
 
     def has(self, slot: Slot) -> bool:
         """Whether the model comes with this module."""
@@ -361,7 +362,7 @@ class PipelineFamily:
         path = locate(source)
         slot = cls.denoiser_slots()[0]
         if path.is_dir():
-            index = path / "model_index.json"
+            index = index_file(path)
             if not index.is_file() or read_json(index).get("_class_name") not in cls.pipelines:
                 return False
             config = path / slot.folder / "config.json"

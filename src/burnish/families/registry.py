@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from typing import cast
 
 from burnish.errors import ModelError, UserError
-from burnish.families.sources import locate, read_header, read_json, weight_files
+from burnish.families.sources import index_file, locate, read_header, read_json, weight_files
 from burnish.family import Family, ModelSource
 
 GROUP = "burnish.families"
@@ -51,6 +51,7 @@ BUILT_IN = {
     "hidream": "burnish.families.hidream:HiDream",
     "wan_vace": "burnish.families.wan_vace:WanVace",
     "wan22": "burnish.families.wan22:Wan22",
+    "anima": "burnish.families.anima:Anima",
     "pixart": "burnish.families.pixart:PixArt",
 }
 
@@ -121,7 +122,7 @@ def _found(source: ModelSource) -> str:
     """What lies at a local source, in a line."""
     path = locate(source)
     if path.is_dir():
-        index = path / "model_index.json"
+        index = index_file(path)
         if index.is_file():
             return f"a diffusers folder of {read_json(index).get('_class_name', 'an unnamed pipeline')}"
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from burnish.errors import ModelError
 from burnish.family import ModelSource, Part
 
-_WITHOUT_WEIGHTS = ("tokenizer", "processor")  # folders that begin so
+_WITHOUT_WEIGHTS = ("tokenizer", "processor")  # folders that are called so, `t5_tokenizer` among them
 CONFIG_FILES = ("*.json", "*/*.json")
 REFUSED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -89,6 +89,12 @@ def locate_parts(source: ModelSource, folders: Sequence[str]) -> Path:
     return path
 
 
+def index_file(folder: Path) -> Path:
+    """The list of a diffusers folder's parts, there or not; that of a modular pipeline where it is the only one."""
+    usual, modular = folder / "model_index.json", folder / "modular_model_index.json"
+    return modular if modular.is_file() and not usual.is_file() else usual
+
+
 def separate_file(path: Path) -> Path:
     """A file beside the checkpoint, such as a VAE of its own.
 
@@ -117,7 +123,7 @@ def files_behind(source: ModelSource, path: Path, part: Part, folders: Sequence[
     root = locate_parts(source, folders)
     found: list[Path] = []
     for folder in folders:
-        if not folder.startswith(_WITHOUT_WEIGHTS):
+        if _has_weights(folder):
             found += weight_files(root / folder)
         settings = (".json", ".txt", ".model")
         found += sorted(file for file in (root / folder).iterdir() if file.suffix in settings)
@@ -130,7 +136,11 @@ def _part_files(folders: Sequence[str], variant: str) -> list[str]:
 
 
 def _lacks_weights(folder: Path) -> bool:
-    return not folder.name.startswith(_WITHOUT_WEIGHTS) and not any(folder.glob("*.safetensors"))
+    return _has_weights(folder.name) and not any(folder.glob("*.safetensors"))
+
+
+def _has_weights(folder: str) -> bool:
+    return not any(word in folder for word in _WITHOUT_WEIGHTS)
 
 
 def _neighbours(path: Path) -> str:
