@@ -179,7 +179,12 @@ def qwen3_vl_slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") ->
     return _slot(
         folder,
         tokenizer,
-        signs=((f"model.language_model.{sign}", f"model.{visual}"), (f"model.{sign}", visual)),
+        # With the head that writes words, Qwen's own, and without that head.
+        signs=(
+            (f"model.language_model.{sign}", f"model.{visual}"),
+            (f"model.{sign}", visual),
+            (f"language_model.{sign}", visual),
+        ),
         prefixes=("text_encoders.qwen3vl_4b.transformer.",),
         config=Qwen3VLConfig,
         model=lambda config: Qwen3VLTextModel(config.text_config),
