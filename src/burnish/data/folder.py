@@ -140,7 +140,8 @@ def _walk(root: Path, recursive: bool, ignore: set[Path], skipped: list[Outcome]
         except OSError as error:
             if not folder:
                 raise DataError(
-                    f"{root} is no folder that can be read: {error.strerror}", remedy="Check this path under `data`."
+                    f"{root} is no folder that can be read: {error.strerror}",
+                    remedy="Check this path under `data`.",
                 ) from error
             skipped.append(Outcome(printable(folder), f"folder not read: {error.strerror}"))
             continue

@@ -158,5 +158,7 @@ def encode(vae: AutoencoderKL, pixels_B3HW: Tensor) -> Tensor:
 def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
     """Latents in the scale the denoiser sees -> pixels (B, 3, H, W) in [-1, 1], not clamped."""
     plain_BCHW = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    pixels_B3HW: Tensor = vae.decode(plain_BCHW + (vae.config.get("shift_factor") or 0.0), return_dict=False)[0]
+    pixels_B3HW: Tensor = vae.decode(plain_BCHW + (vae.config.get("shift_factor") or 0.0), return_dict=False)[
+        0
+    ]
     return pixels_B3HW
