@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from burnish.adapters.lora import AdapterSet, LoraWeights, ModuleChoice, adaptable_modules
 from burnish.errors import AdapterError, ExportError
 from burnish.export.adapter_file import read_adapter, write_adapter
+from burnish.export.formats import resolve_format
 from burnish.export.verify import Verification, verify_adapter
+from burnish.families.registry import family_named
 from burnish.family import ExportKeys, NativeModule
 
 STACK = ("to_q", "to_k", "to_v")
@@ -298,3 +300,17 @@ def test_a_stack_of_another_size_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors, path)
     with pytest.raises(AdapterError, match="30 rows; this model's has 20"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "module"),
+    [
+        ("chroma", "diffusers", "distilled_guidance_layer.layers.0.linear_1"),
+        ("wan_vace", "comfy", "vace_blocks.0.attn1.to_q"),
+    ],
+)
+def test_a_module_that_some_reader_would_lose_is_refused(family: str, format: str, module: str) -> None:
+    keys = family_named(family).export
+    assert resolve_format(format, keys, ["transformer_blocks.0.attn.to_q"]) == format
+    with pytest.raises(AdapterError, match=module):
+        resolve_format(format, keys, [module])

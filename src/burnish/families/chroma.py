@@ -103,6 +103,7 @@ class Chroma(PipelineFamily):
         base_model_version="chroma",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
+        unreadable={"diffusers": ("distilled_guidance_layer.*",)},
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     defaults = SamplerDefaults(steps=40, guidance=3.0, size=(1024, 1024), negative_prompt=True)

@@ -11,6 +11,7 @@ Shape letters: B batch, C channels, T frames, H W height and width of latents, S
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +39,10 @@ class WanVace(PipelineFamily):
         wan.text_slot(),
     )
     targets = wan.TARGETS
-    export = wan.keys("wan2.1-vace", "wan2.1_vace", wan.VACE_NAMES)
+    export = replace(
+        wan.keys("wan2.1-vace", "wan2.1_vace", wan.VACE_NAMES),
+        unreadable={"comfy": ("vace_blocks.*",)},  # diffusers refuses a file with them
+    )
     capabilities = Capabilities(references=1, video=True)
     latents = LatentShape(channels=16, compression=SIDE, patch=2, frame_compression=4)
     defaults = SamplerDefaults(
