@@ -44,6 +44,7 @@ REQUIRED = {
     "prodigyopt": "1.1.2",
     "matplotlib": "3.9",
     "av": "18.0",
+    "ftfy": "6.3",
 }
 EXTRAS = {
     "ui": ("fastapi", "uvicorn", "nicegui", "sqlalchemy", "alembic"),
