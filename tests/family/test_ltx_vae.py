@@ -15,7 +15,7 @@ from tiny_pipelines import drawn
 from torch import Tensor
 
 from burnish.families import ltx_vae
-from burnish.families.pipeline import shipped_configs
+from burnish.families.slots import shipped_configs
 from burnish.families.weights import layout_of, load_module
 
 Weights = dict[str, Tensor]

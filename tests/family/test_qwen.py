@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from burnish.errors import ModelError
 from burnish.families import qwen
-from burnish.families.pipeline import Slot
+from burnish.families.slots import Slot
 from burnish.families.text_slots import tokenizer_in
 from burnish.families.weights import Layout, layout_of, load_module
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from test_single_files import CASES, Weights, assert_same, family_of, folder_weights, written
 
 from burnish.errors import ModelError
-from burnish.families.pipeline import PipelineSource, Slot, shipped_configs
+from burnish.families.slots import PipelineSource, Slot, shipped_configs
 from burnish.families.weights import load_module
 from burnish.family import ModelSource, Part
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from burnish.families.hunyuan_image import HunyuanImage, quoted, vae_name
 from burnish.families.hunyuan_image_names import NAMES, NAMES_APART
-from burnish.families.pipeline import PipelineSource, shipped_configs
 from burnish.families.registry import detect_family
+from burnish.families.slots import PipelineSource, shipped_configs
 from burnish.family import ModelSource
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from burnish.errors import ModelError
 from burnish.families.native import NativeNames
-from burnish.families.pipeline import PipelineFamily, PipelineSource, shipped_configs
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.registry import detect_family, families, family_named
+from burnish.families.slots import PipelineSource, shipped_configs
 from burnish.families.sources import weight_files
 from burnish.families.weights import load_module
 from burnish.family import ModelSource

@@ -13,8 +13,8 @@ from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora
 from burnish.export.formats import key_prefix, spelled_name
 from burnish.export.stacking import native_module
-from burnish.families.pipeline import Slot, not_in_files
 from burnish.families.registry import BUILT_IN, family_named
+from burnish.families.slots import Slot, not_in_files
 from burnish.family import Family
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from burnish.families import t5, video_vae
 from burnish.families.native import PREFIXES, NativeNames, depth
-from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_slot
+from burnish.families.slots import Config, Slot
 from burnish.families.video_vae import wan_vae_slot
 from burnish.families.weights import Layout, below
 from burnish.family import (

@@ -17,7 +17,8 @@ from diffusers import AuraFlowTransformer2DModel
 from torch import Tensor, nn
 
 from burnish.families.native import NativeNames, depth
-from burnish.families.pipeline import PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Slot, vae_slot
 from burnish.families.umt5 import umt5_slot
 from burnish.families.weights import Layout
 from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet

@@ -15,7 +15,7 @@ from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from burnish.families.pipeline import Slot
+from burnish.families.slots import Slot
 from burnish.families.text_slots import settings_of
 
 

@@ -23,7 +23,8 @@ from burnish.families.flux_names import BLOCKS, KINDS, TARGETS, rows_of_stacks
 from burnish.families.masked import trimmed
 from burnish.families.native import NativeNames, depth
 from burnish.families.packing import pack, patch_positions, unpack
-from burnish.families.pipeline import PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import t5_slot
 from burnish.families.weights import Layout
 from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from burnish.families.native import depth
-from burnish.families.pipeline import Config, Slot
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import settings_of
 from burnish.families.weights import Layout, below
 

@@ -21,8 +21,9 @@ from transformers import GlmConfig, GlmModel
 
 from burnish.families import clip
 from burnish.families.native import depth
-from burnish.families.pipeline import Config, PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.shifts import RootShift
+from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.text_slots import language_model_slot
 from burnish.families.weights import Layout
 from burnish.family import (

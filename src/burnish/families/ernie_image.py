@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from burnish.families import clip, flux2_vae
 from burnish.families.mistral import mistral_slot
 from burnish.families.native import depth
-from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout
 from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
 

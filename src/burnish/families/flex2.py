@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from burnish.families import clip, flux_transformer
 from burnish.families.flux_names import TARGETS
 from burnish.families.packing import unpack
-from burnish.families.pipeline import Config, PipelineFamily
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config
 from burnish.families.weights import Layout
 from burnish.family import (
     Capabilities,

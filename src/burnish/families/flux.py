@@ -23,7 +23,8 @@ from burnish.errors import ModelError
 from burnish.families import autoencoder, clip, flux_transformer
 from burnish.families.flux_names import TARGETS
 from burnish.families.packing import pack, patch_positions, unpack
-from burnish.families.pipeline import Config, PipelineFamily
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config
 from burnish.families.sources import read_json
 from burnish.families.weights import Layout
 from burnish.family import (

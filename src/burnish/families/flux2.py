@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from burnish.errors import ModelError
 from burnish.families import flux2_vae, mistral
 from burnish.families.flux2_names import NAMES, find_transformer, transformer_config
-from burnish.families.pipeline import Config, PipelineFamily, Slot, flow_schedule
+from burnish.families.pipeline import PipelineFamily, flow_schedule
 from burnish.families.qwen import qwen3_slot
 from burnish.families.shifts import EmpiricalShift
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import first_layers
 from burnish.family import (
     Capabilities,

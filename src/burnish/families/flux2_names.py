@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from burnish.families.native import NativeNames, depth
-from burnish.families.pipeline import Config
+from burnish.families.slots import Config
 from burnish.families.weights import Layout
 
 _DOUBLE, _SINGLE = "double_blocks.#", "single_blocks.#"

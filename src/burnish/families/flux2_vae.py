@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLFlux2
 from torch import Tensor
 
 from burnish.families import autoencoder
-from burnish.families.pipeline import Config, Slot
+from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout, below
 
 FOLD = 2  # latents per side of a fold

@@ -22,7 +22,7 @@ from burnish.families.flux_embedding import TimeGuidanceText
 from burnish.families.flux_names import BLOCKS, KINDS, rows_of_stacks
 from burnish.families.native import NativeNames, depth
 from burnish.families.packing import pack, patch_positions
-from burnish.families.pipeline import Slot, vae_slot
+from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout
 from burnish.family import Conditioning

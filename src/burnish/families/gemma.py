@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerBase
 
 from burnish.families.native import depth, refuse_scaled
-from burnish.families.pipeline import Config, Slot
 from burnish.families.sentencepiece import Kind, merges_of, pieces_of
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import language_model_slot
 from burnish.families.weights import Layout, below
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
 from burnish.families.native import refuse_scaled
-from burnish.families.pipeline import Slot
+from burnish.families.slots import Slot
 from burnish.families.text_slots import language_model_slot, settings_of
 from burnish.families.weights import Layout, below
 

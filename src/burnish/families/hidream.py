@@ -22,7 +22,8 @@ from burnish.errors import ModelError
 from burnish.families.hidream_transformer import transformer
 from burnish.families.llama import llama_slot
 from burnish.families.native import NativeNames, depth
-from burnish.families.pipeline import PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Slot, vae_slot
 from burnish.families.sources import locate
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout

@@ -22,9 +22,11 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from burnish.families import clip, t5
 from burnish.families.guidance import AdaptiveProjection
 from burnish.families.hunyuan_image_names import NAMES, TimeGuidance, find_transformer
+from burnish.families.hunyuan_names import ATTENTION, FEED_FORWARD, ONE_STREAM, TWO_STREAMS
 from burnish.families.native import depth
-from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
+from burnish.families.slots import Config, Slot
 from burnish.families.sources import locate, read_json
 from burnish.families.text_slots import settings_of, tokenizer_in
 from burnish.families.weights import Layout, below
@@ -48,23 +50,6 @@ TEMPLATE = (
 INSTRUCTION_TOKENS = 34
 _QUOTES = (r"'(.*?)'", r'"(.*?)"', "‘(.*?)’", "“(.*?)”")
 
-_TWO, _ONE = "transformer_blocks", "single_transformer_blocks"
-_ATTENTION = (
-    f"{_TWO}.*.attn.to_[qkv]",
-    f"{_TWO}.*.attn.to_out.0",
-    f"{_TWO}.*.attn.add_[qkv]_proj",
-    f"{_TWO}.*.attn.to_add_out",
-    f"{_ONE}.*.attn.to_[qkv]",
-)
-_FEED_FORWARD = (
-    f"{_TWO}.*.ff.net.0.proj",
-    f"{_TWO}.*.ff.net.2",
-    f"{_TWO}.*.ff_context.net.0.proj",
-    f"{_TWO}.*.ff_context.net.2",
-    f"{_ONE}.*.proj_mlp",
-    f"{_ONE}.*.proj_out",
-)
-
 
 def _transformer(config: Mapping[str, Any]) -> HunyuanImageTransformer2DModel:
     """The denoiser, with a guidance embedding that can be bypassed."""
@@ -75,7 +60,7 @@ def _transformer(config: Mapping[str, Any]) -> HunyuanImageTransformer2DModel:
 
 def _transformer_config(shipped: Config, layout: Layout) -> dict[str, Any]:
     width, channels = layout["x_embedder.proj.weight"].shape[:2]
-    head_dim = layout[f"{_TWO}.0.attn.norm_q.weight"].shape[0]
+    head_dim = layout[f"{TWO_STREAMS}.0.attn.norm_q.weight"].shape[0]
     return {
         **shipped,
         "in_channels": channels,
@@ -83,8 +68,8 @@ def _transformer_config(shipped: Config, layout: Layout) -> dict[str, Any]:
         "num_attention_heads": width // head_dim,
         "attention_head_dim": head_dim,
         "rope_axes_dim": [head_dim // 2] * 2,
-        "num_layers": depth(layout, f"{_TWO}."),
-        "num_single_layers": depth(layout, f"{_ONE}."),
+        "num_layers": depth(layout, f"{TWO_STREAMS}."),
+        "num_single_layers": depth(layout, f"{ONE_STREAM}."),
         "num_refiner_layers": depth(layout, "context_embedder.token_refiner.refiner_blocks."),
         "text_embed_dim": layout["context_embedder.proj_in.weight"].shape[1],
         "text_embed_2_dim": layout["context_embedder_2.linear_1.weight"].shape[1],
@@ -178,10 +163,10 @@ class HunyuanImage(PipelineFamily):
         _byt5_slot(),
     )
     targets: ClassVar[Mapping[str, TargetSet]] = {
-        "attention": TargetSet(_ATTENTION, "Query, key, value and output of attention."),
-        "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),
+        "attention": TargetSet(ATTENTION, "Query, key, value and output of attention."),
+        "attention+mlp": TargetSet((*ATTENTION, *FEED_FORWARD), "Attention and feed-forward layers."),
         "all": TargetSet(
-            (f"{_TWO}.*", f"{_ONE}.*", "proj_out"),
+            (f"{TWO_STREAMS}.*", f"{ONE_STREAM}.*", "proj_out"),
             "Every layer of the blocks, modulations included, and the last layer; not the refiner of the captions.",
         ),
     }

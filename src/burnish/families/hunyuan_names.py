@@ -19,6 +19,23 @@ _REFINER = "txt_in.individual_token_refiner.blocks.#"
 _OUR_REFINER = "context_embedder.token_refiner.refiner_blocks.#"
 _OUR_EMBEDDINGS = {"time_in": "timestep_embedder", "guidance_in": "guidance_embedder"}
 _SIGN = "txt_in.individual_token_refiner.blocks.0.self_attn_qkv.weight"
+# Targets of adapters in the blocks of two streams and of one, for every model of these blocks.
+TWO_STREAMS, ONE_STREAM = "transformer_blocks", "single_transformer_blocks"
+ATTENTION = (
+    f"{TWO_STREAMS}.*.attn.to_[qkv]",
+    f"{TWO_STREAMS}.*.attn.to_out.0",
+    f"{TWO_STREAMS}.*.attn.add_[qkv]_proj",
+    f"{TWO_STREAMS}.*.attn.to_add_out",
+    f"{ONE_STREAM}.*.attn.to_[qkv]",
+)
+FEED_FORWARD = (
+    f"{TWO_STREAMS}.*.ff.net.0.proj",
+    f"{TWO_STREAMS}.*.ff.net.2",
+    f"{TWO_STREAMS}.*.ff_context.net.0.proj",
+    f"{TWO_STREAMS}.*.ff_context.net.2",
+    f"{ONE_STREAM}.*.proj_mlp",
+    f"{ONE_STREAM}.*.proj_out",
+)
 NAMES = NativeNames(
     table={
         "img_in.proj": "x_embedder.proj",

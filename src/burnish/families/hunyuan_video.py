@@ -18,11 +18,20 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
 from burnish.families import clip, video_vae
-from burnish.families.hunyuan_names import NAMES, TimeTextGuidance, find_transformer
+from burnish.families.hunyuan_names import (
+    ATTENTION,
+    FEED_FORWARD,
+    NAMES,
+    ONE_STREAM,
+    TWO_STREAMS,
+    TimeTextGuidance,
+    find_transformer,
+)
 from burnish.families.llama import llama_slot
 from burnish.families.masked import trimmed
 from burnish.families.native import depth
-from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import clip_slot
 from burnish.families.weights import Layout, below
 from burnish.family import (
@@ -49,23 +58,6 @@ TEMPLATE = (
 )
 INSTRUCTION_TOKENS = 95
 
-_TWO, _ONE = "transformer_blocks", "single_transformer_blocks"
-_ATTENTION = (
-    f"{_TWO}.*.attn.to_[qkv]",
-    f"{_TWO}.*.attn.to_out.0",
-    f"{_TWO}.*.attn.add_[qkv]_proj",
-    f"{_TWO}.*.attn.to_add_out",
-    f"{_ONE}.*.attn.to_[qkv]",
-)
-_FEED_FORWARD = (
-    f"{_TWO}.*.ff.net.0.proj",
-    f"{_TWO}.*.ff.net.2",
-    f"{_TWO}.*.ff_context.net.0.proj",
-    f"{_TWO}.*.ff_context.net.2",
-    f"{_ONE}.*.proj_mlp",
-    f"{_ONE}.*.proj_out",
-)
-
 
 def _make_transformer(config: Mapping[str, Any]) -> HunyuanVideoTransformer3DModel:
     """The denoiser, with a guidance embedding that can be bypassed where it has one."""
@@ -77,15 +69,15 @@ def _make_transformer(config: Mapping[str, Any]) -> HunyuanVideoTransformer3DMod
 
 def _transformer_config(shipped: Config, layout: Layout) -> dict[str, Any]:
     width, channels = layout["x_embedder.proj.weight"].shape[:2]
-    head_dim = layout[f"{_TWO}.0.attn.norm_q.weight"].shape[0]
+    head_dim = layout[f"{TWO_STREAMS}.0.attn.norm_q.weight"].shape[0]
     if head_dim != HEAD_DIM:  # how positions are spread over the heads is not written in a single file
         raise ValueError(f"heads of {HEAD_DIM}: they are of {head_dim}")
     return {
         **shipped,
         "in_channels": channels,
         "num_attention_heads": width // head_dim,
-        "num_layers": depth(layout, f"{_TWO}."),
-        "num_single_layers": depth(layout, f"{_ONE}."),
+        "num_layers": depth(layout, f"{TWO_STREAMS}."),
+        "num_single_layers": depth(layout, f"{ONE_STREAM}."),
         "num_refiner_layers": depth(layout, "context_embedder.token_refiner.refiner_blocks."),
         "text_embed_dim": layout["context_embedder.proj_in.weight"].shape[1],
         "pooled_projection_dim": layout["time_text_embed.text_embedder.linear_1.weight"].shape[1],
@@ -140,10 +132,10 @@ class HunyuanVideo(PipelineFamily):
     )
     capabilities = Capabilities(guidance_embedding=True, video=True)
     targets: ClassVar[Mapping[str, TargetSet]] = {
-        "attention": TargetSet(_ATTENTION, "Query, key, value and output of attention."),
-        "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),
+        "attention": TargetSet(ATTENTION, "Query, key, value and output of attention."),
+        "attention+mlp": TargetSet((*ATTENTION, *FEED_FORWARD), "Attention and feed-forward layers."),
         "all": TargetSet(
-            (f"{_TWO}.*", f"{_ONE}.*", "proj_out"),
+            (f"{TWO_STREAMS}.*", f"{ONE_STREAM}.*", "proj_out"),
             "Every layer of the blocks, modulations included, and the last layer; not the refiner of the captions, "
             "which diffusers would read wrongly from ComfyUI's format.",
         ),
@@ -157,7 +149,7 @@ class HunyuanVideo(PipelineFamily):
         prefix={"comfy": "transformer.", "diffusers": "transformer."},
         native=NAMES.native_module,
         unreadable={"comfy": ("context_embedder.*",)},
-        complete=(f"{_TWO}.0.attn.to_[qkv]",),
+        complete=(f"{TWO_STREAMS}.0.attn.to_[qkv]",),
     )
     latents = LatentShape(channels=16, compression=8, patch=2, frame_compression=4)
     defaults = SamplerDefaults(

@@ -21,7 +21,8 @@ from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from burnish.families import qwen, video_vae
 from burnish.families.masked import trimmed
-from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import language_model_slot, t5_slot
 from burnish.families.weights import Layout, below
 from burnish.family import (

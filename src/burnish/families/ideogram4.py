@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from burnish.errors import ModelError
 from burnish.families import clip, flux2_vae
 from burnish.families.native import NativeNames, depth
-from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_vl_slot
+from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout, Piece
 from burnish.family import (
     Conditioning,

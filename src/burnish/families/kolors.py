@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from burnish.families import chatglm
 from burnish.families.latent_diffusion import schedule_of
-from burnish.families.pipeline import Config, PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.size_embedding import pooled_example, size_and_pooled, size_conditioning
+from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.unet import TARGETS, repeated_blocks, with_depth
 from burnish.family import (
     Conditioning,

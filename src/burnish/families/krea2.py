@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from burnish.families import clip, video_vae
 from burnish.families.guidance import beyond_the_prompt
 from burnish.families.packing import pack, patch_positions, unpack
-from burnish.families.pipeline import PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_vl_slot
+from burnish.families.slots import Slot
 from burnish.families.video_vae import wan_vae_slot
 from burnish.families.weights import Layout
 from burnish.family import (

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import LlamaConfig, LlamaModel
 
 from burnish.families.native import depth, refuse_scaled
-from burnish.families.pipeline import Config, Slot
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import language_model_slot
 from burnish.families.weights import Layout, below
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from burnish.families import ltx_vae, t5, video_vae
 from burnish.families.native import NativeNames, depth
-from burnish.families.pipeline import PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Slot
 from burnish.families.text_slots import t5_slot
 from burnish.families.weights import Layout
 from burnish.family import (

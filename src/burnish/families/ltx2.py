@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from burnish.families import video_vae
 from burnish.families.gemma3 import gemma3_slot
 from burnish.families.native import NativeNames
-from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout
 from burnish.family import (
     Capabilities,

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLLTXVideo
 from torch import Tensor
 
 from burnish.families import video_vae
-from burnish.families.pipeline import Config, Slot
+from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout, below
 
 _PREFIXES = ("", "vae.")

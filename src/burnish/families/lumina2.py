@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from burnish.families import gemma
 from burnish.families.masked import trimmed
 from burnish.families.native import NativeNames, depth
-from burnish.families.pipeline import PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Slot, vae_slot
 from burnish.families.weights import Layout
 from burnish.family import (
     Conditioning,

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from burnish.families import tekken
 from burnish.families.native import depth, refuse_scaled
-from burnish.families.pipeline import Config, Slot
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import settings_of, tokenizer_in
 from burnish.families.weights import Layout, below
 

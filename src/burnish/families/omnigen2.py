@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from burnish.families import clip
 from burnish.families.native import PREFIXES, depth
 from burnish.families.omnigen2_transformer import MAX_REFERENCES, OmniGen2Transformer, grid, patches_of
-from burnish.families.pipeline import Config, PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
+from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.weights import Layout, below
 from burnish.family import (
     Capabilities,

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from burnish.families import clip, t5
 from burnish.families.latent_diffusion import schedule_of
 from burnish.families.masked import trimmed
-from burnish.families.pipeline import Config, PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.text_slots import t5_slot
 from burnish.family import (
     Conditioning,

@@ -30,7 +30,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from burnish.families.clip import byte_letters
 from burnish.families.native import depth, refuse_scaled
-from burnish.families.pipeline import Config, Slot
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import language_model_slot
 from burnish.families.weights import Layout, below
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from burnish.families import packing, video_vae
 from burnish.families.guidance import renormalized_patches
 from burnish.families.native import NativeNames, depth
-from burnish.families.pipeline import Slot
+from burnish.families.slots import Slot
 from burnish.families.weights import Layout
 from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
 

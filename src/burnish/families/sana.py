@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from burnish.families import gemma
 from burnish.families.masked import trimmed
-from burnish.families.pipeline import Config, PipelineFamily, Slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config, Slot
 from burnish.family import (
     Conditioning,
     ExportKeys,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from burnish.families import clip, t5
 from burnish.families.native import NativeNames, depth, with_halves_swapped
-from burnish.families.pipeline import PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout
 from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet

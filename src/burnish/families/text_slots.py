@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from burnish.families import clip, t5
-from burnish.families.pipeline import Config, Slot, same_config
+from burnish.families.slots import Config, Slot, same_config
 from burnish.families.weights import Layout, below
 
 CLIP_L_LAYERS = 12  # the larger CLIPs have 24 (H) and 32 (bigG)

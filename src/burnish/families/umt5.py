@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5C
 from burnish.errors import ModelError
 from burnish.families import t5
 from burnish.families.native import NativeNames, depth, refuse_scaled
-from burnish.families.pipeline import Config, Slot
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import settings_of
 from burnish.families.weights import Layout, below
 

@@ -8,6 +8,7 @@ Shape letters: B batch, C channels, H W height and width, S tokens, D width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -34,7 +35,7 @@ from burnish.family import (
 from burnish.randomness import torch_generator
 
 
-class UNetFamily:
+class UNetFamily(ABC):
     """Conditioning: `tokens_BSD` (B, 77, D), CLIP's; of an inpainting model `hole_B5HW`, the mask (1 where the
     picture is to be filled) and the latents of the rest; without it everything is the hole.
     """
@@ -61,14 +62,14 @@ class UNetFamily:
             self.capabilities = Capabilities(references=1, masks=True)
 
     @classmethod
+    @abstractmethod
     def fits_config(cls, config: Mapping[str, Any]) -> bool:
         """Whether the config of a diffusers UNet is of this family."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def fits_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether the shapes of a single file's UNet, by diffusers' names, are of this family."""
-        raise NotImplementedError
 
     @classmethod
     def schedule_in(cls, checkpoint: Checkpoint, prediction: Prediction | None) -> Schedule:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from burnish.families.pipeline import Config, Slot
+from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout, below
 
 _PREFIXES = ("", "vae.", "first_stage_model.", "model.")

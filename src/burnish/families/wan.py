@@ -20,7 +20,7 @@ from torch import Tensor
 
 from burnish.families import video_vae
 from burnish.families.native import NativeNames, depth
-from burnish.families.pipeline import Slot
+from burnish.families.slots import Slot
 from burnish.families.sources import locate
 from burnish.families.umt5 import umt5_slot
 from burnish.families.video_vae import wan_vae_slot

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from burnish.families import clip_vision, video_vae, wan
-from burnish.families.pipeline import Config, PipelineFamily
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config
 from burnish.families.weights import Layout
 from burnish.family import Capabilities, Conditioning, LatentShape, ModelSource, Part, SamplerDefaults
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from burnish.errors import ModelError
 from burnish.families import video_vae, wan
-from burnish.families.pipeline import Config, PipelineFamily, not_in_files
+from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config, not_in_files
 from burnish.families.sources import locate
 from burnish.families.weights import Layout
 from burnish.family import Capabilities, Conditioning, LatentShape, ModelSource, SamplerDefaults

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from burnish.families.guidance import beyond_the_prompt
 from burnish.families.masked import trimmed
 from burnish.families.native import NativeNames, depth
-from burnish.families.pipeline import Config, PipelineFamily, Slot, vae_slot
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_slot
+from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.weights import Layout
 from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, Schedule, TargetSet
 
