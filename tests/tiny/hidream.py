@@ -15,7 +15,7 @@ from tiny_pipelines import clip_tokenizer, drawn, kl_vae, t5, t5_tokenizer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from burnish.families.hidream import NAMES
+from burnish.families.hidream_model import NAMES
 from tiny import Case
 
 POSITIONS = 248
