@@ -13,7 +13,7 @@ or v.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -177,6 +177,21 @@ class ResolutionShift:
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return self.base_shift + slope * (tokens - self.base_tokens)
 
+@dataclass(frozen=True, slots=True)
+class AudioShape:
+    """How the sound of a clip, a stereo waveform, becomes latents (C, L, F): channels, moments, bands of frequency."""
+
+    channels: int
+    bands: int
+    per_second: float  # moments
+    sample_rate: int  # of the waveform that is encoded, per second
+    decoded_rate: int  # of the waveform that comes back
+
+    def of(self, seconds: float) -> tuple[int, int, int]:
+        """(C, L, F) of a clip that is shown for so long."""
+        return self.channels, round(seconds * self.per_second), self.bands
+
+
     def factor(self, tokens: int, steps: int = 0) -> float:
         mu = self.mu(tokens, steps)
         return exp(mu) if self.exponential else mu
@@ -277,6 +292,10 @@ class ExportKeys:
     formats: tuple[AdapterFormat, ...]
     modelspec: str
     base_model_version: str
+    audio: tuple[str, ...] = ()  # those that belong to it, too, where sound is trained with the frames
+
+    def with_audio(self) -> TargetSet:
+        return replace(self, patterns=self.patterns + self.audio, audio=())
     prefix: Mapping[AdapterFormat, str] = field(default_factory=dict)  # e.g. {"kohya": "lora_unet_"}
     native: NativeName | None = None  # where the `comfy` format has other names than diffusers
     unreadable: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
@@ -289,7 +308,8 @@ class ModelSource:
     """Where the weights are. `path` is a diffusers folder, a .safetensors file, or a Hub id `owner/name`.
 
     `vae` and `text_encoders` name separate files for checkpoints that hold the denoiser alone (ComfyUI). `denoisers`
-    names those to load of a model with several, all if empty; of a single file, the one that it holds.
+    names those to load of a model with several, all if empty; of a single file, the one that it holds. `audio` asks
+    for the sound beside the frames, of a family that has it.
     """
 
     path: str
@@ -328,6 +348,7 @@ class Family(Protocol):
         ...
 
     @classmethod
+    audio: bool = False
     def load(
         cls,
         source: ModelSource,
@@ -338,6 +359,30 @@ class Family(Protocol):
         prediction: Prediction | None = None,
     ) -> Self:
         """Load the named parts, frozen and in eval mode; schedule and shapes are known whatever the parts.
+
+class Audio(Protocol):
+    """What a family answers about the sound of clips, where it was loaded to draw it with the frames.
+
+    Latents are (B, C, L, F), in the scale that the denoiser sees; waveforms (B, 2, samples) in [-1, 1].
+    """
+
+    @property
+    def shape(self) -> AudioShape: ...
+
+    def encode(self, waveform_B2N: Tensor) -> Tensor:
+        """A waveform at `shape.sample_rate` -> latents, the posterior's mode, of `shape.of` its duration."""
+        ...
+
+    def decode(self, latents_BCLF: Tensor) -> Tensor:
+        """Latents -> a waveform at `shape.decoded_rate`, not clamped."""
+        ...
+
+    def predict(
+        self, noisy: Tensor, noisy_audio: Tensor, t_B: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """As the family's `predict`, of frames and sound that see each other; both are at the same times."""
+        ...
+
 
         Raises:
             ModelError: files are missing, damaged or of another family.
@@ -351,6 +396,7 @@ class Family(Protocol):
 
     def example(
         self, height: int, width: int, batch: int, frames: int = 1
+    audio: Audio | None  # None: the family draws frames alone, or was not asked for more
     ) -> tuple[Tensor, Tensor, Conditioning]:
         """Noisy latents, times and conditioning of the right shapes and dtypes for the loaded denoiser."""
         ...

@@ -21,6 +21,7 @@ from burnish.families.slots import Config, PipelineSource, Slot, layout_of_file,
 from burnish.families.sources import index_file, locate, read_json
 from burnish.families.weights import Layout
 from burnish.family import (
+    Audio,
     Capabilities,
     Conditioning,
     ExportKeys,
@@ -94,6 +95,7 @@ class PipelineFamily(ABC):
     export: ExportKeys
     defaults: SamplerDefaults
     latents: LatentShape
+    audio: Audio | None = None
 
     def __init__(
         self, configs: Mapping[str, Config], dtype: torch.dtype, source: PipelineSource | None
@@ -280,6 +282,7 @@ class PipelineFamily(ABC):
             can = self.capabilities
             settings += f" {self.name} {can.references} {can.masks} {can.first_frame}"
         if part == "text_encoders":
+            settings += " audio" if self.audio is not None else ""
             settings += f" {self.prompt_limit}"
         return self.source.identity(part, settings)
 

@@ -20,6 +20,7 @@ from burnish.families import autoencoder, clip
 from burnish.families.latent_diffusion import INPAINTING, Checkpoint, Layouts, Parts, is_unet_of, schedule_of
 from burnish.families.unet import TARGETS, repeated_blocks, with_depth, without_weights
 from burnish.family import (
+    Audio,
     Capabilities,
     Conditioning,
     ExportKeys,
@@ -49,6 +50,7 @@ class UNetFamily(ABC):
     capabilities = Capabilities()
     defaults: SamplerDefaults
     latents = LatentShape(channels=4, compression=8)
+    audio: Audio | None = None
 
     def __init__(
         self, parts: Parts, schedule: Schedule, dtype: torch.dtype, checkpoint: Checkpoint | None
