@@ -241,6 +241,9 @@ class SamplerDefaults:
     guides_above: float = 1.0  # scales up to this one take no second pass
     # In place of `guide`: what the prompts say -> the rule of one run, which may remember its steps.
     guide_of: Callable[[Conditioning], Guide] | None = None
+    # With guidance and references: by how much these guide, too, counted by the usual rule from a third pass with the
+    # prompt and without them. None: there is no such pass.
+    reference_guidance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ def test_three_files_of_one_number(tmp_path: Path) -> None:
         "steps": 2,
         "guidance": 3.5,
         "true_guidance": 1.0,
+        "reference_guidance": None,
         "frames": 1,
         "references": [],
         "mask": None,

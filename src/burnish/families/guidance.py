@@ -25,6 +25,14 @@ def renormalized_patches(with_prompt_BCHW: Tensor, without_BCHW: Tensor, scale: 
     return unpack(guided_BND * (length_BN1 / guided_BND.norm(dim=-1, keepdim=True)), height, width)
 
 
+def no_longer_than_prompted(with_prompt_BCHW: Tensor, without_BCHW: Tensor, scale: Tensor) -> Tensor:
+    """The usual rule, at each place no longer over the channels than with the prompt alone (HiDream-E1's
+    `clip_cfg_norm`)."""
+    guided_BCHW = classifier_free_guidance(with_prompt_BCHW, without_BCHW, scale)
+    longest_B1HW, length_B1HW = (one.norm(dim=1, keepdim=True) for one in (with_prompt_BCHW, guided_BCHW))
+    return guided_BCHW * (longest_B1HW / (length_B1HW + 1e-8)).clamp(max=1.0)
+
+
 class AdaptiveProjection:
     """Adaptive projected guidance with momentum (arXiv 2410.02416) after some steps of the usual rule.
 

@@ -52,13 +52,31 @@ class RoutedExperts(nn.Module):
 
 
 class HiDreamTransformer(HiDreamImageTransformer2DModel):  # type: ignore[misc]
-    """Sizes of pictures are plain numbers, so that no device has to be asked for them."""
+    """Sizes of pictures are plain numbers, so that no device has to be asked for them; of more patches than the config
+    foresees it takes all."""
 
     def patchify(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None, list[tuple[int, int]], Tensor]:
-        patches, mask, _, positions = super().patchify(hidden_states)
+        """Patches (B, S, D), their mask (B, S), rows and columns of each picture, and positions (B, S, 3).
+
+        As released, only what is not square is filled up to `max_seq`, and the mask empties the keys of what was
+        added without taking it out of the attention.
+        """
         batch, _, height, width = hidden_states.shape
-        patch = int(self.config.patch_size)
-        return patches, mask, [(height // patch, width // patch)] * batch, positions
+        side = int(self.config.patch_size)
+        rows, columns = height // side, width // side
+        cut = hidden_states.unflatten(3, (columns, side)).unflatten(2, (rows, side))
+        patches_BSD = cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+        of_rows, of_columns = (
+            torch.arange(count, device=hidden_states.device, dtype=torch.float32) for count in (rows, columns)
+        )
+        at_S3 = torch.cartesian_prod(of_rows.new_zeros(1), of_rows, of_columns)
+        mask_BS = None
+        if height != width:
+            added = max(0, self.max_seq - rows * columns)
+            mask_BS = nn.functional.pad(patches_BSD.new_ones(batch, rows * columns), (0, added))
+            patches_BSD = nn.functional.pad(patches_BSD, (0, 0, 0, added))
+            at_S3 = nn.functional.pad(at_S3, (0, 0, 0, added))
+        return patches_BSD, mask_BS, [(rows, columns)] * batch, at_S3.expand(batch, -1, -1)
 
 
 def transformer(config: dict[str, Any]) -> HiDreamTransformer:

@@ -24,7 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 from burnish.errors import ModelError, UserError
-from burnish.family import Conditioning, Family, NegativePrompt, PictureInfo, Schedule
+from burnish.family import (
+    Conditioning,
+    Family,
+    NegativePrompt,
+    PictureInfo,
+    Schedule,
+    classifier_free_guidance,
+)
 from burnish.sampling.references import check_references, mask_pixels, reference_pixels
 
 _log = logging.getLogger(__name__)
@@ -50,6 +57,7 @@ class PictureRequest:
 
     `guidance` is classifier-free guidance (arXiv 2207.12598) where the family is meant to run with it, else the
     scale that the denoiser embeds. `true_guidance` above 1 adds classifier-free guidance to the latter kind.
+    `reference_guidance` is for families whose references guide by themselves; 1 is none.
     """
 
     prompt: str
@@ -63,6 +71,7 @@ class PictureRequest:
     true_guidance: float = 1.0
     references: tuple[Path, ...] = ()  # pictures beside the prompt, in the order the model sees them
     mask: Path | None = None  # white where the first reference is to be filled
+    reference_guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,8 @@ class EncodedRequest:
     scale: float  # of classifier-free guidance; used where `negative` is there
     conditioning: Conditioning
     negative: Conditioning | None
+    reference_scale: float = 1.0  # of guidance by references; used where `unseeing` is there
+    unseeing: Conditioning | None = None  # the prompt without the references
 
 
 @torch.no_grad()
@@ -110,6 +121,7 @@ def _settled(request: PictureRequest, family: Family) -> PictureRequest:
         steps=family.defaults.steps if request.steps is None else request.steps,
         guidance=family.defaults.guidance if request.guidance is None else request.guidance,
         frames=family.defaults.frames if request.frames is None else request.frames,
+        reference_guidance=_reference_guidance(request, family),
     )
     multiple = family.latents.pixel_multiple
     for name, length in (("height", settled.height), ("width", settled.width)):
@@ -124,6 +136,16 @@ def _settled(request: PictureRequest, family: Family) -> PictureRequest:
     _check_frames(settled.frames, family)
     check_references(family, settled.references, settled.mask)
     return settled
+
+
+def _reference_guidance(request: PictureRequest, family: Family) -> float | None:
+    known = family.defaults.reference_guidance
+    if request.reference_guidance is not None and known is None:
+        raise UserError(
+            f"Guidance by references is asked for, and {family.title} has none.",
+            remedy="Take `reference_guidance` out.",
+        )
+    return known if request.reference_guidance is None else request.reference_guidance
 
 
 def _check_frames(frames: int | None, family: Family) -> None:
@@ -165,6 +187,7 @@ def _encoded_request(
         negative=encoded(NegativePrompt(request.negative), request).merged(about_picture)
         if scale > family.defaults.guides_above
         else None,
+        reference_scale=1.0 if request.reference_guidance is None else request.reference_guidance,
     )
 
 
@@ -199,6 +222,7 @@ def _with_references(family: Family, one: EncodedRequest, device: torch.device |
         one,
         conditioning=one.conditioning.merged(shown),
         negative=one.negative.merged(shown) if one.negative is not None else None,
+        unseeing=one.conditioning if one.negative is not None and one.reference_scale != 1 else None,
     )
 
 
@@ -221,7 +245,8 @@ def draw_latents(
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, one in enumerate(encoded):
-        alike = (one.size, one.frames, one.steps, one.negative is not None, _fixed_shapes(one.conditioning))
+        passes = (one.negative is not None, one.unseeing is not None)
+        alike = (one.size, one.frames, one.steps, passes, _fixed_shapes(one.conditioning))
         groups.setdefault(alike, []).append(index)
     total, done = sum(encoded[indices[0]].steps for indices in groups.values()), 0
 
@@ -263,11 +288,15 @@ def _draw_batch(
     if not family.schedule.is_flow:
         latents_BCHW = latents_BCHW * scheduler.init_noise_sigma
 
-    conditioning = _joined(encoded, device, dtype)
+    negatives = [one.negative for one in encoded if one.negative is not None]
+    conditioning = _joined([*negatives, *(one.conditioning for one in encoded)], device, dtype)
+    blind = [one.unseeing for one in encoded if one.unseeing is not None]
+    unseeing = _joined(blind, device, dtype) if blind else None
     guide, guide_of = family.defaults.guide, family.defaults.guide_of
     if guide_of is not None:
         guide = guide_of(conditioning.rows(slice(-len(encoded), None)))
-    scale = torch.tensor([one.scale for one in encoded], device=device).view(-1, *(1 for _ in shape))
+    scale = _of_rows([one.scale for one in encoded], latents_BCHW)
+    reference_scale = _of_rows([one.reference_scale for one in encoded], latents_BCHW)
     # Stochastic schedulers (Euler ancestral, LCM) draw on the CPU from each picture's own generator.
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"generator": generators} if takes_generator else {}
@@ -291,6 +320,10 @@ def _draw_batch(
         if guided:
             without, with_prompt = predicted.chunk(2)
             predicted = guide(with_prompt, without, scale)
+        if unseeing is not None:
+            one_each = slice(len(encoded))
+            alone = family.predict(model_input[one_each], t_B[one_each], unseeing).float()
+            predicted = classifier_free_guidance(predicted, alone, reference_scale)
         latents_BCHW = scheduler.step(predicted, timestep, latents_BCHW, return_dict=False, **options)[0]
         # A second-order scheduler takes several turns per step.
         step_done(first.steps * (number + 1) // len(timesteps))
@@ -304,12 +337,13 @@ def _noise(family: Family, shape: Sequence[int], generator: torch.Generator, dty
     return torch.randn((1, *shape[1:], shape[0]), generator=generator, dtype=dtype).movedim(-1, 1)
 
 
-def _joined(
-    encoded: Sequence[EncodedRequest], device: torch.device | str, dtype: torch.dtype
-) -> Conditioning:
-    """Conditioning of a batch; where there is guidance, that of the negative prompts first."""
-    rows = [one.negative for one in encoded if one.negative is not None]
-    rows += [one.conditioning for one in encoded]
+def _of_rows(values: Sequence[float], latents: Tensor) -> Tensor:
+    """A number for each row of latents (B, ...), to be multiplied with them."""
+    return torch.tensor(values, device=latents.device).view(-1, *(1 for _ in latents.shape[1:]))
+
+
+def _joined(rows: Sequence[Conditioning], device: torch.device | str, dtype: torch.dtype) -> Conditioning:
+    """Conditioning of a batch."""
     joined = Conditioning.collate(rows)
     cast = joined.to(device, dtype)
     # A guidance scale such as 3.3 is not to be rounded.
