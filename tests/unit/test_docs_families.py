@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -77,25 +76,27 @@ def test_a_row_of_interop_is_what_the_code_writes(name: str) -> None:
     assert set(re.findall(r"`(kohya|diffusers|comfy)`:", others)) == {*export.formats} - {export.default}
 
 
-def without_files(family: Any) -> bool:
-    """Whether it takes a diffusers folder to train it: a module or a tokenizer is in no single file."""
-    slots: tuple[Slot, ...] = getattr(family, "slots", ())
-    missing = [slot for slot in slots if slot.find is not_in_files and not slot.optional]
-    mute = [slot for slot in slots if slot.tokenizer and slot.ship_tokenizer is None]
-    return bool(missing) or any(slot.tokenizer_in_file is NO_TOKENIZER_IN_FILES for slot in mute)
+def slots_of(name: str) -> tuple[Slot, ...]:
+    return getattr(family_named(name), "slots", ())
+
+
+def mute(name: str) -> list[Slot]:
+    """Text encoders whose tokenizer does not ship."""
+    return [slot for slot in slots_of(name) if slot.tokenizer and slot.ship_tokenizer is None]
 
 
 def test_families_that_take_a_folder_are_listed() -> None:
-    assert listed("Folder or Hub id only.") == {n for n in BUILT_IN if without_files(family_named(n))}
+    without = {n for n in BUILT_IN for s in slots_of(n) if s.find is not_in_files and not s.optional}
+    assert listed("Folder or Hub id only.") == without
+
+
+def test_families_whose_tokenizer_has_to_be_named_are_listed() -> None:
+    needy = {n for n in BUILT_IN for s in mute(n) if s.tokenizer_in_file is NO_TOKENIZER_IN_FILES}
+    assert listed("A tokenizer beside the files.") == needy - listed("Folder or Hub id only.")
 
 
 def test_families_whose_tokenizer_lies_in_the_file_are_listed() -> None:
-    inside = {
-        name
-        for name in BUILT_IN
-        for slot in getattr(family_named(name), "slots", ())
-        if slot.ship_tokenizer is None and slot.tokenizer_in_file is not NO_TOKENIZER_IN_FILES
-    }
+    inside = {n for n in BUILT_IN for s in mute(n) if s.tokenizer_in_file is not NO_TOKENIZER_IN_FILES}
     assert listed("ComfyUI's own text encoder.") == inside - listed("Folder or Hub id only.")
 
 

@@ -34,7 +34,9 @@ class Model(Section):
     )
     vae: Path | None = Field(None, description="VAE file, for a checkpoint that holds the denoiser alone.")
     text_encoders: list[Path] = Field(
-        [], description="Text-encoder files, for a checkpoint that holds the denoiser alone."
+        [],
+        description="Text-encoder files, for a checkpoint that holds the denoiser alone; or folders of weights, of a "
+        "tokenizer, or both.",
     )
     denoisers: list[str] = Field(
         [],

@@ -90,8 +90,9 @@ class CogView4(PipelineFamily):
             "tokenizer",
             config=GlmConfig,
             model=GlmModel,
-            signs=("model.layers.0.mlp.gate_up_proj.weight", "model.layers.0.self_attn.o_proj.weight"),
+            signs=("layers.0.mlp.gate_up_proj.weight", "layers.0.self_attn.o_proj.weight"),
             tidy=_without_model,
+            prefixes=("model.",),
         ),
     )
     targets: ClassVar[Mapping[str, TargetSet]] = {

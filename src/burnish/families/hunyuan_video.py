@@ -192,7 +192,10 @@ class HunyuanVideo(PipelineFamily):
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
         encoder = self.module("text_encoder")
-        encoded = self.tokenizer("text_encoder")(
+        tokenizer = self.tokenizer("text_encoder")
+        if tokenizer.pad_token is None:  # Meta's own; what stands behind a caption is masked
+            tokenizer.pad_token = tokenizer.eos_token
+        encoded = tokenizer(
             [TEMPLATE.format(prompt) for prompt in prompts],
             padding="max_length",
             max_length=INSTRUCTION_TOKENS + LLAMA_TOKENS,

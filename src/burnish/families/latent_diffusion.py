@@ -23,15 +23,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from burnish.errors import ModelError, UserError
 from burnish.families import autoencoder, clip, unet
+from burnish.families.apart import files_behind, files_named, separate_file, separate_weights
 from burnish.families.fingerprints import fingerprint
-from burnish.families.sources import (
-    files_behind,
-    locate,
-    locate_parts,
-    read_header,
-    read_json,
-    separate_file,
-)
+from burnish.families.sources import locate, locate_parts, read_header, read_json
 from burnish.families.weights import Layout, below, layout_of
 from burnish.family import ModelSource, Part, Prediction, Schedule
 
@@ -218,9 +212,16 @@ class Checkpoint:
                 remedy="Name one file per text encoder.",
             )
         layouts = [
-            clip.transformers_names(layout_of([separate_file(file)])) for file in self.source.text_encoders
+            clip.transformers_names(layout_of(separate_weights(entry))) for entry in self.source.text_encoders
         ]
-        return sorted(layouts, key=lambda layout: layout["embeddings.token_embedding.weight"].shape[1])
+        embedding = "embeddings.token_embedding.weight"
+        for entry, layout in zip(self.source.text_encoders, layouts, strict=True):
+            if embedding not in layout:
+                raise ModelError(
+                    f"{entry} holds no CLIP text encoder.",
+                    remedy="Correct `model.text_encoders`; CLIP's tokenizer ships with Burnish.",
+                )
+        return sorted(layouts, key=lambda layout: layout[embedding].shape[1])
 
     def identity(self, part: Part, dtype: torch.dtype) -> str:
         """Hash of the bytes behind a part, the number type it computes in and the version of this code."""
@@ -229,7 +230,8 @@ class Checkpoint:
         return digest.hexdigest()
 
     def files(self, part: Part) -> list[Path]:
-        return files_behind(self.source, self.path, part, self.layouts.folders(part))
+        folders = () if files_named(self.source, part) else self.layouts.folders(part)
+        return files_behind(self.source, self.path, part, folders)
 
     def schedule(self, prediction: Prediction | None) -> Schedule:
         """The schedule that came with the weights, or the released one; `prediction` overrides it."""

@@ -164,6 +164,7 @@ class PipelineFamily(ABC):
             )
         cls._refuse_unknown_denoisers(source)
         found = PipelineSource(source, cls.slots, shipped_configs(cls.name), cls.title, parts)
+        found.refuse_strangers()
         known = [
             s
             for s in cls.slots

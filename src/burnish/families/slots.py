@@ -22,15 +22,14 @@ from transformers import PreTrainedTokenizerBase
 
 from burnish.errors import ModelError
 from burnish.families import autoencoder
+from burnish.families.apart import files_behind, separate_file, separate_weights, tokenizer_in
 from burnish.families.fingerprints import fingerprint
 from burnish.families.sources import (
-    files_behind,
     index_file,
     locate,
     locate_parts,
     read_header,
     read_json,
-    separate_file,
     weight_files,
 )
 from burnish.families.weights import Layout, Piece, layout_of, load_module
@@ -106,14 +105,21 @@ class PipelineSource:
     _layouts: dict[str, Layout] = field(default_factory=dict)
 
     def folders(self, part: Part) -> tuple[str, ...]:
-        slots = [slot for slot in self.slots if slot.part == part]
-        return tuple(f for slot in slots for f in (slot.folder, slot.tokenizer) if f and self.has(slot))
+        """Of a diffusers folder, those that hold a part, as far as the config names nothing in their place."""
+        slots = [slot for slot in self.slots if slot.part == part and self.has(slot)]
+        return tuple(folder for slot in slots for folder in self._folders(slot))
+
+    def _folders(self, slot: Slot) -> list[str]:
+        own = [] if self.is_apart(slot) else [slot.folder]
+        named = slot.tokenizer is None or self._named_tokenizer(slot) is not None
+        return own if named else [*own, str(slot.tokenizer)]
 
     @cached_property
     def path(self) -> Path:
+        if not self.index:
+            return locate(self.source)
         slots = [s for s in self.slots if s.part != "denoiser" or self._is_chosen(s)]
-        wanted = [f for s in slots if s.part in self.parts for f in (s.folder, s.tokenizer) if f]
-        return locate_parts(self.source, wanted)
+        return locate_parts(self.source, [f for s in slots if s.part in self.parts for f in self._folders(s)])
 
     @cached_property
     def index(self) -> dict[str, Any]:
@@ -138,12 +144,38 @@ class PipelineSource:
         return not self.source.denoisers or slot.folder in self.source.denoisers
 
     def is_apart(self, slot: Slot) -> bool:
-        """Whether the module comes from a separate file that the config names."""
+        """Whether the module comes from what the config names beside the path."""
         if slot.listed_under is not None and self.index:
             return False
-        return (slot.part == "vae" and self.source.vae is not None) or (
-            slot.part == "text_encoders" and bool(self.source.text_encoders)
-        )
+        if slot.part == "text_encoders":
+            named = self._named_encoders.values()
+            return any(slot.find(layout) is not None for layout in named) if self.index else any(named)
+        return slot.part == "vae" and self.source.vae is not None
+
+    @cached_property
+    def _named_encoders(self) -> dict[Path, Layout]:
+        """What the config names under `model.text_encoders`; empty layouts are tokenizers alone."""
+        return {path: _layout_of_files(separate_weights(path)) for path in self.source.text_encoders}
+
+    def refuse_strangers(self) -> None:
+        """Everything that the config names must be of use.
+
+        Raises:
+            ModelError: an entry of `model.text_encoders` holds nothing that this model reads.
+        """
+        readers = [slot for slot in self.slots if "text_encoders" in (slot.part, slot.listed_under)]
+        for path, layout in self._named_encoders.items():
+            if layout and not any(slot.find(layout) is not None for slot in readers):
+                names = ", ".join(slot.folder.replace("_", " ") for slot in readers)
+                raise ModelError(
+                    f"{path} holds no text encoder of {self.title} ({names}).",
+                    remedy="Correct `model.text_encoders`, or leave that entry out.",
+                )
+            if not layout and not any(slot.tokenizer and slot.ship_tokenizer is None for slot in readers):
+                raise ModelError(
+                    f"{path} holds a tokenizer, and {self.title}'s ships with Burnish.",
+                    remedy="Leave that entry of `model.text_encoders` out.",
+                )
 
     def _in_folder(self, slot: Slot) -> bool:
         return bool(self.index) and not self.is_apart(slot)
@@ -152,9 +184,8 @@ class PipelineSource:
         part = slot.listed_under or slot.part
         if part == "vae" and self.source.vae is not None:
             return [layout_of_file(separate_file(self.source.vae))]
-        if part == "text_encoders" and self.source.text_encoders:
-            return [layout_of_file(separate_file(file)) for file in self.source.text_encoders]
-        return [layout_of_file(self.path)]
+        named = [layout for layout in self._named_encoders.values() if layout]
+        return named if part == "text_encoders" and named else [layout_of_file(self.path)]
 
     def layout(self, slot: Slot) -> Layout:
         """Where the weights of a module lie, under the module's own names."""
@@ -217,6 +248,9 @@ class PipelineSource:
     def tokenizer(self, slot: Slot) -> PreTrainedTokenizerBase:
         if slot.tokenizer is None:
             raise RuntimeError(f"{slot.folder} has no tokenizer")
+        named = self._named_tokenizer(slot)
+        if named is not None and slot.load_tokenizer is not None:
+            return _loaded(slot.load_tokenizer, named)
         if self.index and slot.load_tokenizer is not None:
             folder = self.path / slot.tokenizer
             if not folder.is_dir():
@@ -227,17 +261,42 @@ class PipelineSource:
         if found is not None:
             return found
         if slot.ship_tokenizer is None:
+            what = slot.folder.replace("_", " ")
             raise ModelError(
-                f"{self.title}'s tokenizer does not ship with Burnish, and a single file has none.",
-                remedy="Use the diffusers folder or Hub id of the model as `model.path`.",
+                f"The tokenizer of {self.title}'s {what} does not ship with Burnish, and these files hold none.",
+                remedy=f"Fetch the folder `{slot.tokenizer}` of the model's diffusers release (tokenizer.json, "
+                "tokenizer_config.json), and add it to `model.text_encoders`.",
             )
         return slot.ship_tokenizer()
+
+    def _named_tokenizer(self, slot: Slot) -> Path | None:
+        """The tokenizer's folder that the config names: that of the weights, or one by itself if none ships."""
+        for path, layout in self._named_encoders.items():
+            is_of_slot = slot.find(layout) is not None if layout else slot.ship_tokenizer is None
+            folder = tokenizer_in(path) if is_of_slot else None
+            if folder is not None:
+                return folder
+        return None
 
     def identity(self, part: Part, settings: str) -> str:
         """Hash of the bytes behind a part, what else its numbers depend on, and the version of this code."""
         digest = hashlib.sha256(f"{ENCODING_VERSION} {part} {settings}".encode())
         digest.update(fingerprint(files_behind(self.source, self.path, part, self.folders(part))).encode())
         return digest.hexdigest()
+
+
+def _loaded(load: Callable[[Path], PreTrainedTokenizerBase], folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return load(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"The tokenizer in {folder} cannot be read: {error}.",
+            remedy="Fetch all files of the model's tokenizer folder again.",
+        ) from error
+
+
+def _layout_of_files(paths: Sequence[Path]) -> Layout:
+    return layout_of_file(paths[0]) if len(paths) == 1 else layout_of(paths)
 
 
 def layout_of_file(path: Path) -> Layout:

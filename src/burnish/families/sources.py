@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from burnish.errors import ModelError
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
 
 _WITHOUT_WEIGHTS = ("tokenizer", "processor")  # folders that are called so, `t5_tokenizer` among them
 CONFIG_FILES = ("*.json", "*/*.json")
 REFUSED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # how diffusers and transformers name weights
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # how diffusers and transformers name weights
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -95,51 +95,17 @@ def index_file(folder: Path) -> Path:
     return modular if modular.is_file() and not usual.is_file() else usual
 
 
-def separate_file(path: Path) -> Path:
-    """A file beside the checkpoint, such as a VAE of its own.
-
-    Raises:
-        ModelError: it is not there, or is a folder.
-    """
-    found = locate(ModelSource(str(path), offline=True))
-    if found.is_dir():
-        raise ModelError(f"{path} is a folder.", remedy="Name the .safetensors file itself.")
-    return found
-
-
-def files_behind(source: ModelSource, path: Path, part: Part, folders: Sequence[str]) -> list[Path]:
-    """Every file that a part's numbers depend on: weights, configs, tokenizers.
-
-    Args:
-        path: what `locate` found for the source.
-        folders: below a diffusers folder, those that hold the part.
-    """
-    if part == "vae" and source.vae is not None:
-        return [separate_file(source.vae)]
-    if part == "text_encoders" and source.text_encoders:
-        return [separate_file(file) for file in source.text_encoders]
-    if path.is_file():
-        return [path]
-    root = locate_parts(source, folders)
-    found: list[Path] = []
-    for folder in folders:
-        if _has_weights(folder):
-            found += weight_files(root / folder)
-        settings = (".json", ".txt", ".model")
-        found += sorted(file for file in (root / folder).iterdir() if file.suffix in settings)
-    return found
-
-
 def _part_files(folders: Sequence[str], variant: str) -> list[str]:
-    weights = [f"{stem}{variant}{rest}.safetensors" for stem in _STEMS for rest in ("", "-*-of-*")]
-    return [f"{folder}/{name}" for folder in folders for name in (*weights, "*.txt", "*.model")]
+    weights = [f"{stem}{variant}{rest}.safetensors" for stem in STEMS for rest in ("", "-*-of-*")]
+    return [f"{folder}/{name}" for folder in folders for name in (*weights, "*.txt", "*.model", "*.jinja")]
 
 
 def _lacks_weights(folder: Path) -> bool:
-    return _has_weights(folder.name) and not any(folder.glob("*.safetensors"))
+    return has_weights(folder.name) and not any(folder.glob("*.safetensors"))
 
 
-def _has_weights(folder: str) -> bool:
+def has_weights(folder: str) -> bool:
+    """Whether a folder of this name is one of weights rather than of a tokenizer."""
     return not any(word in folder for word in _WITHOUT_WEIGHTS)
 
 
@@ -230,7 +196,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"The model has no folder {folder}.", remedy="Is the download complete? Fetch the model again."
         )
     for variant in ("", ".fp16"):
-        for stem in _STEMS:
+        for stem in STEMS:
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.is_file():
                 return _shards(index)
