@@ -31,10 +31,14 @@ class Conditioning(Mapping[str, Tensor]):
 
     Names that start with `tokens` or `mask` have a token axis at dimension 1 and are padded with zeros (False)
     when samples of different length are collated; all others must agree in shape. Cached on disk as is.
+
+    Whole numbers and masks keep the copy that was on the CPU when they are moved to a device: what a family has to know
+    of them (`on_host`) costs no wait for the device, which is the price of reading a tensor back.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], on_host: Mapping[str, Tensor] | None = None) -> None:
         self._tensors = dict(tensors)
+        self._on_host = dict(on_host or {})  # of tensors on a device, as they were on the CPU
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -55,17 +59,37 @@ class Conditioning(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Move to `device`; cast floating tensors to `dtype` when one is given."""
+        here = {
+            k: v for k, v in self._tensors.items() if v.device.type == "cpu" and not v.is_floating_point()
+        }
         return Conditioning(
-            {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self._tensors.items()}
+            {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self._tensors.items()},
+            {**self._on_host, **here},
         )
+
+    def on_host(self, name: str) -> Tensor | None:
+        """A tensor on the CPU, where possible without asking the device; None of one without values (meta device)."""
+        tensor = self._tensors[name]
+        if tensor.is_meta:
+            return None
+        if tensor.device.type == "cpu":
+            return tensor
+        if name not in self._on_host:
+            self._on_host[name] = tensor.cpu()
+        return self._on_host[name]
 
     def merged(self, other: Mapping[str, Tensor]) -> Conditioning:
         """This and `other` together; `other` wins where both name a tensor."""
-        return Conditioning({**self._tensors, **other})
+        kept = {k: v for k, v in self._on_host.items() if k not in other}
+        known = other._on_host if isinstance(other, Conditioning) else {}
+        return Conditioning({**self._tensors, **other}, {**kept, **known})
 
     def rows(self, index: slice | Sequence[int]) -> Conditioning:
         """The chosen batch rows."""
-        return Conditioning({k: v[index] for k, v in self._tensors.items()})
+        return Conditioning(
+            {k: chosen_rows(v, index) for k, v in self._tensors.items()},
+            {k: chosen_rows(v, index) for k, v in self._on_host.items()},
+        )
 
     @staticmethod
     def collate(samples: Sequence[Conditioning]) -> Conditioning:
@@ -79,6 +103,11 @@ class Conditioning(Mapping[str, Tensor]):
             if list(sample) != names and set(sample) != set(names):
                 raise ValueError(f"conditioning of different kinds: {sorted(names)} and {sorted(sample)}")
         return Conditioning({name: _join(name, [sample[name] for sample in samples]) for name in names})
+
+
+def chosen_rows(tensor: Tensor, index: slice | Sequence[int]) -> Tensor:
+    """Rows by number, without a list of numbers on its way to the device, which waits for it."""
+    return tensor[index] if isinstance(index, slice) else torch.stack([tensor[row] for row in index])
 
 
 def _join(name: str, tensors: Sequence[Tensor]) -> Tensor:
@@ -148,6 +177,21 @@ class LatentShape:
         return frames * (height // self.patch) * (width // self.patch)
 
 
+@dataclass(frozen=True, slots=True)
+class AudioShape:
+    """How the sound of a clip, a stereo waveform, becomes latents (C, L, F): channels, moments, bands of frequency."""
+
+    channels: int
+    bands: int
+    per_second: float  # moments
+    sample_rate: int  # of the waveform that is encoded, per second
+    decoded_rate: int  # of the waveform that comes back
+
+    def of(self, seconds: float) -> tuple[int, int, int]:
+        """(C, L, F) of a clip that is shown for so long."""
+        return self.channels, round(seconds * self.per_second), self.bands
+
+
 class TokenShift(Protocol):
     """A timestep shift that depends on the number of tokens, and for some models on the number of steps."""
 
@@ -176,21 +220,6 @@ class ResolutionShift:
     def mu(self, tokens: int, steps: int = 0) -> float:
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return self.base_shift + slope * (tokens - self.base_tokens)
-
-@dataclass(frozen=True, slots=True)
-class AudioShape:
-    """How the sound of a clip, a stereo waveform, becomes latents (C, L, F): channels, moments, bands of frequency."""
-
-    channels: int
-    bands: int
-    per_second: float  # moments
-    sample_rate: int  # of the waveform that is encoded, per second
-    decoded_rate: int  # of the waveform that comes back
-
-    def of(self, seconds: float) -> tuple[int, int, int]:
-        """(C, L, F) of a clip that is shown for so long."""
-        return self.channels, round(seconds * self.per_second), self.bands
-
 
     def factor(self, tokens: int, steps: int = 0) -> float:
         mu = self.mu(tokens, steps)
@@ -257,6 +286,9 @@ class Capabilities:
     mean_flow: bool = (
         False  # reads conditioning["until_B"], the time a step goes to; absent means: the velocity here
     )
+    picks_by_time: bool = (
+        False  # of several denoisers, by conditioning["time_B"] on the CPU; absent means: by t_B
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +297,10 @@ class TargetSet:
 
     patterns: tuple[str, ...]
     description: str
+    audio: tuple[str, ...] = ()  # those that belong to it, too, where sound is trained with the frames
+
+    def with_audio(self) -> TargetSet:
+        return replace(self, patterns=self.patterns + self.audio, audio=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,10 +331,6 @@ class ExportKeys:
     formats: tuple[AdapterFormat, ...]
     modelspec: str
     base_model_version: str
-    audio: tuple[str, ...] = ()  # those that belong to it, too, where sound is trained with the frames
-
-    def with_audio(self) -> TargetSet:
-        return replace(self, patterns=self.patterns + self.audio, audio=())
     prefix: Mapping[AdapterFormat, str] = field(default_factory=dict)  # e.g. {"kohya": "lora_unet_"}
     native: NativeName | None = None  # where the `comfy` format has other names than diffusers
     unreadable: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
@@ -321,6 +353,7 @@ class ModelSource:
     revision: str | None = None
     offline: bool = False
     denoisers: tuple[str, ...] = ()
+    audio: bool = False
 
 
 class NegativePrompt(str):
@@ -331,37 +364,6 @@ class NegativePrompt(str):
 
     __slots__ = ()
 
-
-class Family(Protocol):
-    """One model architecture, its parts loaded or not. See docs/add-a-family.md."""
-
-    name: ClassVar[str]  # key in YAML: `model.family: sdxl`
-    title: ClassVar[str]
-    capabilities: Capabilities
-    targets: ClassVar[Mapping[str, TargetSet]]  # always `attention`, `attention+mlp`, `all`
-    default_targets: ClassVar[str]
-    export: ExportKeys
-    defaults: SamplerDefaults
-    latents: LatentShape
-    schedule: Schedule
-
-    @classmethod
-    def detect(cls, source: ModelSource) -> bool:
-        """Whether these weights are of this family, from names and shapes alone; loads no weights."""
-        ...
-
-    @classmethod
-    audio: bool = False
-    def load(
-        cls,
-        source: ModelSource,
-        parts: frozenset[Part],
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        prediction: Prediction | None = None,
-    ) -> Self:
-        """Load the named parts, frozen and in eval mode; schedule and shapes are known whatever the parts.
 
 class Audio(Protocol):
     """What a family answers about the sound of clips, where it was loaded to draw it with the frames.
@@ -387,6 +389,37 @@ class Audio(Protocol):
         ...
 
 
+class Family(Protocol):
+    """One model architecture, its parts loaded or not. See docs/add-a-family.md."""
+
+    name: ClassVar[str]  # key in YAML: `model.family: sdxl`
+    title: ClassVar[str]
+    capabilities: Capabilities
+    targets: ClassVar[Mapping[str, TargetSet]]  # always `attention`, `attention+mlp`, `all`
+    default_targets: ClassVar[str]
+    export: ExportKeys
+    defaults: SamplerDefaults
+    latents: LatentShape
+    schedule: Schedule
+    audio: Audio | None  # None: the family draws frames alone, or was not asked for more
+
+    @classmethod
+    def detect(cls, source: ModelSource) -> bool:
+        """Whether these weights are of this family, from names and shapes alone; loads no weights."""
+        ...
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        parts: frozenset[Part],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        prediction: Prediction | None = None,
+    ) -> Self:
+        """Load the named parts, frozen and in eval mode; schedule and shapes are known whatever the parts.
+
         Raises:
             ModelError: files are missing, damaged or of another family.
         """
@@ -399,7 +432,6 @@ class Audio(Protocol):
 
     def example(
         self, height: int, width: int, batch: int, frames: int = 1
-    audio: Audio | None  # None: the family draws frames alone, or was not asked for more
     ) -> tuple[Tensor, Tensor, Conditioning]:
         """Noisy latents, times and conditioning of the right shapes and dtypes for the loaded denoiser."""
         ...

@@ -107,9 +107,9 @@ def train_from(
         loss = torch.stack([(one.loss_B * one.batch.weight_B).sum() for one in judged]).sum() / samples
 
         loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one host sync of a step
-        if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             overflows += 1
-            if not (run.scaler.is_enabled() and torch.isfinite(loss) and overflows <= MAX_OVERFLOWS):
+            if not (run.scaler.is_enabled() and math.isfinite(loss_value) and overflows <= MAX_OVERFLOWS):
                 raise non_finite(run, judged, loss_value, norm_value)
             run.scaler.update(run.scaler.get_scale() * run.scaler.get_backoff_factor())
             run.optimizer.zero_grad(set_to_none=True)

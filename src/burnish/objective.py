@@ -53,7 +53,8 @@ class Denoising:
         """
         noise_BCHW = self.draw_noise(batch, seed)
         t_B = self.draw_times(batch, seed, family.latents.tokens(batch.latents_BCHW.shape))
-        return self.losses_at(family, batch, noise_BCHW, t_B, predict), t_B
+        audio_noise_BCLF = self.draw_audio_noise(batch, seed)
+        return self.losses_at(family, batch, noise_BCHW, t_B, predict, audio_noise_BCLF), t_B
 
     def losses_at(
         self,
@@ -62,18 +63,35 @@ class Denoising:
         noise_BCHW: Tensor,
         t_B: Tensor,
         predict: Predict | None = None,
+        audio_noise_BCLF: Tensor | None = None,
     ) -> Tensor:
-        """Loss per sample at given noise and times: what validation holds fixed."""
+        """Loss per sample at given noise and times: what validation holds fixed.
+
+        Times that are on the CPU stay there for all that is computed of them alone: no device is asked.
+        """
         device = batch.latents_BCHW.device
-        data_BCHW, noise_BCHW, t_B = batch.latents_BCHW.float(), noise_BCHW.to(device), t_B.to(device)
+        data_BCHW, noise_BCHW = batch.latents_BCHW.float(), noise_BCHW.to(device)
         conditioning = batch.conditioning
         if family.capabilities.guidance_embedding and self.guidance is not None:
-            conditioning = conditioning.merged({"guidance_B": torch.full_like(t_B, self.guidance)})
+            guidance_B = torch.full(t_B.shape, self.guidance, dtype=t_B.dtype, device=device)
+            conditioning = conditioning.merged({"guidance_B": guidance_B})
+        if family.capabilities.picks_by_time:
+            conditioning = conditioning.merged({"time_B": t_B})
 
         noisy_BCHW, target_BCHW = noisy_and_target(self.schedule, data_BCHW, noise_BCHW, t_B)
-        predicted_BCHW = (predict or family.predict)(noisy_BCHW, t_B, conditioning)
-        loss_B = (predicted_BCHW.float() - target_BCHW).square().flatten(1).mean(1)
-        return loss_B * self.snr_weight(t_B)
+        if batch.audio_BCLF is not None:
+            assert family.audio is not None, "a batch has sound for a family with sound"
+            assert audio_noise_BCLF is not None, "sound has noise of its own"
+            # As LTX-2's trainer does: frames and sound at one time, as in sampling, and their errors added up.
+            noisy_BCLF, target_BCLF = noisy_and_target(
+                self.schedule, batch.audio_BCLF.float(), audio_noise_BCLF.to(device), t_B
+            )
+            both = family.audio.predict(noisy_BCHW, noisy_BCLF, t_B.to(device), conditioning)
+            loss_B = squared_error(both[0], target_BCHW) + squared_error(both[1], target_BCLF)
+            return loss_B * self.snr_weight(t_B).to(device)
+        predicted_BCHW = (predict or family.predict)(noisy_BCHW, t_B.to(device), conditioning)
+        loss_B = squared_error(predicted_BCHW, target_BCHW)
+        return loss_B * self.snr_weight(t_B).to(device)
 
     def draw_noise(self, batch: Batch, seed: int) -> Tensor:
         """Standard normal noise (B, C, H, W) on the CPU, plus the offset that lets pictures turn dark or bright.
@@ -91,6 +109,18 @@ class Denoising:
                 noise_CHW = noise_CHW + self.noise_offset * offset
             rows.append(noise_CHW)
         return torch.stack(rows)
+
+    def draw_audio_noise(self, batch: Batch, seed: int) -> Tensor | None:
+        """Standard normal noise (B, C, L, F) on the CPU; None without sound."""
+        if batch.audio_BCLF is None:
+            return None
+        shape = batch.audio_BCLF.shape[1:]
+        return torch.stack(
+            [
+                torch.randn(shape, generator=torch_generator(seed, "audio noise", batch.position, sample_id))
+                for sample_id in batch.sample_ids
+            ]
+        )
 
     def draw_times(self, batch: Batch, seed: int, tokens: int) -> Tensor:
         """Times in [0, 1], shape (B,), float32 on the CPU."""
@@ -134,6 +164,11 @@ class Denoising:
                 return clipped_B * t_B**2
 
 
+def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean over each sample, (B,) float32."""
+    return (predicted.float() - target).square().flatten(1).mean(1)
+
+
 def shift_time(t_B: Tensor, shift: float) -> Tensor:
     """Move training time toward the noisy end, as the sampler will at inference.
 
@@ -157,10 +192,12 @@ def signal_to_noise(schedule: Schedule, t_B: Tensor) -> Tensor:
 def noisy_and_target(
     schedule: Schedule, data_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The noisy latents at `t_B` and what the denoiser should say about them, both of the data's shape."""
-    signal_B, sigma_B = _mixing(schedule, t_B)
+    """The noisy latents at `t_B` and what the denoiser should say about them, both of the data's shape.
+
+    The times may be on the CPU whatever the device of the data.
+    """
     column = (-1,) + (1,) * (data_BCHW.dim() - 1)
-    signal, sigma = signal_B.view(column), sigma_B.view(column)
+    signal, sigma = (factor_B.to(data_BCHW.device).view(column) for factor_B in _mixing(schedule, t_B))
     noisy_BCHW = signal * data_BCHW + sigma * noise_BCHW
     match schedule.prediction:
         case "velocity":

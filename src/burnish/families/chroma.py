@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from burnish.families import clip
 from burnish.families.flux_names import BLOCKS, KINDS, TARGETS, rows_of_stacks
-from burnish.families.masked import trimmed
+from burnish.families.masked import is_whole, trimmed
 from burnish.families.native import NativeNames, depth
 from burnish.families.packing import pack, patch_positions, unpack
 from burnish.families.pipeline import PipelineFamily
@@ -151,7 +151,7 @@ class Chroma(PipelineFamily):
             encoder_hidden_states=tokens_BSD,
             txt_ids=torch.zeros(tokens_BSD.shape[1], 3, device=noisy.device),
             img_ids=patch_positions(height // 2, width // 2, noisy.device),
-            attention_mask=_attention_mask(conditioning["mask_BS"], patches_BND.shape[1]),
+            attention_mask=_attention_mask(conditioning, patches_BND.shape[1]),
             return_dict=False,
         )[0]
         return unpack(predicted_BND, height, width)
@@ -160,13 +160,13 @@ class Chroma(PipelineFamily):
         return [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]
 
 
-def _attention_mask(mask_BS: Tensor, patches: int) -> Tensor | None:
+def _attention_mask(conditioning: Conditioning, patches: int) -> Tensor | None:
     """Boolean, unlike that of diffusers' pipeline: a floating mask of ones and zeros is added to the attention's
     logits, so that padding is seen after all (https://github.com/huggingface/diffusers/issues/12116).
 
     None where nothing is masked, which the faster kernels need.
     """
-    mask_BS = mask_BS.bool()
-    if not mask_BS.is_meta and bool(mask_BS.all()):
+    if is_whole(conditioning):
         return None
+    mask_BS = conditioning["mask_BS"].bool()
     return torch.cat([mask_BS, mask_BS.new_ones(len(mask_BS), patches)], dim=1)

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from transformers import GlmConfig, GlmModel
 
 from burnish.families import clip
+from burnish.families.masked import lengths
 from burnish.families.native import depth
 from burnish.families.pipeline import PipelineFamily
+from burnish.families.rows import by_kind
 from burnish.families.shifts import RootShift
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.text_slots import language_model_slot
@@ -156,18 +158,9 @@ class CogView4(PipelineFamily):
         return Conditioning({"sizes_B6": torch.tensor(sizes, dtype=torch.float32)})
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        mask_BS = conditioning["mask_BS"]
-        # Without weights there are no numbers to count, and all captions are as long as the longest.
-        lengths = [mask_BS.shape[1]] * len(mask_BS) if mask_BS.is_meta else mask_BS.sum(1).tolist()
-        rows = {n: [row for row, length in enumerate(lengths) if length == n] for n in sorted(set(lengths))}
-        parts = [
-            self._predict(noisy[chosen], t_B[chosen], conditioning.rows(chosen), int(length))
-            for length, chosen in rows.items()
-        ]
-        order = torch.tensor([row for chosen in rows.values() for row in chosen], device=noisy.device)
-        return torch.cat(parts)[order.argsort()]
+        return by_kind(lengths(conditioning), noisy, t_B, conditioning, self._predict)
 
-    def _predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning, length: int) -> Tensor:
+    def _predict(self, length: int, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Of captions that have the same length."""
         factor = self._shift().factor(self.latents.tokens(noisy.shape), 0)
         before_shift_B = t_B / (factor - (factor - 1) * t_B)

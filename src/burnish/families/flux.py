@@ -24,6 +24,7 @@ from burnish.families import autoencoder, clip, flux_transformer
 from burnish.families.flux_names import TARGETS
 from burnish.families.packing import pack, patch_positions, unpack
 from burnish.families.pipeline import PipelineFamily
+from burnish.families.rows import by_kind
 from burnish.families.slots import Config
 from burnish.families.sources import read_json
 from burnish.families.weights import Layout
@@ -211,20 +212,15 @@ class Flux(PipelineFamily):
         return torch.cat([latents_BCHW, channels_BCHW.to(latents_BCHW)], dim=1)
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        if "reference_grid_B2" not in conditioning:
-            return self._predict(noisy, t_B, conditioning, None)
-        grids = [(int(rows), int(columns)) for rows, columns in conditioning["reference_grid_B2"].tolist()]
-        if len(set(grids)) == 1:
-            return self._predict(noisy, t_B, conditioning, grids[0])
+        grid_B2 = conditioning.on_host("reference_grid_B2") if "reference_grid_B2" in conditioning else None
+        if grid_B2 is None:
+            return self._predict(None, noisy, t_B, conditioning)
         # The transformer takes one list of positions for the whole batch.
-        rows = [slice(index, index + 1) for index in range(len(grids))]
-        alone = [
-            self._predict(noisy[r], t_B[r], conditioning.rows(r), g) for r, g in zip(rows, grids, strict=True)
-        ]
-        return torch.cat(alone)
+        grids = [(rows, columns) for rows, columns in grid_B2.tolist()]
+        return by_kind(grids, noisy, t_B, conditioning, self._predict)
 
     def _predict(
-        self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning, grid: tuple[int, int] | None
+        self, grid: tuple[int, int] | None, noisy: Tensor, t_B: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Velocity for a batch whose references have the same `grid` of patches, if there are any."""
         more: dict[str, Any] = {}

@@ -20,10 +20,11 @@ from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
 from burnish.errors import ModelError
-from burnish.families import flux2_vae, mistral
+from burnish.families import flux2_references, flux2_vae, mistral
 from burnish.families.flux2_names import NAMES, find_transformer, transformer_config
 from burnish.families.pipeline import PipelineFamily, flow_schedule
 from burnish.families.qwen import qwen3_slot
+from burnish.families.rows import by_kind
 from burnish.families.shifts import EmpiricalShift
 from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import first_layers
@@ -48,7 +49,6 @@ SYSTEM = (
 )
 REFERENCES = 10
 REFERENCE_AREA = 1024 * 1024  # pixels; larger references are scaled down to it
-PICTURE_STEP = 10  # references are at 10, 20, ... in the first position number
 
 _ATTENTION = (
     "*.attn.to_[qkv]",
@@ -219,21 +219,7 @@ class Flux2(PipelineFamily):
     def encode_references(
         self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
     ) -> Conditioning:
-        if not references:
-            return Conditioning({})
-        tokens, positions = [], []
-        for number, pixels_B3HW in enumerate(references, start=1):
-            latents_BCHW = self.encode_pixels(pixels_B3HW)
-            height, width = latents_BCHW.shape[2:]
-            at_N4 = _positions(height, width, latents_BCHW.device, picture=PICTURE_STEP * number)
-            tokens.append(latents_BCHW.flatten(2).transpose(1, 2))
-            positions.append(at_N4.expand(len(pixels_B3HW), -1, -1))
-        return Conditioning(
-            {
-                "tokens_reference_BND": torch.cat(tokens, dim=1),
-                "tokens_reference_at_BN4": torch.cat(positions, dim=1),
-            }
-        )
+        return flux2_references.described([self.encode_pixels(pixels) for pixels in references])
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         return flux2_vae.encode(self.module("vae"), pixels)
@@ -242,19 +228,22 @@ class Flux2(PipelineFamily):
         return flux2_vae.decode(self.module("vae"), latents)
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        at_BN4 = conditioning.get("tokens_reference_at_BN4")
-        if at_BN4 is not None and not torch.equal(at_BN4, at_BN4[:1].expand_as(at_BN4)):
-            # The denoiser takes one set of positions: rows whose references differ in size go one by one.
-            rows = [slice(n, n + 1) for n in range(len(noisy))]
-            return torch.cat([self.predict(noisy[row], t_B[row], conditioning.rows(row)) for row in rows])
+        # The denoiser takes one set of positions: rows whose references differ in size do not go together.
+        return by_kind(
+            flux2_references.places(conditioning, len(noisy)), noisy, t_B, conditioning, self._predict
+        )
+
+    def _predict(
+        self, places: flux2_references.Places, noisy: Tensor, t_B: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """Of rows whose references are at the same places."""
         height, width = noisy.shape[2:]
         tokens_BND = noisy.flatten(2).transpose(1, 2)
-        at_N4 = _positions(height, width, noisy.device)
-        if at_BN4 is not None:
-            there = at_BN4[0, :, 0] > 0  # padding is at zero
-            reference_BND = conditioning["tokens_reference_BND"][:, there]
+        at_N4 = flux2_references.positions(height, width, noisy.device)
+        if places.tokens:
+            reference_BND = conditioning[flux2_references.TOKENS][:, : places.tokens]
             tokens_BND = torch.cat([tokens_BND, reference_BND.to(tokens_BND.dtype)], dim=1)
-            at_N4 = torch.cat([at_N4, at_BN4[0, there]])
+            at_N4 = torch.cat([at_N4, conditioning[flux2_references.POSITIONS][0, : places.tokens]])
         text_BSD = conditioning["tokens_BSD"].to(self.dtype)
         text_S4 = torch.zeros(text_BSD.shape[1], 4, dtype=torch.int64, device=noisy.device)
         text_S4[:, 3] = torch.arange(text_BSD.shape[1], device=noisy.device)
@@ -274,14 +263,3 @@ class Flux2(PipelineFamily):
 
     def blocks(self) -> list[nn.Module]:
         return [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]
-
-
-def _positions(rows: int, columns: int, device: torch.device, picture: int = 0) -> Tensor:
-    """(picture, row, column, 0) of each token in reading order, (N, 4)."""
-    numbers = (
-        torch.tensor([picture]),
-        torch.arange(rows),
-        torch.arange(columns),
-        torch.zeros(1, dtype=torch.int64),
-    )
-    return torch.cartesian_prod(*numbers).to(device)

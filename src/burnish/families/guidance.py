@@ -55,7 +55,8 @@ class AdaptiveProjection:
             usual_steps_B: the last step of each row, counted from 0, that takes the usual rule.
             along: what remains of the part that points along the prediction.
         """
-        self.usual_steps_B = usual_steps_B
+        # Read once: a run's steps ask no device.
+        self.usual_steps_B, self.all_usual = usual_steps_B.cpu(), int(usual_steps_B.min())
         self.scale, self.momentum, self.longest, self.along = scale, momentum, longest, along
         self.step = -1
         self.average: Tensor | float = 0.0
@@ -65,9 +66,9 @@ class AdaptiveProjection:
         difference = with_prompt - without
         self.average = difference + self.average * (self.momentum or 0.0)
         usual = without + scale * difference
-        is_usual_B = self.step <= self.usual_steps_B.to(usual.device)
-        if is_usual_B.all():
+        if self.step <= self.all_usual:
             return usual
+        is_usual_B = (self.step <= self.usual_steps_B).to(usual.device)
         projected = without + self.scale * self._projected(self.average, with_prompt)
         return torch.where(is_usual_B.view(-1, *(1 for _ in usual.shape[1:])), usual, projected)
 

@@ -24,6 +24,7 @@ from burnish.families import clip, flux2_vae
 from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_vl_slot
+from burnish.families.rows import by_kind
 from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout, Piece
 from burnish.family import (
@@ -229,19 +230,15 @@ class Ideogram4(PipelineFamily):
         return flux2_vae.decode(self.module("vae"), _places_last(latents))
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        blind_B = conditioning["blind_B"].bool()
-        if blind_B.is_meta or not blind_B.any():
-            return self._predicted(self.denoiser, noisy, t_B, conditioning)
-        predicted = noisy.new_empty(noisy.shape, dtype=self.dtype)
-        wordless = {name: conditioning[name][:, :0] for name in ("tokens_BSD", "mask_BS")}
-        for rows_B, module, told in (
-            (~blind_B, self.denoiser, conditioning),
-            (blind_B, self.modules.get(BLIND, self.denoiser), conditioning.merged(wordless)),
-        ):
-            rows = rows_B.nonzero().flatten().tolist()
-            if rows:
-                predicted[rows] = self._predicted(module, noisy[rows], t_B[rows], told.rows(rows))
-        return predicted
+        blind_B = conditioning.on_host("blind_B")
+        kinds = [False] * len(noisy) if blind_B is None else blind_B.bool().tolist()
+        return by_kind(kinds, noisy, t_B, conditioning, self._predict)
+
+    def _predict(self, blind: bool, noisy: Tensor, t_B: Tensor, told: Conditioning) -> Tensor:
+        if not blind:
+            return self._predicted(self.denoiser, noisy, t_B, told)
+        wordless = {name: told[name][:, :0] for name in ("tokens_BSD", "mask_BS")}
+        return self._predicted(self.modules.get(BLIND, self.denoiser), noisy, t_B, told.merged(wordless))
 
     def _predicted(self, module: nn.Module, noisy: Tensor, t_B: Tensor, told: Conditioning) -> Tensor:
         batch, channels, height, width = noisy.shape
@@ -281,8 +278,8 @@ def _word_positions(words: int, device: torch.device) -> Tensor:
 
 def _positions(height: int, width: int, device: torch.device) -> Tensor:
     """(0, row, column) of each latent in reading order, far from those of words, (N, 3)."""
-    axes = (torch.arange(1), torch.arange(height), torch.arange(width))
-    return torch.cartesian_prod(*axes).to(device) + _PICTURE_AT
+    axes = (torch.arange(length, device=device) for length in (1, height, width))
+    return torch.cartesian_prod(*axes) + _PICTURE_AT
 
 
 def _places_first(folded_BCHW: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.families import clip
+from burnish.families.masked import is_whole
 from burnish.families.native import PREFIXES, depth
 from burnish.families.omnigen2_transformer import MAX_REFERENCES, OmniGen2Transformer, grid, patches_of
 from burnish.families.pipeline import PipelineFamily
@@ -37,6 +38,7 @@ from burnish.family import (
 
 LONGEST_PROMPT = 1024
 SYSTEM = "You are a helpful assistant that generates high-quality images based on user instructions."
+POSITIONS = "tokens_reference_at_BN3"
 REFERENCE_AREA, REFERENCE_SIDE = 1024 * 1024, 1024  # pixels; larger references are scaled down to these
 
 _ATTENTION = ("*.attn.to_[qkv]", "*.attn.to_out.0")
@@ -185,13 +187,12 @@ class OmniGen2(PipelineFamily):
         return Conditioning(
             {
                 "tokens_reference_BND": torch.cat(tokens, dim=1),
-                "tokens_reference_at_BN3": torch.cat(positions, dim=1),
+                POSITIONS: torch.cat(positions, dim=1),
             }
         )
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        mask_BS, at_BN3 = conditioning["mask_BS"].bool(), conditioning.get("tokens_reference_at_BN3")
-        references_BND = conditioning.get("tokens_reference_BND")
+        at_BN3, references_BND = conditioning.get(POSITIONS), conditioning.get("tokens_reference_BND")
         if at_BN3 is not None and references_BND is not None:
             at_BN3 = at_BN3 * conditioning["follows_B"][:, None, None]
             references_BND = references_BND.to(self.dtype)
@@ -199,9 +200,10 @@ class OmniGen2(PipelineFamily):
             noisy.to(self.dtype),
             1 - t_B,
             conditioning["tokens_BSD"].to(self.dtype),
-            None if not mask_BS.is_meta and mask_BS.all() else mask_BS,
+            None if is_whole(conditioning) else conditioning["mask_BS"].bool(),
             references_BND,
             at_BN3,
+            _columns(conditioning),
         )
         return -predicted
 
@@ -209,6 +211,16 @@ class OmniGen2(PipelineFamily):
         """Without the refiners of references, which do not run where there are none."""
         denoiser = self.denoiser
         return [*denoiser.context_refiner, *denoiser.noise_refiner, *denoiser.layers]
+
+
+def _columns(conditioning: Conditioning) -> list[slice]:
+    """Where the patches of the first, second, ... reference are, in whichever rows have them."""
+    at_BN3 = conditioning.on_host(POSITIONS) if POSITIONS in conditioning else None
+    if at_BN3 is None or not at_BN3.shape[1]:
+        return []
+    numbers = range(1, int(at_BN3[..., 0].max()) + 1)
+    found = [(at_BN3[..., 0] == number).any(dim=0).nonzero().flatten().tolist() for number in numbers]
+    return [slice(columns[0], columns[-1] + 1) for columns in found]
 
 
 def _instructed(prompt: str) -> str:

@@ -16,6 +16,7 @@ patches, D width, A heads, E width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import log
 
 import torch
@@ -249,6 +250,7 @@ class OmniGen2Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         mask_BS: Tensor | None = None,
         references_BRD: Tensor | None = None,
         reference_at_BR3: Tensor | None = None,
+        pictures: Sequence[slice] = (),
     ) -> Tensor:
         """Data - noise, in the shape of the latents.
 
@@ -257,6 +259,7 @@ class OmniGen2Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             mask_BS: which words are there, padding on the right; None where there is none.
             references_BRD: their patches as `patches_of` gives them.
             reference_at_BR3: number of the picture from 1 (0 for padding), row, column.
+            pictures: between which patches of references the first, second, ... one is, in whichever row.
         """
         side = self.config.patch_size
         height, width = latents_BCHW.shape[2:]
@@ -273,11 +276,12 @@ class OmniGen2Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         tokens, turns, masks = [text_BSD], [turn_text], [mask_BS]
         if references_BRD is not None and reference_at_BR3 is not None:
-            at_BR3, next_B = _along_the_sequence(reference_at_BR3, next_B)
+            number_BR = reference_at_BR3[..., 0]
+            at_BR3, next_B = _along_the_sequence(reference_at_BR3, next_B, len(pictures))
             turn = self.positions(at_BR3)
-            tokens.append(self._refined_references(references_BRD, reference_at_BR3[..., 0], turn, time_BD))
+            tokens.append(self._refined_references(references_BRD, number_BR, pictures, turn, time_BD))
             turns.append(turn)
-            masks.append(reference_at_BR3[..., 0] > 0)
+            masks.append(number_BR > 0)
 
         picture_at_N2 = grid(height // side, width // side, latents_BCHW.device)
         picture_at_BN2 = picture_at_N2.expand(len(next_B), -1, -1)
@@ -295,15 +299,18 @@ class OmniGen2Transformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return latents_of(self.norm_out(joined_BND[:, -count:], time_BD), height, width, side)
 
     def _refined_references(
-        self, patches_BRD: Tensor, number_BR: Tensor, turn_BR1E: Tensor, time_BD: Tensor
+        self,
+        patches_BRD: Tensor,
+        number_BR: Tensor,
+        pictures: Sequence[slice],
+        turn_BR1E: Tensor,
+        time_BD: Tensor,
     ) -> Tensor:
         """Each picture refined alone: its patches attend to none of another."""
         embedded_BRD = self.ref_image_patch_embedder(patches_BRD)
         refined_BRD = torch.zeros_like(embedded_BRD)
-        for number in range(1, int(number_BR.max()) + 1):
-            here_BR = number_BR == number
-            columns = here_BR.any(dim=0)
-            mask_BR = here_BR[:, columns]
+        for number, columns in enumerate(pictures, start=1):
+            mask_BR = number_BR[:, columns] == number
             one_BRD = embedded_BRD[:, columns] + self.image_index_embedding[number - 1]
             # Rows without this picture attend to what is not used afterwards, rather than to nothing.
             attended_BR = mask_BR | ~mask_BR.any(dim=1, keepdim=True)
@@ -320,11 +327,11 @@ def _lengths(text_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
     return mask_BS.sum(dim=1)
 
 
-def _along_the_sequence(at_BR3: Tensor, next_B: Tensor) -> tuple[Tensor, Tensor]:
+def _along_the_sequence(at_BR3: Tensor, next_B: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
     """Positions with the pictures' places in the sequence for their numbers, and the next free place."""
     number_BR, place_BR = at_BR3[..., 0], torch.zeros_like(at_BR3[..., 0])
     longest_BR = at_BR3[..., 1:].amax(dim=-1) + 1
-    for number in range(1, int(number_BR.max()) + 1):
+    for number in range(1, pictures + 1):
         here_BR = number_BR == number
         place_BR = torch.where(here_BR, next_B[:, None], place_BR)
         next_B = next_B + (longest_BR * here_BR).amax(dim=1)

@@ -18,10 +18,14 @@ from torch import Tensor
 
 from burnish.families import packing, video_vae
 from burnish.families.guidance import renormalized_patches
+from burnish.families.masked import is_whole
 from burnish.families.native import NativeNames, depth
+from burnish.families.rows import by_kind
 from burnish.families.slots import Slot
 from burnish.families.weights import Layout
 from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
+
+_Sizes = tuple[tuple[int, int], ...]  # rows and columns of patches, by reference
 
 PROMPT_TOKENS = 1024  # of the caption; what stands before it is read besides
 EXAMPLE_TOKENS = 64
@@ -131,30 +135,40 @@ def predict(
     denoiser: Any, noisy: Tensor, t_B: Tensor, conditioning: Conditioning, dtype: torch.dtype
 ) -> Tensor:
     """Velocity (B, C, H, W)."""
-    sizes_BR2 = conditioning.get(SIZES)
-    if sizes_BR2 is not None and not torch.equal(sizes_BR2, sizes_BR2[:1].expand_as(sizes_BR2)):
-        # The denoiser takes one set of positions: rows whose references differ in size go one by one.
-        rows = [slice(n, n + 1) for n in range(len(noisy))]
-        return torch.cat(
-            [predict(denoiser, noisy[row], t_B[row], conditioning.rows(row), dtype) for row in rows]
-        )
+
+    def predicted(sizes: _Sizes, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        return _predict(denoiser, dtype, sizes, noisy, t_B, conditioning)
+
+    # The denoiser takes one set of positions: rows whose references differ in size do not go together.
+    return by_kind(_sizes(conditioning, len(noisy)), noisy, t_B, conditioning, predicted)
+
+
+def _sizes(conditioning: Conditioning, batch: int) -> list[_Sizes]:
+    """Rows and columns of the references of each row of the batch."""
+    sizes_BR2 = conditioning.on_host(SIZES) if SIZES in conditioning else None
+    if sizes_BR2 is None:
+        return [()] * batch
+    # Rows of zeros are padding.
+    return [tuple((rows, columns) for rows, columns in one if rows) for one in sizes_BR2.tolist()]
+
+
+def _predict(
+    denoiser: Any, dtype: torch.dtype, sizes: _Sizes, noisy: Tensor, t_B: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """Of rows that all have references of these `sizes`."""
     height, width = noisy.shape[2:]
     patches_BND = packing.pack(noisy)
-    shapes = [(1, height // 2, width // 2)]
+    shapes = [(1, height // 2, width // 2), *((1, rows, columns) for rows, columns in sizes)]
     drawn = patches_BND.shape[1]
-    if sizes_BR2 is not None:
-        # Rows of zeros are padding.
-        shapes += [(1, rows, columns) for rows, columns in sizes_BR2[0].tolist() if rows]
-        there = sum(rows * columns for _, rows, columns in shapes[1:])
+    if sizes:
+        there = sum(rows * columns for rows, columns in sizes)
         reference_BND = conditioning[REFERENCE][:, :there].to(patches_BND.dtype)
         patches_BND = torch.cat([patches_BND, reference_BND], dim=1)
-    mask_BS = conditioning["mask_BS"]
-    whole = not mask_BS.is_meta and bool(mask_BS.all())  # without a mask attention is faster
     predicted_BND: Tensor = denoiser(
         hidden_states=patches_BND.to(dtype),
         timestep=t_B.to(torch.float32),
         encoder_hidden_states=conditioning["tokens_BSD"].to(dtype),
-        encoder_hidden_states_mask=None if whole else mask_BS,
+        encoder_hidden_states_mask=None if is_whole(conditioning) else conditioning["mask_BS"],
         img_shapes=[shapes] * len(noisy),
         return_dict=False,
     )[0]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from burnish.errors import ModelError
 from burnish.families import video_vae, wan
 from burnish.families.pipeline import PipelineFamily
+from burnish.families.rows import by_kind
 from burnish.families.slots import Config, not_in_files
 from burnish.families.sources import locate
 from burnish.families.weights import Layout
@@ -97,6 +98,7 @@ class Wan22(PipelineFamily):
                 f"{self.source.path} holds one of the two denoisers of {self.title} and does not tell which.",
                 remedy=f"Set `model.denoisers: [{HIGH}]` for the one for high noise, `[{LOW}]` for low noise.",
             )
+        self.capabilities = replace(self.capabilities, picks_by_time=len(chosen) != 1)
         released = I2V_BOUNDARY if self.goes_on else T2V_BOUNDARY
         self.boundary = float(self.index.get("boundary_ratio") or released)
         if tuple(chosen) in ((HIGH,), (LOW,)):
@@ -159,16 +161,13 @@ class Wan22(PipelineFamily):
             return wan.predict_after(self.denoiser, noisy, t_B, conditioning, first, self.dtype)
         if len(self.denoisers) == 1:
             return self._predict_with(self.denoiser, noisy, t_B, conditioning)
-        is_high = t_B >= self.boundary
-        rows = [part.nonzero().flatten().to(noisy.device) for part in (is_high, ~is_high)]
-        predicted = [
-            self._predict_with(
-                self.module(folder), noisy[index], t_B[index], conditioning.rows(index.tolist())
-            )
-            for folder, index in zip((HIGH, LOW), rows, strict=True)
-            if len(index)
-        ]
-        return torch.cat(predicted)[torch.cat(rows).argsort()]
+        is_high_B = conditioning.get("time_B", t_B) >= self.boundary
+        chosen = [HIGH if is_high else LOW for is_high in is_high_B.tolist()]
+
+        def predicted(folder: str, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+            return self._predict_with(self.module(folder), noisy, t_B, conditioning)
+
+        return by_kind(chosen, noisy, t_B, conditioning, predicted)
 
     def _predict_with(self, denoiser: Any, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         if self.goes_on:

@@ -19,7 +19,7 @@ from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 
 from burnish.families.guidance import beyond_the_prompt
-from burnish.families.masked import trimmed
+from burnish.families.masked import lengths, trimmed
 from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_slot
@@ -190,16 +190,11 @@ class ZImage(PipelineFamily):
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         tokens_BSD = conditioning["tokens_BSD"].to(self.dtype)
         # Each caption goes in by itself: the denoiser pads to whole 32s with a token that it was trained with.
-        captions = [self._caption(tokens_BSD[row], conditioning["mask_BS"][row]) for row in range(len(noisy))]
+        captions = [tokens_BSD[row, :length] for row, length in enumerate(lengths(conditioning))]
         predicted = self.denoiser(
             list(noisy.to(self.dtype)[:, :, None].unbind()), 1 - t_B, captions, return_dict=False
         )[0]
         return -torch.stack(predicted)[:, :, 0]
-
-    @staticmethod
-    def _caption(tokens_SD: Tensor, mask_S: Tensor) -> Tensor:
-        # Without weights (meta device) every caption is taken to be whole.
-        return tokens_SD if mask_S.is_meta else tokens_SD[mask_S]
 
     def blocks(self) -> list[nn.Module]:
         denoiser = self.denoiser
