@@ -21,7 +21,7 @@ from burnish.export.metadata import Provenance, adapter_metadata
 from burnish.family import Family, ResolutionShift, TokenShift
 from burnish.generate import attach_adapter, part_labels
 from burnish.loop import Training
-from burnish.memory.activations import checkpoint_blocks
+from burnish.memory.activations import activation_modes, set_activations
 from burnish.objective import Denoising, Timesteps
 from burnish.optim.build import build_optimizer
 from burnish.optim.ema import Ema
@@ -72,12 +72,15 @@ def assemble(
     if config.model.training_adapter is not None:
         assistants = [attach_adapter(family, config.model.training_adapter, events.warned)]
     adapters = {}
+    targets = family.targets
+    if family.audio is not None:
+        targets = {name: target.with_audio() for name, target in targets.items()}
     for part, denoiser in family.denoisers.items():
-        choices = choose_modules(denoiser, family.targets, family.default_targets, config.method)
+        choices = choose_modules(denoiser, targets, family.default_targets, config.method)
         resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
         adapters[part] = AdapterSet.attach(denoiser, choices, dropout=config.method.dropout, seed=config.seed)
-    if config.memory.checkpointing:
-        checkpoint_blocks(family.blocks())
+    blocks = family.blocks()
+    set_activations(blocks, activation_modes(config.memory.activations, len(blocks)))
     training = build_training(config, family, adapters, prepared, device, dtype)
     return Assembled(
         training=training,

@@ -244,7 +244,7 @@ def test_running_out_of_memory_in_a_step_saves_the_last_whole_one(
     ) as raised:
         train_run(run_config(tiny_flux, pictures, tmp_path), progress=Listener())
     assert raised.value.exit_code == 3
-    assert "memory.checkpointing" in raised.value.remedy
+    assert "memory.activations" in raised.value.remedy
     assert last_checkpoint(tmp_path).step == 3
 
 
@@ -285,20 +285,20 @@ def test_a_signal_while_preparing_ends_the_run_at_once(
 
 @pytest.mark.parametrize("family", ["sd15", "flux"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_half_precision_and_checkpointing_follow_the_same_curve(
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_half_precision_and_recomputing_follow_the_same_curve(
     tiny_folder: Callable[[str], Path],
     pictures: Path,
     tmp_path: Path,
     family: str,
     precision: str,
-    checkpointing: bool,
+    activations: str,
 ) -> None:
     notes = Notes()
     overrides = {
         "data.0.captions": {"dropout": 1.0},
         "train.precision": precision,
-        "memory.checkpointing": checkpointing,
+        "memory.activations": activations,
     }
     train_run(run_config(tiny_folder(family), pictures, tmp_path, overrides), progress=notes)
     assert notes.losses == pytest.approx(GOLDEN[family], rel=1.5e-2)

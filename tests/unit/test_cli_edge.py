@@ -84,7 +84,7 @@ def test_memory_that_ran_out_is_no_defect(error: BaseException, says: str) -> No
     first, second = result.stderr.splitlines()
     assert first.startswith("memory ran out: ")
     assert says in first
-    assert "memory.checkpointing: true" in second
+    assert "memory.activations: recompute" in second
     assert "--batch-size 1" in second
 
 

@@ -21,7 +21,7 @@ EXIT_CODES = (
 )
 STOPPED_BY_KEYBOARD = 130
 LESS_MEMORY = (
-    "Close what else uses this memory, or ask for less: to train, memory.checkpointing: true, train.batch_size: 1, "
+    "Close what else uses this memory, or ask for less: to train, memory.activations: recompute, train.batch_size: 1, "
     "a smaller number in data.resolutions; to draw, --batch-size 1 and a smaller --size."
 )
 

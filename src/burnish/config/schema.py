@@ -119,9 +119,13 @@ class Memory(Section):
     cache_folder: Path | None = Field(
         None, description="Shared cache; by default `~/.cache/burnish`, or $BURNISH_CACHE."
     )
-    checkpointing: bool = Field(
-        False,
-        description="Recompute each block's activations in backward: less memory, about a third slower.",
+    activations: (
+        Literal["keep", "keep-matmul", "keep-attention", "recompute"] | Annotated[float, Field(ge=0, le=1)]
+    ) = Field(
+        "keep",
+        description="What blocks keep for backward, from the fastest to the least memory: all; outputs of attention "
+        "and matrix products; of attention alone; their inputs, about a third slower. A number is the share of blocks "
+        "to recompute.",
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads for torch; its own choice if absent."

@@ -1,4 +1,9 @@
-"""Activation checkpointing: recompute a block's activations in backward instead of keeping them."""
+"""What each block keeps of its forward for backward, and what backward computes again (arXiv 1604.06174).
+
+`keep` keeps all, `keep-matmul` the outputs of attention, matrix products and convolutions, `keep-attention` those of
+attention alone, `recompute` only the block's inputs. What is computed again draws the same dropout as before.
+Outside of compiled code the two in the middle cost a Python call per operation and can be slower than `recompute`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,34 @@ from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from burnish.memory.block_forward import BlockForward, Mode, change_forward
+
+__all__ = ["Mode", "activation_modes", "set_activations"]
 
 
-def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Keep only each block's inputs; its forward runs again in backward, dropout included (arXiv 1604.06174)."""
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+def activation_modes(option: Mode | float, blocks: int) -> list[Mode]:
+    """One mode per block, from the value of the option: a mode for all, or the share of blocks to recompute.
+
+    A share takes the first blocks. Backward goes from the last to the first, so by the time that it computes a block
+    again, for which it needs that block's whole memory, all that the later ones kept is free. Were the last block
+    among those computed again, its memory would come on top of all that is kept: one block more at the peak.
+    """
+    if isinstance(option, str):
+        return [option] * blocks
+    again = round(option * blocks)
+    return ["recompute" if number < again else "keep" for number in range(blocks)]
+
+
+def set_activations(blocks: Sequence[nn.Module], modes: Sequence[Mode]) -> None:
+    """Give each block its mode, in place of the one it had.
+
+    Raises:
+        ValueError: there is not one mode per block.
+    """
+    for block, mode in zip(blocks, modes, strict=True):
+        change_forward(block, partial(_set_mode, mode))
+
+
+def _set_mode(mode: Mode, forward: BlockForward) -> None:
+    forward.mode = mode
