@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -296,8 +297,15 @@ def adaptable_modules(denoiser: nn.Module) -> dict[str, Adaptable]:
 
 def largest_rank(module: Adaptable) -> int:
     """More rank than this adds numbers but nothing that could be learned with them."""
-    weight = module.weight
-    return min(weight.shape[0], weight[0].numel())
+    rows, *rest = weight_shape(module)
+    return min(rows, math.prod(rest))
+
+
+def weight_shape(module: Adaptable) -> tuple[int, ...]:
+    """(out, in, *kernel), without asking for the weight: one that is kept in fewer bits would be widened."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape)
 
 
 def kernel_volume(module: Adaptable) -> int:
@@ -337,7 +345,7 @@ def _wrap(denoiser: nn.Module, weights: Mapping[str, LoraWeights], dropout: floa
     for name, part in weights.items():
         parent, child = _place(denoiser, name)
         base = parent.get_submodule(child)
-        device = _weight(base).device
+        device = next(chain(innermost(base).parameters(), innermost(base).buffers())).device
         down, up = (tensor.to(device, torch.float32, copy=True) for tensor in (part.down, part.up))
         layer = LoraLayer(base, down, up, part.alpha, dropout)
         parent.register_module(child, layer)
@@ -350,18 +358,12 @@ def _place(denoiser: nn.Module, name: str) -> tuple[nn.Module, str]:
     return denoiser.get_submodule(parent), child
 
 
-def _weight(module: nn.Module) -> Tensor:
-    layer = innermost(module)
-    assert isinstance(layer, Adaptable)
-    return layer.weight
-
-
 def _initial(base: Adaptable, choice: ModuleChoice, seed: int, name: str) -> LoraWeights:
     kernel = () if isinstance(base, nn.Linear) else base.kernel_size
     width_in = base.in_features if isinstance(base, nn.Linear) else base.in_channels
     down = torch.empty(choice.rank, width_in, *kernel)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=torch_generator(seed, "lora_A", name))
-    up = torch.zeros(base.weight.shape[0], choice.rank, *(1 for _ in kernel))
+    up = torch.zeros(weight_shape(base)[0], choice.rank, *(1 for _ in kernel))
     return LoraWeights(down, up, choice.alpha)
 
 

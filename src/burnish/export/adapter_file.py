@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from burnish.adapters.lora import Adaptable, LoraWeights
+from burnish.adapters.lora import Adaptable, LoraWeights, weight_shape
 from burnish.atomic import atomic_write_bytes
 from burnish.errors import AdapterError, NonFiniteLoss
 from burnish.export.formats import key_prefix, resolve_format, to_tensors
@@ -148,7 +148,7 @@ def _by_module(
     Raises:
         AdapterError: two adapters of a file are for the same module, or none has any effect.
     """
-    shapes = {name: module.weight.shape for name, module in modules.items()}
+    shapes = {name: weight_shape(module) for name, module in modules.items()}
     weights: dict[str, LoraWeights] = {}
     for target, adapter in read.items():
         as_is = target.holds == (target.name,) and not target.halves_swapped

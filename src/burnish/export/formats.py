@@ -24,7 +24,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from burnish.adapters.lora import Adaptable, LoraWeights
+from burnish.adapters.lora import Adaptable, LoraWeights, weight_shape
 from burnish.errors import AdapterError
 from burnish.export.stacking import stacked
 from burnish.family import AdapterFormat, ExportKeys
@@ -98,7 +98,7 @@ def to_tensors(
         AdapterError: two modules would get the same key, or do not stack as the release stacks them.
     """
     if format == "comfy":
-        weights = stacked(weights, keys, {name: module.weight.shape for name, module in modules.items()})
+        weights = stacked(weights, keys, {name: weight_shape(module) for name, module in modules.items()})
     prefix = key_prefix(format, part, keys)
     common = Counter(adapter.alpha for adapter in weights.values()).most_common(1)[0][0]
     tensors: dict[str, Tensor] = {}

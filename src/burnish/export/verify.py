@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from burnish.adapters.lora import Adaptable, LoraWeights, adaptable_modules
+from burnish.adapters.lora import Adaptable, LoraWeights, adaptable_modules, weight_shape
 from burnish.errors import ExportError
 from burnish.family import AdapterFormat, ExportKeys, NativeModule
 
@@ -92,7 +92,7 @@ def verify_adapter(
     largest = 0.0
     wrong = []
     for name, read in found.items():
-        _check_shape(path, name, read, modules[name].weight)
+        _check_shape(path, name, read, weight_shape(modules[name]))
         difference, allowed, norm = _difference(read, trained[name])
         if not difference <= allowed:
             wrong.append(f"{name} (by {difference / norm if norm else difference:.2g})")
@@ -224,14 +224,14 @@ def _taken_apart(
         if natives[name].halves_swapped:
             half = up.shape[0] // 2
             up = torch.cat([up[half:], up[:half]])
-        weights = [modules[part].weight for part in natives[name].holds]
-        heights = [weight.shape[0] for weight in weights]
+        shapes = [weight_shape(modules[part]) for part in natives[name].holds]
+        heights = [shape[0] for shape in shapes]
         ranks = [trained[part].rank if part in trained else 0 for part in natives[name].holds]
         total, rank = sum(heights), sum(ranks) or stack.up.shape[1]
-        if up.shape[0] != total or tuple(stack.down.shape) != (rank, *weights[0].shape[1:]):
+        if up.shape[0] != total or tuple(stack.down.shape) != (rank, *shapes[0][1:]):
             raise ExportError(
                 f"{path.name}: {name} has matrices {tuple(stack.down.shape)} and {tuple(stack.up.shape)}; "
-                f"{(rank, *weights[0].shape[1:])} and {(total, rank)} were expected"
+                f"{(rank, *shapes[0][1:])} and {(total, rank)} were expected"
             )
         for part, rank, rows in zip(natives[name].holds, ranks, torch.split(up, heights), strict=True):
             own = slice(inner, inner + rank)
@@ -262,14 +262,14 @@ def _check_filled(
     _expect(path, "in the file but neither trained nor needed", sorted(empty - needed))
 
 
-def _check_shape(path: Path, name: str, read: _Read, weight: Tensor) -> None:
+def _check_shape(path: Path, name: str, read: _Read, weight: tuple[int, ...]) -> None:
     """(rank, in, *kernel) and (out, rank, 1, ...) for a weight (out, in, *kernel)."""
     rank = read.down.shape[0]
-    down, up = (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
+    down, up = (rank, *weight[1:]), (weight[0], rank, *(1 for _ in weight[2:]))
     if (tuple(read.down.shape), tuple(read.up.shape)) != (down, up):
         raise ExportError(
             f"{path.name}: {name} has matrices {tuple(read.down.shape)} and {tuple(read.up.shape)}; "
-            f"the model's weight {tuple(weight.shape)} needs {down} and {up}"
+            f"the model's weight {weight} needs {down} and {up}"
         )
 
 

@@ -1,0 +1,259 @@
+"""The formats a frozen weight can be kept in, and the products of each with activations and with gradients.
+
+Every format is two tensors, `codes` and `scales`, and a small constant `table`. Products never see a float32 copy of a
+weight, and save nothing of the activations: a frozen weight has no gradient.
+
+Shape letters: M rows (tokens), N K output and input features; a weight is (N, K).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from burnish.memory.rounding import (
+    FP8,
+    INT4,
+    NF4,
+    group_size,
+    mixing,
+    packed_int4,
+    packed_nf4,
+    pairs_of,
+    rotated,
+    rotated_back,
+    rounded_to_fp8,
+    rounded_to_int8,
+    unpacked,
+)
+
+FormatName = Literal["fp8", "int8", "nf4", "int4"]
+FORMAT_VERSION = 1  # raise when the same weights would be kept otherwise: stored ones are then made anew
+FEW_ROWS = 32  # below them an 8-bit product saves nothing; cuBLAS's int8 takes more than 16
+_ROUNDED_AT_ONCE = 1 << 24  # numbers of a weight that are rounded in one go, in float32
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+
+
+class Format(ABC):
+    """One way to keep a weight."""
+
+    name: FormatName
+    multiple: int  # of features, in and out, that the format and its kernels take
+
+    @abstractmethod
+    def shapes(self, rows: int, features: int) -> tuple[Shape, Shape]:
+        """Shape and number type of `codes` and of `scales`, of a weight (rows, features)."""
+
+    def table(self, features: int, device: torch.device | str) -> Tensor | None:
+        """The constant that the products need beside codes and scales."""
+        return None
+
+    @abstractmethod
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a weight (N, K)."""
+
+    @abstractmethod
+    def widened(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The weight (N, K) as its products see it; rotated, where activations are."""
+
+    def unpack(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The weight (N, K) as it was, but for its rounding."""
+        return self.widened(codes, scales, table, dtype)
+
+    def product(
+        self, x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, eight_bit: bool
+    ) -> Tensor:
+        """x (M, K) times the weight's transpose, (M, N) in the type of `x`; in 8 bits if so, and if that pays."""
+        return F.linear(x, self.widened(codes, scales, table, x.dtype))
+
+    def product_back(
+        self, grad: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, eight_bit: bool
+    ) -> Tensor:
+        """Gradient (M, N) times the weight, (M, K): the gradient of the input."""
+        return grad @ self.widened(codes, scales, table, grad.dtype)
+
+
+class Int8(Format):
+    """A scale for each row, rotated; products of int8 by int8, summed in int32."""
+
+    name: FormatName = "int8"
+    multiple = 8
+
+    def shapes(self, rows: int, features: int) -> tuple[Shape, Shape]:
+        return ((rows, features), torch.int8), ((rows, 1), torch.float32)
+
+    def table(self, features: int, device: torch.device | str) -> Tensor:
+        return mixing(features, device)
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        table = self.table(weight.shape[1], weight.device)
+        packed = [rounded_to_int8(rotated_back(rows.float(), table)) for rows in _portions(weight)]
+        return _joined(packed)
+
+    def widened(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _scaled(codes, scales, dtype)
+
+    def unpack(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return rotated(codes * scales, _there(table)).to(dtype)
+
+    def product(
+        self, x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, eight_bit: bool
+    ) -> Tensor:
+        x = rotated(x, _there(table))
+        if not eight_bit or len(x) < FEW_ROWS:
+            return super().product(x, codes, scales, table, False)
+        x_codes, x_scales = rounded_to_int8(x)
+        return (torch._int_mm(x_codes, codes.t()) * x_scales).mul_(scales.t()).to(x.dtype)
+
+    def product_back(
+        self, grad: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, eight_bit: bool
+    ) -> Tensor:
+        if not eight_bit or len(grad) < FEW_ROWS:
+            mixed = super().product_back(grad, codes, scales, table, False)
+        else:
+            # The weight's scales lie along the sum: they go into the gradient, whose rows are rounded after.
+            grad_codes, grad_scales = rounded_to_int8(grad * scales.t())
+            mixed = (torch._int_mm(grad_codes, _by_columns(codes)) * grad_scales).to(grad.dtype)
+        return rotated(mixed, _there(table))
+
+
+class Fp8(Format):
+    """e4m3 with a scale for each row; products of e4m3 by e4m3 with row-wise scales, summed in float32."""
+
+    name: FormatName = "fp8"
+    multiple = 16
+
+    def shapes(self, rows: int, features: int) -> tuple[Shape, Shape]:
+        return ((rows, features), FP8), ((rows, 1), torch.float32)
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return _joined([rounded_to_fp8(rows.float()) for rows in _portions(weight)])
+
+    def widened(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _scaled(codes, scales, dtype)
+
+    def unpack(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return (codes.float() * scales).to(dtype)
+
+    def product(
+        self, x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, eight_bit: bool
+    ) -> Tensor:
+        if not eight_bit or len(x) < FEW_ROWS:
+            return super().product(x, codes, scales, table, False)
+        x_codes, x_scales = rounded_to_fp8(x)
+        return _fp8_product(x_codes, codes.t(), x_scales, scales.t(), x.dtype, fast=True)
+
+    def product_back(
+        self, grad: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, eight_bit: bool
+    ) -> Tensor:
+        if not eight_bit or len(grad) < FEW_ROWS:
+            return super().product_back(grad, codes, scales, table, False)
+        # e4m3 rather than e5m2: with a scale per row it is precision that lacks, not range.
+        grad_codes, grad_scales = rounded_to_fp8(grad * scales.t())
+        ones = scales.new_ones(1, codes.shape[1])
+        return _fp8_product(grad_codes, _by_columns(codes), grad_scales, ones, grad.dtype, fast=False)
+
+
+@dataclass(frozen=True)
+class FourBit(Format):
+    """Groups of up to 64 numbers with a scale each; widened for each product."""
+
+    name: FormatName
+    numbers: tuple[float, ...]
+    multiple = 16
+
+    def shapes(self, rows: int, features: int) -> tuple[Shape, Shape]:
+        groups = features // group_size(features)
+        return ((rows, features // 2), torch.uint8), ((rows, groups), torch.bfloat16)
+
+    def table(self, features: int, device: torch.device | str) -> Tensor:
+        return pairs_of(self.numbers, device)
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        packed = packed_nf4 if self.numbers == NF4 else packed_int4
+        return _joined([packed(rows) for rows in _portions(weight)])
+
+    def widened(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return unpacked(codes, scales, _there(table), dtype)
+
+
+FORMATS: dict[str, Format] = {
+    "fp8": Fp8(),
+    "int8": Int8(),
+    "nf4": FourBit("nf4", NF4),
+    "int4": FourBit("int4", INT4),
+}
+
+
+def _portions(weight: Tensor) -> Sequence[Tensor]:
+    return torch.split(weight, max(1, _ROUNDED_AT_ONCE // weight.shape[1]))
+
+
+def _joined(packed: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    codes, scales = zip(*packed, strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _scaled(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes times their rows' scales; not in float16, in which scales of small weights are subnormal."""
+    if dtype == torch.float16:
+        return (codes.float() * scales).to(dtype)
+    return codes.to(dtype).mul_(scales.to(dtype))
+
+
+def _there(table: Tensor | None) -> Tensor:
+    assert table is not None
+    return table
+
+
+def _by_columns(codes: Tensor) -> Tensor:
+    """The same matrix (N, K), its columns contiguous: what 8-bit kernels want of the second factor.
+
+    Kept so it would take a second byte per weight; the copy is small beside the product that follows.
+    """
+    return codes.t().contiguous().t()
+
+
+def _fp8_product(
+    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, dtype: torch.dtype, *, fast: bool
+) -> Tensor:
+    """(M, K) by (K, N) with scales (M, 1) and (1, N). On CUDA row-wise scales come with bfloat16 outputs only.
+
+    `fast` sums in fewer bits on Hopper, as torchao does it in forward and not in backward.
+    """
+    given = torch.bfloat16 if a.is_cuda else dtype
+    product = torch._scaled_mm(a, b, a_scales, b_scales.contiguous(), out_dtype=given, use_fast_accum=fast)
+    return product.to(dtype)
+
+
+def has_kernel(name: str, device: torch.device) -> bool:
+    """Whether 8-bit products of a format run on this device; they are tried once."""
+    if name not in ("int8", "fp8") or device.type not in ("cpu", "cuda"):
+        return False
+    with unset_fake_temporarily():  # it computes, also while a step is traced without weights
+        return _runs(name, device.type, device.index or 0)
+
+
+@cache
+def _runs(name: str, kind: str, index: int) -> bool:
+    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, index)
+    if kind == "cuda" and torch.cuda.get_device_capability(index) < ((8, 9) if name == "fp8" else (7, 5)):
+        return False
+    kept = FORMATS[name]
+    ones = torch.ones(FEW_ROWS, 64, device=device, dtype=torch.bfloat16)
+    try:
+        codes, scales = kept.pack(ones)
+        table = kept.table(64, device)
+        back = kept.product_back(ones[:, :FEW_ROWS], codes, scales, table, True)
+        return bool(torch.isfinite(kept.product(ones, codes, scales, table, True).sum() + back.sum()))
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
