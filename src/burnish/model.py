@@ -25,10 +25,20 @@ class ChosenModel:
     prediction: Prediction | None
 
     def load(self, *parts: Part, dtype: torch.dtype, device: torch.device | str) -> Family:
-        """Load the named parts; without any, schedule, shapes and identities are known all the same."""
-        return self.family.load(
+        """Load the named parts; without any, schedule, shapes and identities are known all the same.
+
+        Raises:
+            ModelError: files are missing, damaged or of another family.
+            UserError: sound is asked of a family without.
+        """
+        family = self.family.load(
             self.source, frozenset(parts), dtype=dtype, device=device, prediction=self.prediction
         )
+        if self.source.audio and family.audio is None:
+            raise UserError(
+                f"model.audio is set, and {self.family.title} makes no sound.", remedy="Take model.audio out."
+            )
+        return family
 
 
 def choose_model(model: Model) -> ChosenModel:
@@ -46,6 +56,7 @@ def choose_model(model: Model) -> ChosenModel:
         revision=model.revision,
         offline=model.offline,
         denoisers=tuple(model.denoisers),
+        audio=model.audio,
     )
     family = family_named(model.family) if model.family else detect_family(source)
     return ChosenModel(family, source, model.prediction)

@@ -20,6 +20,7 @@ from burnish.optim.state import pack_state, unpack_state
 FIXED = (
     "model.family",
     "model.denoisers",
+    "model.audio",
     "model.prediction",
     "model.training_adapter",
     *(f"method.{name}" for name in ("kind", "rank", "alpha", "conv_rank", "conv_alpha")),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from burnish.adapters.lora import AdapterSet, adaptable_modules
 from burnish.checkpoint.space import nap
@@ -30,9 +31,10 @@ from burnish.randomness import torch_generator
 from burnish.resume import checkpoint_content
 from burnish.run_folder import RunFolder
 from burnish.sampling.clip_file import middle_frame
+from burnish.sampling.decoding import Drawn, decode_pictures
 from burnish.sampling.grid import LARGEST_CELL, save_grid
 from burnish.sampling.outputs import write_picture
-from burnish.sampling.sampler import Drawn, EncodedRequest, decode_pictures, draw_latents
+from burnish.sampling.sampler import EncodedRequest, draw_latents
 
 DISK_POLL_S = 5.0
 GRID_COLUMNS = 10  # of more steps than this, the grid shows some
@@ -87,18 +89,25 @@ class Validate:
         for batch in self.batches():
             batch = batch.to(run.device)
             for t in self.times:
-                noise = torch.stack(
-                    [
-                        torch.randn(
-                            batch.latents_BCHW.shape[1:],
-                            generator=torch_generator(run.seed, "validation", sample_id, str(t)),
-                        )
-                        for sample_id in batch.sample_ids
-                    ]
-                )
+                noise = held_noise(run.seed, "validation", batch.latents_BCHW.shape[1:], batch.sample_ids, t)
+                audio_noise = None
+                if batch.audio_BCLF is not None:
+                    shape = batch.audio_BCLF.shape[1:]
+                    audio_noise = held_noise(run.seed, "validation audio", shape, batch.sample_ids, t)
                 t_B = torch.full((len(noise),), begin + (end - begin) * t)
-                losses.append(run.objective.losses_at(run.family, batch, noise, t_B).flatten())
+                loss_B = run.objective.losses_at(run.family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
+                losses.append(loss_B.flatten())
         return float(torch.cat(losses).mean())
+
+
+def held_noise(seed: int, what: str, shape: Sequence[int], sample_ids: Sequence[str], t: float) -> Tensor:
+    """Noise (B, *shape) that depends on the sample and the time alone."""
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch_generator(seed, what, sample_id, str(t)))
+            for sample_id in sample_ids
+        ]
+    )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -149,9 +150,9 @@ LATER = {
 
 def _vocoder() -> LTX2Vocoder:
     return LTX2Vocoder(
-        hidden_channels=16,
-        upsample_kernel_sizes=[4, 4],
-        upsample_factors=[2, 2],
+        hidden_channels=64,
+        upsample_kernel_sizes=[16, 15, 8, 4, 4],
+        upsample_factors=[6, 5, 2, 2, 2],
         resnet_kernel_sizes=[3],
         resnet_dilations=[[1, 3, 5]],
     )
@@ -229,3 +230,13 @@ LTX_2_3 = Case(
     unpack=_normed,
     learns=False,
 )
+# Both streams together, as released, drawn by tests/parity/test_ltx2_audio.py.
+BOTH = Case(
+    "ltx2",
+    partial(_ltx2, release=FIRST),
+    size=(64, 96),
+    frames=17,
+    call={**PLAIN, "modality_scale": 1.0, "audio_modality_scale": 1.0},
+    unpack=_normed,
+)
+BOTH_2_3 = replace(BOTH, build=partial(_ltx2, release=LATER), frames=9)

@@ -121,9 +121,9 @@ def test_held_out_times_are_those_of_the_denoiser(
     judged: list[float] = []
 
     class Seen(Denoising):
-        def losses_at(self, family: Any, batch: Any, noise: Any, t_B: Any, predict: Any = None) -> Any:
+        def losses_at(self, family: Any, batch: Any, noise: Any, t_B: Any, *more: Any, **named: Any) -> Any:
             judged.extend(t_B.tolist())
-            return super().losses_at(family, batch, noise, t_B, predict)
+            return super().losses_at(family, batch, noise, t_B, *more, **named)
 
     run: Any = SimpleNamespace(family=family, device="cpu", seed=0, objective=Seen(family.schedule))
     validate = Validate(lambda: iter([batch]), (0.2, 0.9), 1, 0.0, Events())

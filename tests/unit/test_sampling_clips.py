@@ -24,13 +24,12 @@ from burnish.errors import UserError
 from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource
 from burnish.sampling.clip_file import encode_clip, middle_frame
+from burnish.sampling.decoding import Clip, decode_pictures
 from burnish.sampling.outputs import next_number, write_picture
 from burnish.sampling.prompts import read_prompts
 from burnish.sampling.references import mask_pixels, reference_pixels
 from burnish.sampling.sampler import (
-    Clip,
     PictureRequest,
-    decode_pictures,
     draw_latents,
     draw_pictures,
     encode_requests,

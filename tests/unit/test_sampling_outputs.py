@@ -11,9 +11,10 @@ from PIL import Image
 from burnish.errors import DiskFull, ModelError, UserError
 from burnish.families.registry import family_named
 from burnish.family import Conditioning, Family, ModelSource, Schedule
-from burnish.sampling import sampler
+from burnish.sampling import stream
+from burnish.sampling.decoding import decode_pictures
 from burnish.sampling.outputs import next_number, write_picture
-from burnish.sampling.sampler import PictureRequest, decode_pictures, draw_pictures, encode_requests
+from burnish.sampling.sampler import PictureRequest, draw_pictures, encode_requests
 
 REQUEST = PictureRequest("a café", "blurry", seed=7, steps=2, guidance=3.5)
 
@@ -131,4 +132,4 @@ def test_the_same_seed_draws_the_same_picture(name: str, request: pytest.Fixture
 def test_an_unknown_scheduler_is_named() -> None:
     schedule = Schedule("epsilon", {"_class_name": "MagicScheduler"}, torch.ones(1000))
     with pytest.raises(ModelError, match="MagicScheduler"):
-        sampler.make_scheduler(schedule)
+        stream.make_scheduler(schedule)

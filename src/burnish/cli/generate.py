@@ -31,6 +31,9 @@ def generate(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="Diffusers folder, file or Hub id.")] = None,
     family: Annotated[str | None, typer.Option("--family", help="Detected when absent.")] = None,
+    audio: Annotated[
+        bool, typer.Option("--audio", help="Draw clips with sound, of a model that makes it.")
+    ] = False,
     adapter: Annotated[
         list[str],
         typer.Option("--adapter", metavar="FILE[:STRENGTH]", help="Strength 1 if absent; repeatable."),
@@ -78,7 +81,7 @@ def generate(
     from burnish.cli.output import Output
 
     run = _config(config, overrides)
-    chosen = _model(run, model, family)
+    chosen = _model(run, model, family, audio=audio)
     prompts = _prompts(run, prompt, prompt_file)
     adapters = [_adapter(text) for text in adapter]
     requests = _requests(
@@ -134,7 +137,7 @@ def _config(reference: str | None, overrides: Sequence[str]) -> RunConfig | None
     return load_config(reference, overrides=overrides).config
 
 
-def _model(run: RunConfig | None, path: str | None, family: str | None) -> Model:
+def _model(run: RunConfig | None, path: str | None, family: str | None, *, audio: bool) -> Model:
     from burnish.config.schema import Model
 
     if path is None and run is None:
@@ -143,7 +146,8 @@ def _model(run: RunConfig | None, path: str | None, family: str | None) -> Model
         )
     chosen = Model(path=path) if path is not None else run.model if run else None
     assert chosen is not None, "one of the two is given"
-    return chosen.model_copy(update={"family": family}) if family else chosen
+    update: dict[str, object] = {"family": family} if family else {}
+    return chosen.model_copy(update={**update, "audio": chosen.audio or audio})
 
 
 def _prompts(run: RunConfig | None, texts: Sequence[str], file: Path | None) -> list[PromptLine]:

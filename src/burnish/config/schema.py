@@ -43,6 +43,11 @@ class Model(Section):
         description="Of a model with several denoisers (Wan 2.2 14B: `transformer` for high noise, `transformer_2` "
         "for low) those to train, all if empty; of a single file, which one it holds.",
     )
+    audio: bool = Field(
+        False,
+        description="Of a model that makes sound with its clips (LTX-2): train and draw it, too. Clips without sound, and "
+        "pictures, then train the frames alone.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     offline: bool = Field(False, description="Never reach for the network, not even for a Hub id.")
     prediction: Literal["velocity", "epsilon", "v"] | None = Field(

@@ -24,6 +24,7 @@ class Batch:
     sample_ids: tuple[str, ...]  # stable across runs: source and relative path, plus the repeat
     paths: tuple[str, ...]  # for messages: the file behind each sample
     position: int
+    audio_BCLF: Tensor | None = None  # latents of the clips' sound; of a batch all rows have it, or none
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         return replace(
@@ -31,4 +32,7 @@ class Batch:
             latents_BCHW=self.latents_BCHW.to(device, dtype, non_blocking=True),
             conditioning=self.conditioning.to(device, dtype),
             weight_B=self.weight_B.to(device),
+            audio_BCLF=None
+            if self.audio_BCLF is None
+            else self.audio_BCLF.to(device, dtype, non_blocking=True),
         )

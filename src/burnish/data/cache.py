@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from burnish.atomic import atomic_write_bytes, cannot_write, sweep
-from burnish.data import clips, companions, pictures
+from burnish.data import audio, clips, companions, pictures
 from burnish.data.samples import Sample
 from burnish.family import Family
 
@@ -65,6 +65,7 @@ class CacheKeys:
                 "kind": "latents",
                 **_pixels(sample, flip),
                 **self._shown(sample),
+                **({"audio": audio.CODE_VERSION} if sample.audio else {}),
                 "encoding": ENCODING_VERSION,
                 "encoder": self.vae,
                 "dtype": str(self.dtype),

@@ -49,7 +49,7 @@ def inspect_clip(file: BinaryIO, *, max_megapixels: float) -> ClipFacts:
     Raises:
         BadPicture: no clip, damaged, cut short, without pictures, too large, or of a kind that is not read.
     """
-    with _opened(file) as container:
+    with opened(file) as container:
         stream = container.streams.video[0]
         _refuse_large(stream.codec_context.width, stream.codec_context.height, max_megapixels)
         promised = stream.frames
@@ -119,10 +119,10 @@ def _taken(
     """None where seeking led past the first of `times`, as a broken index does."""
     early = (times[1] - times[0]) / 2 if len(times) > 1 else 0.0
     found: list[Image.Image] = []
-    with _opened(file) as container:
+    with opened(file) as container:
         start = 0.0
         if seek:
-            start = _first_time(container)
+            start = first_time(container)
             container.seek(int((start + times[0] - _SEEK_S / 2) * av.time_base), backward=True)
         before: tuple[float, VideoFrame] | None = None
         for frame in _frames(container):
@@ -144,12 +144,18 @@ def _taken(
         return found + [_picture(before[1], background)] * (len(times) - len(found))
 
 
-def _first_time(container: InputContainer) -> float:
+def first_time(container: InputContainer) -> float:
+    """When the first frame appears, by the container's clock, in seconds."""
     return next((_seconds(frame) for frame in _frames(container)), 0.0)
 
 
 @contextmanager
-def _opened(file: BinaryIO) -> Iterator[InputContainer]:
+def opened(file: BinaryIO) -> Iterator[InputContainer]:
+    """A clip from its beginning on.
+
+    Raises:
+        BadPicture: no clip, or damaged; inside, too.
+    """
     file.seek(0)
     format = _format_of(file.read(64))
     file.seek(0)

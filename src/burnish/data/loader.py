@@ -25,7 +25,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, Entry, Kind, RamCache
 from burnish.data.plan import BatchPlan
-from burnish.data.prepare import LATENTS, conditioning_of
+from burnish.data.prepare import AUDIO, LATENTS, conditioning_of
 from burnish.errors import DataError, MachineError
 from burnish.family import Conditioning, Family, PictureInfo
 
@@ -43,6 +43,7 @@ class _Loaded:
     sample_ids: tuple[str, ...]
     paths: tuple[str, ...]
     pictures: tuple[PictureInfo, ...]
+    audio_BCLF: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,13 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
 
     def load(self, position: int) -> _Loaded:
         draws = self.plan.draws(position)
-        latents, conditioning = [], []
+        latents, conditioning, audio = [], [], []
         for draw in draws:
             key = self.keys.latents(draw.sample, flip=draw.flip)
             picture = self._entry("latents", key, str(draw.sample.path))
             latents.append(picture[LATENTS])
+            if draw.sample.audio:
+                audio.append(picture[AUDIO])
             key = self.keys.caption(draw.caption, draw.sample, flip=draw.flip)
             caption = self._entry("captions", key, repr(draw.caption))
             conditioning.append(conditioning_of(caption, picture))
@@ -83,6 +86,7 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
             sample_ids=tuple(draw.id for draw in draws),
             paths=tuple(str(draw.sample.path) for draw in draws),
             pictures=tuple(draw.sample.fit.describe(flipped=draw.flip) for draw in draws),
+            audio_BCLF=torch.stack(audio) if audio else None,
         )
 
     def _entry(self, kind: Kind, key: str, what: str) -> Entry:
@@ -152,6 +156,7 @@ def _described(loaded: _Loaded, family: Family) -> Batch:
         sample_ids=loaded.sample_ids,
         paths=loaded.paths,
         position=loaded.position,
+        audio_BCLF=loaded.audio_BCLF,
     )
 
 

@@ -73,6 +73,8 @@ class BatchPlan:
             if s.is_clip or s.references or s.fills_holes:
                 shown = [one.key() for one in (*s.references, *((s.mask,) if s.mask else ()))]
                 hasher.update(repr((s.fps, s.fills_holes, shown)).encode())
+            if s.audio:
+                hasher.update(b"audio")
         return hasher.hexdigest()
 
     def epoch_of(self, position: int) -> int:

@@ -76,6 +76,7 @@ def prepare_samples(
     if report_path is not None:
         report.write(report_path)
     _refuse(sources, report)
+    _refuse_silence(samples, report, family)
     return PreparedData(tuple(samples), report)
 
 
@@ -100,6 +101,16 @@ def _refuse(sources: Sequence[Folder], report: DataReport) -> None:
                 f"max_skip_fraction ({source.max_skip_fraction:g}) allows:\n{listed(found.skipped)}",
                 remedy="Mend or remove these files, or raise max_skip_fraction.",
             )
+
+
+def _refuse_silence(samples: Sequence[Sample], report: DataReport, family: Family | None) -> None:
+    if family is None or family.audio is None or any(sample.audio for sample in samples):
+        return
+    silent = [outcome for source in report.sources for outcome in source.silent]
+    raise DataError(
+        f"model.audio is set, and no clip has sound to train on{':' if silent else '.'}\n{listed(silent)}".rstrip(),
+        remedy="Use clips with sound, or take model.audio out.",
+    )
 
 
 def _warn_without_trigger(samples: Sequence[Sample], trigger: str | None, report: DataReport) -> None:
@@ -147,7 +158,8 @@ class _Source:
         config = self.config
         found = SourceReport(printable(str(config.path)), config.role)
         report.sources.append(found)
-        probe = Probe(cache_folder, config.background, config.max_megapixels)
+        hears = self.family is not None and self.family.audio is not None
+        probe = Probe(cache_folder, config.background, config.max_megapixels, audio=hears)
         windows = windows_of(config, self.family)
         companions = CompanionFolders.of(config, self.family, probe)
         listing = list_folder(
@@ -177,6 +189,10 @@ class _Source:
                 twin = content.setdefault(facts.sha256, name)
                 if twin != name:
                     found.warnings.append(f"{name!r} has the same content as {twin!r}")
+        if found.silent:
+            found.warnings.append(
+                f"{len(found.silent)} clip(s) or parts of clips train without sound:\n{listed(found.silent)}"
+            )
         return samples
 
     def _samples_of(
@@ -217,6 +233,7 @@ class _Source:
         self._note_lost_resolution(name, facts, found)
         config, can = self.config, self.family.capabilities if self.family is not None else Capabilities()
         fps = windows.fps if facts.duration is not None and windows is not None else 0.0
+        heard = {part: self._hears(name, facts, part, fps, found) for part in parts}
         # A model that also sees other pictures, such as a control picture, learns without holes unless given some.
         holes = can.masks and (can.references == 1 or config.masks is not None)
         return [
@@ -241,10 +258,27 @@ class _Source:
                 mask=beside.mask(placing) if beside is not None else None,
                 sees_itself=holes or can.first_frame,
                 fills_holes=holes,
+                audio=heard[part],
             )
             for resolution, placing in placed
             for part in parts
         ]
+
+    def _hears(self, name: str, facts: Facts, part: Window, fps: float, found: SourceReport) -> bool:
+        """Whether the sound of a part of a clip is trained; where there is none, that is noted."""
+        if self.family is None or self.family.audio is None or not fps or part.frames == 1:
+            return False
+        sound, seconds = facts.sound, part.frames / fps
+        if sound is not None and sound.covers(part.start, seconds):
+            return True
+        reason = "it has no sound"
+        if sound is not None:
+            reason = (
+                f"its sound lasts from {sound.start:.2f} to {sound.end:.2f} s, the frames from {part.start:.2f} to "
+                f"{part.start + seconds:.2f} s"
+            )
+        found.silent.append(Outcome(name, reason))
+        return False
 
     def _check_size(self, facts: Facts) -> None:
         if min(facts.height, facts.width) < self.config.min_side:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from burnish.data.audio import sound_at
 from burnish.data.cache import Cache, CacheKeys, Entry
 from burnish.data.clips import frames_at
 from burnish.data.companions import drawn_holes, mask_values
@@ -29,7 +30,9 @@ from burnish.family import Conditioning, Family
 
 Progress = Callable[[int, int], None]  # done, of
 
-LATENTS = "latents"  # name in an entry of latents; other tensors there are conditioning, batch first
+# Names in an entry of latents; other tensors there are conditioning, batch first.
+LATENTS = "latents"
+AUDIO = "audio"  # of a clip's sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class _Pixels:
     target: Tensor  # (B, 3, H, W), or (B, 3, T, H, W)
     references: tuple[Tensor, ...]  # each (B, 3, H, W)
     mask_B1HW: Tensor | None
+    waveform_B2N: Tensor | None = None  # the sound of clips
 
 
 @torch.no_grad()
@@ -88,12 +92,13 @@ def encode_latents(
     repaired = cache.repaired
     missing = [picture for key, picture in wanted.items() if cache.get("latents", key) is None]
     repaired, hits, done = cache.repaired - repaired, len(wanted) - len(missing), 0
-    for batch, pixels in _decoded(_batches(missing, batch_size), family.capabilities.video):
+    for batch, pixels in _decoded(_batches(missing, batch_size), family):
         latents = family.encode_pixels(pixels.target.to(device))
+        audio = _encoded_audio(family, pixels, device)
         shown = _shown(family, batch[0].sample, pixels, device)
         for row, picture in enumerate(batch):
             rows = shown.rows(slice(row, row + 1)) if shown else {}
-            entry = {LATENTS: latents[row], **rows}
+            entry = {LATENTS: latents[row], **rows, **({} if audio is None else {AUDIO: audio[row]})}
             for name, tensor in entry.items():
                 _refuse_nonfinite(tensor, f"{name} of {picture.sample.path}")
             cache.put("latents", picture.key, {name: _stored(t, keys) for name, t in entry.items()})
@@ -116,6 +121,12 @@ def _shown(
     mask_B1HW = pixels.mask_B1HW.to(device) if pixels.mask_B1HW is not None else None
     references = [reference.to(device) for reference in pixels.references]
     return family.encode_references(references, mask_B1HW=mask_B1HW, frames=sample.frames)
+
+
+def _encoded_audio(family: Family, pixels: _Pixels, device: torch.device | str) -> Tensor | None:
+    if family.audio is None or pixels.waveform_B2N is None:
+        return None
+    return family.audio.encode(pixels.waveform_B2N.to(device))
 
 
 def _stored(tensor: Tensor, keys: CacheKeys) -> Tensor:
@@ -212,6 +223,18 @@ def load_pixels(sample: Sample, *, flip: bool) -> Tensor:
     return torch.stack([pixels_of(sample.fit.apply(one, flipped=flip)) for one in pictures], dim=1)
 
 
+def load_audio(sample: Sample, rate: int) -> Tensor:
+    """What is heard while a clip's frames are on screen, (2, N) in [-1, 1] at `rate`.
+
+    Raises:
+        DataError: the file changed or went away since the preflight.
+    """
+    with _unchanged(sample.path), open_regular(sample.path) as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sample.sha256:
+            raise BadPicture("changed")
+        return sound_at(file, sample.start, sample.seconds, rate)
+
+
 def load_references(sample: Sample, *, flip: bool, pixels: Tensor | None = None) -> list[Tensor]:
     """The pictures that are shown beside a sample's caption, each (3, H, W) in [-1, 1].
 
@@ -272,7 +295,7 @@ def pixels_of(picture: Image.Image) -> Tensor:
 
 def conditioning_of(captions: Entry, latents: Entry) -> Conditioning:
     """What the caption's entry and that of the latents tell the denoiser about one sample."""
-    shown = {name: tensor for name, tensor in latents.items() if name != LATENTS}
+    shown = {name: tensor for name, tensor in latents.items() if name not in (LATENTS, AUDIO)}
     return Conditioning(captions).merged(shown)
 
 
@@ -288,11 +311,14 @@ def _batches(pictures: Sequence[_Picture], batch_size: int) -> Iterator[list[_Pi
         yield batch
 
 
-def _decoded(batches: Iterator[list[_Picture]], video: bool) -> Iterator[tuple[list[_Picture], _Pixels]]:
+def _decoded(batches: Iterator[list[_Picture]], family: Family) -> Iterator[tuple[list[_Picture], _Pixels]]:
     """Each batch with its pixels; the next few are decoded while the VAE is busy, of clips only the next one."""
 
+    video = family.capabilities.video
+    rate = family.audio.shape.sample_rate if family.audio is not None else 0
+
     def decode(batch: list[_Picture]) -> tuple[list[_Picture], _Pixels]:
-        return batch, _pixels(batch, video)
+        return batch, _pixels(batch, video, rate)
 
     threads = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, "pixels") as pool:
@@ -302,7 +328,10 @@ def _decoded(batches: Iterator[list[_Picture]], video: bool) -> Iterator[tuple[l
             yield ahead.pop(0).result()
 
 
-def _pixels(batch: Sequence[_Picture], video: bool) -> _Pixels:
+def _pixels(batch: Sequence[_Picture], video: bool, rate: int) -> _Pixels:
+    """Args:
+    rate: of the sound of those samples that have some.
+    """
     targets, shown, masks = [], [], []
     for picture in batch:
         sample, flip = picture.sample, picture.flip
@@ -315,6 +344,7 @@ def _pixels(batch: Sequence[_Picture], video: bool) -> _Pixels:
         torch.stack(targets),
         tuple(torch.stack(column) for column in zip(*shown, strict=True)),
         torch.stack(holes) if holes else None,
+        torch.stack([load_audio(one.sample, rate) for one in batch]) if batch[0].sample.audio else None,
     )
 
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from av import __version__ as av_version
 from PIL import __version__ as pillow_version
 
-from burnish.data import clips
+from burnish.data import audio, clips
 from burnish.data.cache import write_entry
 from burnish.data.folder import is_clip
 from burnish.data.pictures import (
@@ -40,6 +40,7 @@ class Facts:
     width: int
     fixes: tuple[str, ...]
     duration: float | None = None  # of a clip, in seconds
+    sound: audio.Span | None = None  # of a clip, where it was looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +54,20 @@ class _Found:
     width: int = 0
     fixes: tuple[str, ...] = ()
     duration: float | None = None
+    sound: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Decodes pictures and clips, or recalls what decoding gave for the same bytes. `folder` None remembers nothing."""
+    """Decodes pictures and clips, or recalls what decoding gave for the same bytes. `folder` None remembers nothing.
+
+    Of clips the sound is decoded, too, if `audio`.
+    """
 
     folder: Path | None
     background: str
     max_megapixels: float
+    audio: bool = False
 
     def facts(self, path: Path) -> Facts:
         """Raises:
@@ -84,22 +90,30 @@ class Probe:
     def _clip_facts(self, path: Path) -> Facts:
         with open_regular(path) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            entry = self._entry(sha256, f"clip {clips.CODE_VERSION} {av_version}")
+            heard = f" audio {audio.CODE_VERSION}" if self.audio else ""
+            entry = self._entry(sha256, f"clip {clips.CODE_VERSION}{heard} {av_version}")
             found = self._recall(entry)
             if found is None:
                 found = self._inspect(file)
                 self._remember(entry, found)
         if found.bad:
             raise BadPicture(found.bad, remedy=found.remedy)
-        return Facts(sha256, found.height, found.width, found.fixes, found.duration)
+        sound = audio.Span(*found.sound) if found.sound is not None else None
+        return Facts(sha256, found.height, found.width, found.fixes, found.duration, sound)
 
     def _inspect(self, file: BinaryIO) -> _Found:
         try:
             facts = clips.inspect_clip(file, max_megapixels=self.max_megapixels)
+            sound = audio.sound_of(file) if self.audio else None
         except BadPicture as error:
             return _Found(bad=error.message, remedy=error.remedy)
         return _Found(
-            format="clip", height=facts.height, width=facts.width, fixes=facts.fixes, duration=facts.duration
+            format="clip",
+            height=facts.height,
+            width=facts.width,
+            fixes=facts.fixes,
+            duration=facts.duration,
+            sound=(sound.start, sound.end) if sound is not None else None,
         )
 
     def _decode(self, data: bytes) -> _Found:
@@ -123,7 +137,10 @@ class Probe:
             return None
         with suppress(OSError, ValueError, TypeError):  # not there, or torn: decode again
             values = json.loads(entry.read_bytes())
-            return _Found(**{**values, "fixes": tuple(values["fixes"])})
+            sound = values.get("sound")
+            return _Found(
+                **{**values, "fixes": tuple(values["fixes"]), "sound": sound and (sound[0], sound[1])}
+            )
         return None
 
     def _remember(self, entry: Path | None, found: _Found) -> None:

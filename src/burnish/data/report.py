@@ -36,6 +36,9 @@ class SourceReport:
     found: int = 0  # pictures, clips, and files that were meant as such
     used: int = 0
     clips: int = 0  # of those used
+    silent: list[Outcome] = field(
+        default_factory=list
+    )  # clips trained without sound by a model that makes it
     skipped: list[Outcome] = field(default_factory=list)
     fixed: list[Outcome] = field(default_factory=list)
     errors: list[Outcome] = field(default_factory=list)

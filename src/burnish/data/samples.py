@@ -24,11 +24,13 @@ class BatchShape:
     frames: int = 1
     references: tuple[tuple[int, int], ...] = ()  # sizes
     sees_itself: bool = False
+    audio: bool = False
 
     def __str__(self) -> str:
         references = "".join(f"+{height}x{width}" for height, width in self.references)
         itself = "+itself" if self.sees_itself else ""
-        return f"{self.bucket}{f'x{self.frames}' if self.frames > 1 else ''}{itself}{references}"
+        audio = "+audio" if self.audio else ""
+        return f"{self.bucket}{f'x{self.frames}' if self.frames > 1 else ''}{itself}{references}{audio}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Sample:
     mask: Companion | None = None
     sees_itself: bool = False  # its own picture, or first frame, is the first reference
     fills_holes: bool = False  # with `mask`, or with drawn ones
+    audio: bool = False  # of a clip: its sound is trained with its frames
 
     @property
     def is_clip(self) -> bool:
@@ -70,9 +73,14 @@ class Sample:
         return tuple(self.start + index / self.fps for index in range(self.frames))
 
     @property
+    def seconds(self) -> float:
+        """For how long a clip's frames are on screen."""
+        return self.frames / self.fps
+
+    @property
     def shape(self) -> BatchShape:
         sizes = tuple(one.size for one in self.references)
-        return BatchShape(self.bucket, self.frames, sizes, self.sees_itself)
+        return BatchShape(self.bucket, self.frames, sizes, self.sees_itself, self.audio)
 
     @property
     def has_references(self) -> bool:

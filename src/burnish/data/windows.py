@@ -49,6 +49,11 @@ class Windows:
         Raises:
             DataError: a number of frames that the VAE does not take.
         """
+        if family.audio is not None and fps not in (None, family.defaults.fps):
+            raise DataError(
+                f"data.fps: with sound {family.title} takes clips at {family.defaults.fps:g} frames per second; got {fps:g}",
+                remedy="Leave fps out, or take model.audio out.",
+            )
         compression = family.latents.frame_compression
         assert compression is not None, "a video family has a time axis"
         for count in counts or ():

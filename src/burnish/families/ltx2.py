@@ -1,12 +1,14 @@
-"""LTX-2 and 2.3 by Lightricks (2026), 19 billion parameters and more: clips and pictures, the video side alone.
+"""LTX-2 and 2.3 by Lightricks (2026), 19 billion parameters and more: clips, with their sound or without, and pictures.
 
-The transformer has two streams, video and audio, that look at each other in every block. Here the video stream runs by
-itself, as the release's trainer does without audio: the layers between the streams are left out and audio is a single
-token that nothing reads. Latents are those of LTX-Video's kind (32 x 32 pixels and 8 frames into one of 128 channels).
+The transformer has two streams, video and audio, that look at each other in every block. Without sound the video stream
+runs by itself, as the release's trainer does: the layers between the streams are left out and audio is a single
+token that nothing reads. Latents are those of LTX-Video's kind (32 x 32 pixels and 8 frames into one of 128 channels);
+of sound 25 per second.
 Every layer's states of Gemma 3 go through connectors, which put learned registers where there is padding: the
 denoiser sees all 1024 places of a caption.
 
-Shape letters: B batch, C channels, T frames, H W height and width of latents, N = T * H * W, S tokens, D width.
+Shape letters: B batch, C channels, T frames, H W height and width of latents, N = T * H * W, S tokens, D width;
+of sound L moments and F bands of frequency.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from burnish.families import video_vae
 from burnish.families.gemma3 import gemma3_slot
+from burnish.families.ltx2_audio import AUDIO_SLOTS, LTX2Audio
 from burnish.families.native import NativeNames
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
@@ -38,6 +41,16 @@ GEMMA_TOKENS = 1024
 
 _ATTENTION = ("*.attn[12].to_[qkv]", "*.attn[12].to_out.0")
 _FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")
+# With sound: its own stream, and the layers between the two.
+_AUDIO_ATTENTION = (
+    "*.audio_attn[12].to_[qkv]",
+    "*.audio_attn[12].to_out.0",
+    "*.audio_to_video_attn.to_[qkv]",
+    "*.audio_to_video_attn.to_out.0",
+    "*.video_to_audio_attn.to_[qkv]",
+    "*.video_to_audio_attn.to_out.0",
+)
+_AUDIO_FEED_FORWARD = ("*.audio_ff.net.0.proj", "*.audio_ff.net.2")
 _BLOCK = "transformer_blocks.#"
 _ATTENTIONS = tuple(f"{who}attn{n}" for who in ("", "audio_") for n in (1, 2))
 _EMBEDDINGS = {
@@ -92,7 +105,8 @@ def _find_connectors(layout: Layout) -> Layout | None:
 
 
 class LTX2(PipelineFamily):
-    """Conditioning: `tokens_BSD` (B, 1024, 3840), what the connectors make of a caption for the video stream."""
+    """Conditioning: `tokens_BSD` (B, 1024, 3840), what the connectors make of a caption for the video stream, and with
+    sound `tokens_audio_BSD`, for the audio stream."""
 
     name: ClassVar[str] = "ltx2"
     title: ClassVar[str] = "LTX-2"
@@ -102,16 +116,30 @@ class LTX2(PipelineFamily):
         Slot("vae", "vae", AutoencoderKLLTX2Video.from_config, _find_vae),
         gemma3_slot("text_encoder", "tokenizer"),
         Slot("connectors", "text_encoders", LTX2TextConnectors.from_config, _find_connectors),
+        *AUDIO_SLOTS,
     )
     capabilities = Capabilities(video=True)
     targets: ClassVar = {
-        "attention": TargetSet(_ATTENTION, "Query, key, value and output of the video stream's attentions."),
+        "attention": TargetSet(
+            _ATTENTION,
+            "Query, key, value and output of the attentions, of the audio stream too where sound is trained.",
+            _AUDIO_ATTENTION,
+        ),
         "attention+mlp": TargetSet(
-            (*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers of the video stream."
+            (*_ATTENTION, *_FEED_FORWARD),
+            "Attention and feed-forward layers, of the audio stream too where sound is trained.",
+            (*_AUDIO_ATTENTION, *_AUDIO_FEED_FORWARD),
         ),
         "all": TargetSet(
             (*_ATTENTION, *_FEED_FORWARD, "caption_projection.linear_[12]", "proj_in", "proj_out"),
-            "Every linear layer of the video stream but the embeddings of time.",
+            "Every linear layer but the embeddings of time, of the audio stream too where sound is trained.",
+            (
+                *_AUDIO_ATTENTION,
+                *_AUDIO_FEED_FORWARD,
+                "audio_caption_projection.linear_[12]",
+                "audio_proj_in",
+                "audio_proj_out",
+            ),
         ),
     }
     # diffusers does not know ComfyUI's name for the embedding of time.
@@ -135,11 +163,20 @@ class LTX2(PipelineFamily):
         """Later releases read captions with another Gemma."""
         return str((*index.get("text_encoder", ()), "", "")[1]).startswith("Gemma3")
 
+    def configure(self) -> None:
+        if self.source is not None and self.source.source.audio:
+            self.audio = LTX2Audio(self.configs, self.module, self.streams)
+
     def example_conditioning(
         self, batch: int, latents: Sequence[int], generator: torch.Generator
     ) -> Conditioning:
-        width, _ = self._caption_widths()
-        return Conditioning({"tokens_BSD": torch.randn(batch, GEMMA_TOKENS, width, generator=generator)})
+        names = ("tokens_BSD", "tokens_audio_BSD")[: 1 if self.audio is None else 2]
+        return Conditioning(
+            {
+                name: torch.randn(batch, GEMMA_TOKENS, width, generator=generator)
+                for name, width in zip(names, self._caption_widths(), strict=False)
+            }
+        )
 
     def _caption_widths(self) -> tuple[int, int]:
         """Of captions for the video and the audio stream; since 2.3 the connectors give what each stream attends to."""
@@ -168,10 +205,11 @@ class LTX2(PipelineFamily):
         states = encoder(
             encoded.input_ids, attention_mask=encoded.attention_mask, output_hidden_states=True
         ).hidden_states
-        tokens_BSD, _, _ = connectors(
+        tokens_BSD, tokens_audio_BSD, _ = connectors(
             torch.stack(states, dim=-1).flatten(2), encoded.attention_mask, padding_side="left"
         )
-        return Conditioning({"tokens_BSD": tokens_BSD})
+        told = Conditioning({"tokens_BSD": tokens_BSD})
+        return told if self.audio is None else told.merged({"tokens_audio_BSD": tokens_audio_BSD})
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         return video_vae.encode(self.module("vae"), pixels)
@@ -181,27 +219,42 @@ class LTX2(PipelineFamily):
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         """The audio stream gets one silent token and one of text, and the video stream does not look at it."""
-        _, _, frames, height, width = noisy.shape
-        tokens_BSD = conditioning["tokens_BSD"].to(self.dtype)
+        tokens_BSD = conditioning["tokens_BSD"]
         _, audio_width = self._caption_widths()
+        silent_B1C = tokens_BSD.new_zeros(len(noisy), 1, self.denoiser.config.audio_in_channels)
+        unread_B1D = tokens_BSD.new_zeros(len(noisy), 1, audio_width)
+        velocity, _ = self.streams(noisy, silent_B1C, t_B, tokens_BSD, unread_B1D, apart=True)
+        return velocity
+
+    def streams(
+        self,
+        noisy: Tensor,
+        audio_BLC: Tensor,
+        t_B: Tensor,
+        tokens_BSD: Tensor,
+        tokens_audio_BSD: Tensor,
+        apart: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Velocities of the latents and of the tokens of sound, shaped as both; `apart`, neither sees the other."""
+        _, _, frames, height, width = noisy.shape
         time_B = t_B * 1000
-        velocity_BND, _ = self.denoiser(
+        velocity_BND, audio_velocity_BLC = self.denoiser(
             hidden_states=noisy.flatten(2).transpose(1, 2).to(self.dtype),
-            audio_hidden_states=tokens_BSD.new_zeros(len(noisy), 1, self.denoiser.config.audio_in_channels),
-            encoder_hidden_states=tokens_BSD,
-            audio_encoder_hidden_states=tokens_BSD.new_zeros(len(noisy), 1, audio_width),
+            audio_hidden_states=audio_BLC.to(self.dtype),
+            encoder_hidden_states=tokens_BSD.to(self.dtype),
+            audio_encoder_hidden_states=tokens_audio_BSD.to(self.dtype),
             timestep=time_B,
             sigma=time_B,
             num_frames=frames,
             height=height,
             width=width,
             fps=self.defaults.fps,
-            audio_num_frames=1,
-            isolate_modalities=True,
+            audio_num_frames=audio_BLC.shape[1],
+            isolate_modalities=apart,
             return_dict=False,
         )
         velocity: Tensor = velocity_BND.transpose(1, 2).unflatten(2, (frames, height, width))
-        return velocity
+        return velocity, audio_velocity_BLC
 
     def blocks(self) -> list[nn.Module]:
         return list(self.denoiser.transformer_blocks)

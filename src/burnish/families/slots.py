@@ -75,6 +75,7 @@ class Slot:
     unused: tuple[str, ...] = ()
     keep_float32: Callable[[torch.dtype], tuple[str, ...]] = lambda dtype: ()
     optional: bool = False  # a pipeline may come without it
+    audio: bool = False  # for the sound alone: left where it is unless the source asks for sound
     kinds: tuple[str, ...] = ()  # its classes in model_index.json, where several slots share a folder
     shipped: str = ""  # its key in the shipped configs, where that is not its folder
     listed_under: Part | None = None  # where the config names its separate file, where not under its part
@@ -119,6 +120,7 @@ class PipelineSource:
         if not self.index:
             return locate(self.source)
         slots = [s for s in self.slots if s.part != "denoiser" or self._is_chosen(s)]
+        slots = [s for s in slots if self.source.audio or not s.audio]
         return locate_parts(self.source, [f for s in slots if s.part in self.parts for f in self._folders(s)])
 
     @cached_property
@@ -128,7 +130,9 @@ class PipelineSource:
         return read_json(index_file(path)) if path.is_dir() else {}
 
     def has(self, slot: Slot) -> bool:
-        """Whether the model comes with this module."""
+        """Whether the model comes with this module, and it is asked for."""
+        if slot.audio and not self.source.audio:
+            return False
         if slot.part == "denoiser" and not self._is_chosen(slot):
             return False
         if slot.part == "denoiser" and self.source.denoisers:

@@ -15,7 +15,8 @@ from PIL import Image
 from burnish import __version__
 from burnish.atomic import atomic_write_bytes, atomic_write_text
 from burnish.sampling.clip_file import encode_clip
-from burnish.sampling.sampler import WARNING, Clip, Drawn, PictureRequest
+from burnish.sampling.decoding import WARNING, Clip, Drawn
+from burnish.sampling.sampler import PictureRequest
 
 _NUMBERED = re.compile(r"(\d+)\.(png|mp4|txt|json)")
 
@@ -52,7 +53,7 @@ def write_picture(
         "height": frames[0].height,
         "width": frames[0].width,
         "frames": len(frames),
-        **({"fps": drawn.fps} if isinstance(drawn, Clip) else {}),
+        **({"fps": drawn.fps, "sound": drawn.sound is not None} if isinstance(drawn, Clip) else {}),
         **(extra or {}),
         "versions": {
             "burnish": __version__,
@@ -62,7 +63,7 @@ def write_picture(
     if warnings := [frame.info[WARNING] for frame in frames if WARNING in frame.info]:
         facts[WARNING] = warnings[0]
     if isinstance(drawn, Clip):
-        path, encoded = path.with_suffix(".mp4"), encode_clip(drawn.frames, drawn.fps)
+        path, encoded = path.with_suffix(".mp4"), encode_clip(drawn.frames, drawn.fps, drawn.sound)
     else:
         encoded = _as_png(drawn)
     atomic_write_text(path.with_suffix(".txt"), request.prompt + "\n")

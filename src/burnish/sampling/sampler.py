@@ -10,45 +10,20 @@ Shape letters: B batch, C channels, H W height and width of latents.
 
 from __future__ import annotations
 
-import inspect
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import diffusers
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from burnish.errors import ModelError, UserError
-from burnish.family import (
-    Conditioning,
-    Family,
-    NegativePrompt,
-    PictureInfo,
-    Schedule,
-    classifier_free_guidance,
-)
+from burnish.errors import UserError
+from burnish.family import Conditioning, Family, NegativePrompt, PictureInfo, classifier_free_guidance
+from burnish.sampling.decoding import Drawn, Latents, decode_pictures
 from burnish.sampling.references import check_references, mask_pixels, reference_pixels
+from burnish.sampling.stream import Stream
 
-_log = logging.getLogger(__name__)
-
-WARNING = "warning"  # key of `Image.info` where a picture says what went wrong with it
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Clip:
-    """More than one frame, and how many play per second."""
-
-    frames: tuple[Image.Image, ...]
-    fps: float
-
-
-Drawn = Image.Image | Clip
 
 
 @dataclass(frozen=True)
@@ -234,8 +209,10 @@ def draw_latents(
     device: torch.device | str,
     dtype: torch.dtype,
     progress: Progress | None = None,
-) -> list[Tensor]:
+) -> list[Latents]:
     """Latents (C, H, W), or (C, T, H, W), of each request in order, float32 on the CPU; needs the denoiser.
+
+    With sound those of a clip and its sound.
 
     Requests of the same size, frames, steps and sizes of references are drawn as one batch, whatever their prompts.
 
@@ -250,7 +227,7 @@ def draw_latents(
         groups.setdefault(alike, []).append(index)
     total, done = sum(encoded[indices[0]].steps for indices in groups.values()), 0
 
-    drawn: dict[int, Tensor] = {}
+    drawn: dict[int, Latents] = {}
     for indices in groups.values():
         steps = encoded[indices[0]].steps
 
@@ -258,8 +235,10 @@ def draw_latents(
             if progress is not None:
                 progress(before + step, total)
 
-        latents_BCHW = _draw_batch(family, [encoded[i] for i in indices], device, dtype, step_done)
-        drawn.update(zip(indices, latents_BCHW.float().cpu(), strict=True))
+        streams = _draw_batch(family, [encoded[i] for i in indices], device, dtype, step_done)
+        frames, *sound = (stream.cpu() for stream in streams)
+        rows = zip(frames, sound[0], strict=True) if sound else frames
+        drawn.update(zip(indices, rows, strict=True))
         done += steps
     return [drawn[index] for index in range(len(encoded))]
 
@@ -276,58 +255,68 @@ def _draw_batch(
     device: torch.device | str,
     dtype: torch.dtype,
     step_done: Callable[[int], None],
-) -> Tensor:
+) -> list[Tensor]:
+    """Latents of the frames, (B, C, ...), and with sound those of the sound."""
     first = encoded[0]
-    generators = [torch.Generator("cpu").manual_seed(one.request.seed) for one in encoded]
-    scheduler = make_scheduler(family.schedule)
-    shape = family.latents.of(*first.size, first.frames)
-    noise = [_noise(family, shape, generator, dtype) for generator in generators]
-    # The latents stay in float32 whatever the denoiser computes in: small steps would be lost in bfloat16.
-    latents_BCHW = torch.cat(noise).to(device).float()
-    _set_timesteps(scheduler, family.schedule, first.steps, family.latents.tokens(shape))
-    if not family.schedule.is_flow:
-        latents_BCHW = latents_BCHW * scheduler.init_noise_sigma
-
+    streams = _streams(family, encoded, device, dtype)
     negatives = [one.negative for one in encoded if one.negative is not None]
     conditioning = _joined([*negatives, *(one.conditioning for one in encoded)], device, dtype)
     blind = [one.unseeing for one in encoded if one.unseeing is not None]
     unseeing = _joined(blind, device, dtype) if blind else None
-    guide, guide_of = family.defaults.guide, family.defaults.guide_of
-    if guide_of is not None:
-        guide = guide_of(conditioning.rows(slice(-len(encoded), None)))
-    scale = _of_rows([one.scale for one in encoded], latents_BCHW)
-    reference_scale = _of_rows([one.reference_scale for one in encoded], latents_BCHW)
-    # Stochastic schedulers (Euler ancestral, LCM) draw on the CPU from each picture's own generator.
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    options: dict[str, Any] = {"generator": generators} if takes_generator else {}
+    guides = [family.defaults.guide for _ in streams]
+    if family.defaults.guide_of is not None:
+        prompts = conditioning.rows(slice(-len(encoded), None))
+        guides = [family.defaults.guide_of(prompts) for _ in streams]
+    scales = [stream.of_rows([one.scale for one in encoded]) for stream in streams]
+    reference_scales = [stream.of_rows([one.reference_scale for one in encoded]) for stream in streams]
 
     # Whole steps stay whole in float64, which Apple's GPUs lack.
     time_type = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    timesteps = scheduler.timesteps
+    timesteps = streams[0].scheduler.timesteps
+    copies = 1 if first.negative is None else 2
     for number, timestep in enumerate(timesteps):
-        guided = first.negative is not None
-        model_input = torch.cat([latents_BCHW] * 2) if guided else latents_BCHW
-        if not family.schedule.is_flow:
-            model_input = scheduler.scale_model_input(model_input, timestep)
-        t_B = torch.full(
-            (len(model_input),), float(timestep) / family.schedule.steps, dtype=time_type, device=device
-        )
+        inputs = [stream.model_input(timestep, copies) for stream in streams]
+        time_B = torch.full((len(inputs[0]),), float(timestep) / family.schedule.steps, dtype=time_type)
+        t_B = torch.full_like(time_B, float(time_B[0]), device=device)
         if family.capabilities.mean_flow:
             until = float(timesteps[number + 1]) if number + 1 < len(timesteps) else 0.0
             until_B = torch.full_like(t_B, until / 1000)
             conditioning = conditioning.merged({"until_B": until_B})
-        predicted = family.predict(model_input, t_B, conditioning).float()
-        if guided:
-            without, with_prompt = predicted.chunk(2)
-            predicted = guide(with_prompt, without, scale)
+        if family.capabilities.picks_by_time:
+            conditioning = conditioning.merged({"time_B": time_B})
+        predicted = _predicted(family, inputs, t_B, conditioning)
+        if copies == 2:
+            halves = [one.chunk(2) for one in predicted]
+            predicted = [
+                guide(with_prompt, without, scale)
+                for guide, (without, with_prompt), scale in zip(guides, halves, scales, strict=True)
+            ]
         if unseeing is not None:
             one_each = slice(len(encoded))
-            alone = family.predict(model_input[one_each], t_B[one_each], unseeing).float()
-            predicted = classifier_free_guidance(predicted, alone, reference_scale)
-        latents_BCHW = scheduler.step(predicted, timestep, latents_BCHW, return_dict=False, **options)[0]
+            alone = _predicted(family, [one[one_each] for one in inputs], t_B[one_each], unseeing)
+            pairs = zip(predicted, alone, reference_scales, strict=True)
+            predicted = [classifier_free_guidance(seeing, not_, scale) for seeing, not_, scale in pairs]
+        for stream, velocity in zip(streams, predicted, strict=True):
+            stream.step(velocity, timestep)
         # A second-order scheduler takes several turns per step.
         step_done(first.steps * (number + 1) // len(timesteps))
-    return latents_BCHW
+    return [stream.latents for stream in streams]
+
+
+def _streams(
+    family: Family, encoded: Sequence[EncodedRequest], device: torch.device | str, dtype: torch.dtype
+) -> list[Stream]:
+    """Noise of the frames, then of clips' sound, from each picture's own generator."""
+    first = encoded[0]
+    generators = [torch.Generator("cpu").manual_seed(one.request.seed) for one in encoded]
+    shape = family.latents.of(*first.size, first.frames)
+    noise = [torch.cat([_noise(family, shape, generator, dtype) for generator in generators])]
+    if family.audio is not None and first.frames > 1:
+        sound = (1, *family.audio.shape.of(first.frames / family.defaults.fps))
+        rows = [torch.randn(sound, generator=generator, dtype=dtype) for generator in generators]
+        noise.append(torch.cat(rows))
+    tokens = family.latents.tokens(shape)
+    return [Stream(family.schedule, one.to(device), first.steps, tokens, generators) for one in noise]
 
 
 def _noise(family: Family, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -337,9 +326,14 @@ def _noise(family: Family, shape: Sequence[int], generator: torch.Generator, dty
     return torch.randn((1, *shape[1:], shape[0]), generator=generator, dtype=dtype).movedim(-1, 1)
 
 
-def _of_rows(values: Sequence[float], latents: Tensor) -> Tensor:
-    """A number for each row of latents (B, ...), to be multiplied with them."""
-    return torch.tensor(values, device=latents.device).view(-1, *(1 for _ in latents.shape[1:]))
+def _predicted(
+    family: Family, inputs: Sequence[Tensor], t_B: Tensor, conditioning: Conditioning
+) -> list[Tensor]:
+    """What the denoiser says of each stream, float32."""
+    if len(inputs) == 1:
+        return [family.predict(inputs[0], t_B, conditioning).float()]
+    assert family.audio is not None, "only sound makes a second stream"
+    return [one.float() for one in family.audio.predict(inputs[0], inputs[1], t_B, conditioning)]
 
 
 def _joined(rows: Sequence[Conditioning], device: torch.device | str, dtype: torch.dtype) -> Conditioning:
@@ -348,75 +342,6 @@ def _joined(rows: Sequence[Conditioning], device: torch.device | str, dtype: tor
     cast = joined.to(device, dtype)
     # A guidance scale such as 3.3 is not to be rounded.
     return cast.merged({"guidance_B": joined["guidance_B"].to(device)}) if "guidance_B" in joined else cast
-
-
-def make_scheduler(schedule: Schedule) -> Any:
-    """The diffusers scheduler that the model came with.
-
-    Raises:
-        ModelError: the installed diffusers has no such scheduler.
-    """
-    name = str(schedule.scheduler.get("_class_name", ""))
-    if not name.endswith("Scheduler") or not hasattr(diffusers, name):
-        raise ModelError(
-            f"The model asks for the scheduler {name!r}, which diffusers {diffusers.__version__} does not have.",
-            remedy="Correct `_class_name` in scheduler/scheduler_config.json, or update diffusers.",
-        )
-    return getattr(diffusers, name).from_config(dict(schedule.scheduler))
-
-
-def _set_timesteps(scheduler: Any, schedule: Schedule, steps: int, tokens: int) -> None:
-    """Prepare a scheduler for `steps` steps; most flows get the sigmas that FluxPipeline passes."""
-    if not schedule.is_flow:
-        scheduler.set_timesteps(steps)
-        return
-    options: dict[str, Any] = {}
-    if schedule.sigmas is not None:
-        scheduler.set_timesteps(sigmas=list(schedule.sigmas(tokens, steps)))
-        scheduler.set_begin_index(0)
-        return
-    if not isinstance(schedule.shift, float | int):
-        options["mu"] = schedule.shift.mu(tokens, steps)
-    if schedule.spacing == "linear":
-        options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
-    elif schedule.spacing == "thousandths":
-        options["sigmas"] = np.linspace(1000, 1, steps).astype(np.int64) / 1000
-    else:
-        options["num_inference_steps"] = steps
-    scheduler.set_timesteps(**options)
-    scheduler.set_begin_index(0)
-
-
-@torch.no_grad()
-def decode_pictures(family: Family, latents: Sequence[Tensor]) -> list[Drawn]:
-    """RGB pictures of latents (C, H, W), or (C, T, H, W), one at a time to bound memory; needs the VAE.
-
-    Latents of more than one frame become a clip. A picture with values that are no numbers is drawn grey there
-    and says so in `info["warning"]`.
-    """
-    return [_drawn(family.decode_latents(one[None])[0], family.defaults.fps) for one in latents]
-
-
-def _drawn(pixels: Tensor, fps: float) -> Drawn:
-    if pixels.dim() == 3:
-        return _picture(pixels)
-    frames = tuple(_picture(pixels[:, index]) for index in range(pixels.shape[1]))
-    return frames[0] if len(frames) == 1 else Clip(frames, fps)
-
-
-def _picture(pixels_3HW: Tensor) -> Image.Image:
-    pixels_3HW = pixels_3HW.float()
-    broken = int((~torch.isfinite(pixels_3HW)).any(0).sum())
-    share = ((pixels_3HW.nan_to_num(0.0, 0.0, 0.0) + 1) / 2).clamp(0, 1)
-    picture = Image.fromarray((share * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-    if broken:
-        warning = (
-            f"{broken} of {pixels_3HW[0].numel()} pixels are not finite; the weights or the adapter are broken, "
-            "or the number type is too small for the model (float16 often is: take bf16 or fp32)"
-        )
-        _log.warning("%s", warning)
-        picture.info[WARNING] = warning
-    return picture
 
 
 def draw_pictures(
