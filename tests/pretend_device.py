@@ -3,12 +3,15 @@
 What a GPU would refuse is refused here too: an operation with tensors of both devices. Tensors without dimensions and
 indices may come from the CPU, as everywhere. What upstream code makes in C++ by its neighbour's device, without naming
 it (`pad_sequence`), is put right by hand.
+
+`reading` lists what waits for such a device: numbers, places of what is true, whole tensors that are read back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import extract_stack
 from typing import Any
 
 import pytest
@@ -19,6 +22,45 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("cuda:0")
 _ACROSS = ("_to_copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_", "_local_scalar_dense")
+
+
+# What a GPU answers only when all before it is done; besides, an index of bools is turned into places.
+_READ = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "histc")
+_READ_BEGINNINGS = ("_unique", "unique", "repeat_interleave")
+_seen: list[list[str]] = []
+
+
+@contextmanager
+def reading() -> Iterator[list[str]]:
+    """Where a tensor of the device is read back meanwhile: `file.py:function`, in diffusers or what trains."""
+    places: list[str] = []
+    _seen.append(places)
+    try:
+        yield places
+    finally:
+        _seen.remove(places)
+
+
+def _note_reading() -> None:
+    if not _seen:
+        return
+    frames = [
+        frame for frame in extract_stack() if "/diffusers/" in frame.filename or "/burnish/" in frame.filename
+    ]
+    place = f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].name}" if frames else "elsewhere"
+    for places in _seen:
+        places.append(place)
+
+
+def _waits(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation on tensors of the device makes the host wait."""
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        return any(isinstance(one, Far) and one.dtype == torch.bool for one in args[1])
+    if name == "_to_copy":
+        return kwargs.get("device") is not None and not _is_far(kwargs["device"])
+    if name == "copy_":
+        return not isinstance(args[0], Far)
+    return name in _READ or name.startswith(_READ_BEGINNINGS)
 
 
 class Far(Tensor):
@@ -42,6 +84,7 @@ class Far(Tensor):
         return f"Far({tuple(self.shape)}, {self.dtype})"
 
     def tolist(self) -> Any:
+        _note_reading()
         return self.inner.tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,6 +107,11 @@ class Far(Tensor):
         return _computed(func, args, kwargs or {})
 
 
+def _backwards() -> bool:
+    """Whether autograd is at work, whose C++ fills in zeros by its neighbour's device without naming it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _is_far(device: torch.device | str | None) -> bool:
     return device is not None and torch.device(device).type == DEVICE.type
 
@@ -74,7 +122,10 @@ def _near(values: Any) -> Any:
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     if isinstance(tensor, Far):
-        return tensor if _is_far(device) else tensor.inner
+        if _is_far(device):
+            return tensor
+        _note_reading()
+        return tensor.inner
     return Far(tensor.detach()) if _is_far(device) else tensor
 
 
@@ -98,8 +149,15 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     far = any(isinstance(one, Far) for one in tensors)
     strangers = [tuple(one.shape) for one in tensors if not isinstance(one, Far) and one.dim()]
     own = bool(args) and isinstance(args[0], Far)
-    if far and strangers and (name not in _ACROSS or (name.startswith("index") and not own)):
+    if (
+        far
+        and strangers
+        and not _backwards()
+        and (name not in _ACROSS or (name.startswith("index") and not own))
+    ):
         raise RuntimeError(f"two devices in {func}: {strangers} on the CPU")
+    if far and _waits(name, args, kwargs):
+        _note_reading()
     device = kwargs.get("device")
     if device is not None:
         far = _is_far(device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class RoutedExperts(nn.Module):
-    """Feed-forward of one expert for all tokens and `active` of several for each, weighted by a gate.
+    """Feed-forward of one expert for all tokens and a few of several for each, weighted by a gate.
 
     As in DeepSeek-V3 (arXiv 2412.19437) without its balancing: a token's weights are the gate's softmax over all
     experts, not normed over those that are chosen.
@@ -28,27 +28,29 @@ class RoutedExperts(nn.Module):
         self.shared_experts = given.shared_experts
         self.experts = given.experts
         self.gate = given.gate
-        self.active = int(given.num_activated_experts)
 
     def forward(self, states_BSD: Tensor) -> Tensor:
         chosen_TK, weights_TK, _ = self.gate(states_BSD)
         states_TD = states_BSD.flatten(0, 1)
         routed_TD = torch.zeros_like(states_TD)
-        for number, expert in enumerate(self.experts):
-            token, choice = self._tokens_of(number, chosen_TK)
-            answer = expert(states_TD[token]) * weights_TK[token, choice, None]
+        order_N = chosen_TK.flatten().argsort(stable=True)
+        shares = order_N.split(self._shares(chosen_TK))
+        for expert, share in zip(self.experts, shares, strict=True):
+            token = share // chosen_TK.shape[1]
+            answer = expert(states_TD[token]) * weights_TK.flatten()[share, None]
             routed_TD = routed_TD.index_add(0, token, answer.to(routed_TD.dtype))
         shared_BSD: Tensor = self.shared_experts(states_BSD)
         return routed_TD.view_as(states_BSD) + shared_BSD
 
-    def _tokens_of(self, number: int, chosen_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens an expert is called for, and as their which choice."""
+    def _shares(self, chosen_TK: Tensor) -> list[int]:
+        """How many tokens each expert is called for: the one thing of a layer that is read back from the device."""
+        experts = len(self.experts)
         if chosen_TK.is_meta:  # without weights nothing is known of the choice: an even share
-            share = len(chosen_TK) * self.active // len(self.experts)
-            token = torch.arange(share, device=chosen_TK.device)
-            return token, torch.zeros_like(token)
-        token, choice = torch.where(chosen_TK == number)
-        return token, choice
+            whole, over = divmod(chosen_TK.numel(), experts)
+            return [whole + (number < over) for number in range(experts)]
+        numbers_E = torch.arange(experts, device=chosen_TK.device)
+        counts: list[int] = (chosen_TK.flatten()[:, None] == numbers_E).sum(0).tolist()
+        return counts
 
 
 class HiDreamTransformer(HiDreamImageTransformer2DModel):  # type: ignore[misc]
@@ -61,10 +63,10 @@ class HiDreamTransformer(HiDreamImageTransformer2DModel):  # type: ignore[misc]
         As released, only what is not square is filled up to `max_seq`, and the mask empties the keys of what was
         added without taking it out of the attention.
         """
-        batch, _, height, width = hidden_states.shape
+        batch, channels, height, width = hidden_states.shape
         side = int(self.config.patch_size)
         rows, columns = height // side, width // side
-        cut = hidden_states.unflatten(3, (columns, side)).unflatten(2, (rows, side))
+        cut = hidden_states.reshape(batch, channels, rows, side, columns, side)
         patches_BSD = cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
         of_rows, of_columns = (
             torch.arange(count, device=hidden_states.device, dtype=torch.float32) for count in (rows, columns)
