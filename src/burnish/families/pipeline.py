@@ -282,8 +282,8 @@ class PipelineFamily(ABC):
             # layers of it, or scale the same latents otherwise.
             can = self.capabilities
             settings += f" {self.name} {can.references} {can.masks} {can.first_frame}"
-        if part == "text_encoders":
             settings += " audio" if self.audio is not None else ""
+        if part == "text_encoders":
             settings += f" {self.prompt_limit}"
         return self.source.identity(part, settings)
 
