@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from pretend_device import DEVICE, pretended, reading
 from test_devices import FAMILY_OF, PROMPTS, SIDE, on_the_device
 
 from burnish.data.batch import Batch
+from burnish.events import Events
 from burnish.family import Conditioning, Family, PictureInfo
+from burnish.loop import Training, train
 from burnish.objective import Denoising
 
 TinyFolder = Callable[[str], Path]
@@ -81,7 +85,16 @@ def told(family: Family, frames: int) -> Conditioning:
 
 @pytest.mark.parametrize("name", FAMILY_OF)
 def test_a_training_step_reads_nothing_back(tiny_folder: TinyFolder, name: str) -> None:
-    family = on_the_device(tiny_folder(name), name)
+    family, batch = on_the_device_with_batch(tiny_folder(name), name)
+    with pretended(), torch.enable_grad(), reading() as places:
+        loss_B, _ = Denoising(family.schedule).losses(family, batch.to(DEVICE), seed=0)
+        loss_B.sum().backward()
+    assert set(places) == KNOWN.get(FAMILY_OF[name], set())
+
+
+def on_the_device_with_batch(folder: Path, name: str) -> tuple[Family, Batch]:
+    """A family whose denoisers are trained, and two samples as the loader gives them."""
+    family = on_the_device(folder, name)
     compression = family.latents.frame_compression
     frames = 1 + (compression or 0) if family.capabilities.video else 1
     with pretended(), torch.no_grad():
@@ -90,7 +103,34 @@ def test_a_training_step_reads_nothing_back(tiny_folder: TinyFolder, name: str) 
     batch = Batch(latents, conditioning, torch.ones(2), ("a", "b"), ("a.png", "b.png"), 0)
     for denoiser in family.denoisers.values():
         denoiser.requires_grad_()
+    return family, batch
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux_kontext"])
+def test_the_loop_reads_once_per_step(tiny_folder: TinyFolder, name: str) -> None:
+    family, batch = on_the_device_with_batch(tiny_folder(name), name)
+    parameters = {
+        f"{folder}.{key}": parameter
+        for folder, denoiser in family.denoisers.items()
+        for key, parameter in denoiser.named_parameters()
+    }
+    run = Training(
+        family=family,
+        objective=Denoising(family.schedule, min_snr_gamma=5.0),
+        parameters=parameters,
+        optimizer=torch.optim.AdamW(
+            [{"params": list(parameters.values()), "initial_lr": 1e-4}], foreach=False
+        ),
+        learning_rate_factor=lambda step: 1.0,
+        batches=lambda position: (replace(batch, position=position + n) for n in count()),
+        batches_per_epoch=2,
+        device=DEVICE,
+        dtype=torch.float32,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        seed=0,
+        steps=3,
+        accumulate=2,
+    )
     with pretended(), torch.enable_grad(), reading() as places:
-        loss_B, _ = Denoising(family.schedule).losses(family, batch.to(DEVICE), seed=0)
-        loss_B.sum().backward()
-    assert set(places) == KNOWN.get(FAMILY_OF[name], set())
+        train(run, Events(), [], lambda: False)
+    assert places == ["loop.py:train_from"] * run.steps
