@@ -276,6 +276,7 @@ def sample_requests(config: RunConfig) -> list[PictureRequest]:
                 width=width,
                 steps=section.steps,
                 guidance=section.guidance,
+                reference_guidance=section.reference_guidance,
                 frames=one.frames or section.frames,
                 references=tuple(one.references),
                 mask=one.mask,

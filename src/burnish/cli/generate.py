@@ -67,6 +67,10 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option("--guidance", min=0, max=50, help="Guidance scale.")
     ] = None,
+    reference_guidance: Annotated[
+        float | None,
+        typer.Option("--reference-guidance", min=0, max=50, help="How closely to keep to the references."),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, max=256, help="Pictures drawn at once.")
     ] = 1,
@@ -96,6 +100,7 @@ def generate(
         mask=mask,
         steps=steps,
         guidance=guidance,
+        reference_guidance=reference_guidance,
     )
     device = _one_of(
         device or (run.memory.device if run else "auto"), ("auto", "cpu", "cuda", "mps"), "--device"
@@ -239,6 +244,7 @@ def _requests(
     mask: Path | None,
     steps: int | None,
     guidance: float | None,
+    reference_guidance: float | None,
 ) -> list[PictureRequest]:
     """`count` requests per prompt. The command line wins over the prompt's own settings, those over the config."""
     from burnish.sampling.sampler import PictureRequest
@@ -256,6 +262,7 @@ def _requests(
             width=width if size else prompt.width or width,
             steps=steps or prompt.steps or (sample.steps if sample else None),
             guidance=_first(guidance, prompt.guidance, sample.guidance if sample else None),
+            reference_guidance=_first(reference_guidance, sample.reference_guidance if sample else None),
             frames=frames or prompt.frames or (sample.frames if sample else None),
             references=references or prompt.references,
             mask=mask or prompt.mask,

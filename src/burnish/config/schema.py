@@ -88,6 +88,13 @@ class Sample(Section):
     guidance: float | None = Field(
         None, ge=0, le=50, description="Guidance scale; the family's default if absent."
     )
+    reference_guidance: float | None = Field(
+        None,
+        ge=0,
+        le=50,
+        description="How closely a picture keeps to its references, for a family that has such a scale (HiDream-E1); "
+        "its default if absent.",
+    )
     size: Size | None = Field(None, description="Height and width; the family's default if absent.")
     frames: int | None = Field(
         None, ge=1, le=1025, description="Frames of a video model's clips; the family's default if absent."

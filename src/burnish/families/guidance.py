@@ -29,8 +29,11 @@ def no_longer_than_prompted(with_prompt_BCHW: Tensor, without_BCHW: Tensor, scal
     """The usual rule, at each place no longer over the channels than with the prompt alone (HiDream-E1's
     `clip_cfg_norm`)."""
     guided_BCHW = classifier_free_guidance(with_prompt_BCHW, without_BCHW, scale)
-    longest_B1HW, length_B1HW = (one.norm(dim=1, keepdim=True) for one in (with_prompt_BCHW, guided_BCHW))
-    return guided_BCHW * (longest_B1HW / (length_B1HW + 1e-8)).clamp(max=1.0)
+    longest_B1HW, length_B1HW = (
+        torch.linalg.vector_norm(one, dim=1, keepdim=True) for one in (with_prompt_BCHW, guided_BCHW)
+    )
+    held_BCHW: Tensor = guided_BCHW * (longest_B1HW / (length_B1HW + 1e-8)).clamp(max=1.0)
+    return held_BCHW
 
 
 class AdaptiveProjection:

@@ -51,6 +51,7 @@ BUILT_IN = {
     "wan22": "burnish.families.wan22:Wan22",
     "wan21": "burnish.families.wan21:Wan21",
     "hidream": "burnish.families.hidream:HiDream",
+    "hidream_e1": "burnish.families.hidream_e1:HiDreamE1",
     "anima": "burnish.families.anima:Anima",
     "pixart": "burnish.families.pixart:PixArt",
 }
