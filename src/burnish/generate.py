@@ -45,6 +45,8 @@ def draw_pictures_with(
     family.release("text_encoders")
     family = chosen.load("denoiser", "vae", dtype=dtype, device=where)
     encoded = with_references(family, encoded, device=where)
+    if alone := drawn_alone(family):
+        _log.warning("%s", alone)
     for path, strength in adapters:
         attach_adapter(family, path, _log.warning).multiplier = strength
     for first in range(0, len(encoded), batch_size):
@@ -52,6 +54,18 @@ def draw_pictures_with(
         latents = draw_latents(family, encoded[first : first + batch_size], device=where, dtype=dtype)
         yield from decode_pictures(family, latents)
     progress(len(encoded), len(encoded))
+
+
+def drawn_alone(family: Family) -> str | None:
+    """What is to be said of pictures that one of several denoisers draws at all times; None where none is amiss."""
+    begin, end = family.schedule.times
+    if (begin, end) == (0.0, 1.0):
+        return None
+    return (
+        f"{family.title} draws with {', '.join(family.denoisers)} alone, which is made for times from {begin:g} to "
+        f"{end:g} (0 is the picture, 1 is noise): what comes of it is not how the model draws. With the release's "
+        "folder, and `model.denoisers` left out, all denoisers draw."
+    )
 
 
 def attach_adapter(family: Family, path: Path, note: Callable[[str], None]) -> AdapterSet:

@@ -21,6 +21,7 @@ from burnish.config.schema import RunConfig
 from burnish.config.train import RollBackOnNonFinite
 from burnish.errors import BurnishError, Interrupted, NonFiniteLoss, OutOfMemory, UserError
 from burnish.events import Events, Listener, RunResult, StepReport
+from burnish.generate import drawn_alone
 from burnish.loop import train
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model
@@ -85,6 +86,8 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     events.phase("loading the denoiser", 0, 0)
     parts = ("denoiser", "vae") if prepared.requests else ("denoiser",)
     family = prepared.model.load(*parts, dtype=dtype, device=device)
+    if prepared.requests and (alone := drawn_alone(family)):
+        events.warned(f"samples: {alone}")
     assembled = assemble(config, resolved, family, prepared, folder, device, dtype, events, stop)
     loaded = newest_checkpoint(assembled, events)
     check_space(folder.checkpoints, checkpoint_bytes(assembled), config.save.keep + 1)  # and the best

@@ -15,12 +15,13 @@ from runs import picture_folder, run_config
 from safetensors import safe_open
 
 from burnish.assembly import build_objective
+from burnish.config.schema import Model
 from burnish.config.train import Objective
 from burnish.data.batch import Batch
 from burnish.events import Events, Listener
 from burnish.families.wan22 import Wan22
 from burnish.family import Conditioning, ModelSource
-from burnish.generate import attach_adapter
+from burnish.generate import attach_adapter, draw_pictures_with
 from burnish.objective import Denoising
 from burnish.run import train_run
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
@@ -129,3 +130,37 @@ def test_held_out_times_are_those_of_the_denoiser(
     validate = Validate(lambda: iter([batch]), (0.2, 0.9), 1, 0.0, Events())
     assert math.isfinite(validate.loss(run))
     assert judged == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("denoisers", "said"), [(["transformer_2"], 1), ([], 0)])
+def test_samples_of_one_denoiser_alone_are_said_to_be_so(
+    tiny_folder: TinyFolder, tmp_path: Path, denoisers: list[str], said: int
+) -> None:
+    heard: list[str] = []
+
+    class Warned(Listener):
+        def warned(self, text: str) -> None:
+            heard.append(text)
+
+    more = {
+        "model.denoisers": denoisers,
+        "train.steps": 2,
+        "train.schedule.warmup_steps": 0,
+        "sample": {"every": 1, "prompts": [PROMPT], "size": SIDE, "steps": 1},
+    }
+    config = run_config(tiny_folder("wan22"), picture_folder(tmp_path / "pictures"), tmp_path, more)
+    train_run(config, progress=Warned())
+    assert len([line for line in heard if "transformer_2 alone" in line and "0 to 0.875" in line]) == said
+
+
+@pytest.mark.parametrize(("denoisers", "said"), [(["transformer"], 1), ([], 0)])
+def test_pictures_of_one_denoiser_alone_are_said_to_be_so(
+    tiny_folder: TinyFolder, caplog: pytest.LogCaptureFixture, denoisers: list[str], said: int
+) -> None:
+    model = Model(path=str(tiny_folder("wan22")), denoisers=denoisers)
+    request = PictureRequest(PROMPT, "", SEED, SIDE, SIDE, 1, 1.0, frames=1)
+    assert len(list(draw_pictures_with(model, [request] * 2, device="cpu", precision="fp32"))) == 2
+    assert (
+        len([line for line in caplog.messages if "transformer alone" in line and "0.875 to 1" in line])
+        == said
+    )
