@@ -12,7 +12,7 @@ or v.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp
 from pathlib import Path
@@ -389,6 +389,54 @@ class Audio(Protocol):
         ...
 
 
+class Shrinking(Protocol):
+    """One module while it loads, some of its layers in a smaller format."""
+
+    @property
+    def weights(self) -> Collection[str]:
+        """Names of the weights that it took over, as in the module's state before."""
+        ...
+
+    @property
+    def waiting(self) -> Collection[str]:
+        """Those that are to be given to `take`; the others are there already."""
+        ...
+
+    def take(self, weight_name: str, weight: Tensor) -> None:
+        """Keep a weight, which is on the device, in the smaller format."""
+        ...
+
+
+class Shrink(Protocol):
+    """How the large linear layers of a part are kept in fewer bits (`memory/shrinking.py`)."""
+
+    @property
+    def name(self) -> str:
+        """Changes with the numbers that come out."""
+        ...
+
+    def begin(
+        self,
+        module: nn.Module,
+        blocks: Sequence[nn.Module] | None,
+        content: Callable[[Collection[str]], str],
+        *,
+        spared: Sequence[str],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Shrinking:
+        """Replace layers of a module that has no weights yet (meta device).
+
+        Args:
+            blocks: where the layers are; None of a module whose blocks no family names.
+            content: names of weights -> hash of what they are made from.
+            spared: patterns of weights that are to stay as they are.
+            dtype: the number type of the run.
+            device: where weights arrive.
+        """
+        ...
+
+
 class Family(Protocol):
     """One model architecture, its parts loaded or not. See docs/add-a-family.md."""
 
@@ -417,8 +465,12 @@ class Family(Protocol):
         dtype: torch.dtype,
         device: torch.device | str,
         prediction: Prediction | None = None,
+        shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:
         """Load the named parts, frozen and in eval mode; schedule and shapes are known whatever the parts.
+
+        `shrink` says of denoiser and text encoders how they are kept in fewer bits, where they are; the identity of
+        the text encoders depends on it, that of the denoiser does not.
 
         Raises:
             ModelError: files are missing, damaged or of another family.

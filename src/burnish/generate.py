@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from burnish.adapters.lora import AdapterSet, adaptable_modules
-from burnish.config.schema import Model
+from burnish.config.schema import Memory, Model
 from burnish.errors import AdapterError
 from burnish.export.adapter_file import read_adapter, read_metadata
 from burnish.export.metadata import PART
@@ -25,6 +25,7 @@ def draw_pictures_with(
     requests: Sequence[PictureRequest],
     *,
     adapters: Sequence[tuple[Path, float]] = (),
+    memory: Memory | None = None,
     device: str = "auto",
     precision: str = "bf16",
     batch_size: int = 1,
@@ -32,6 +33,7 @@ def draw_pictures_with(
 ) -> Iterator[Drawn]:
     """One picture or clip per request, in order, batch by batch; each adapter is a file and its strength.
 
+    `memory` says how weights are kept; the defaults if absent.
     The text encoders are gone before the denoiser loads.
 
     Raises:
@@ -39,7 +41,7 @@ def draw_pictures_with(
         MachineError: the device is not there.
     """
     where, dtype = choose_device(device, precision), DTYPES[precision]
-    chosen = choose_model(model)
+    chosen = choose_model(model, memory)
     family = chosen.load("text_encoders", dtype=dtype, device=where)
     encoded = encode_requests(family, requests)
     family.release("text_encoders")
@@ -126,6 +128,7 @@ def generate_pictures(
     output: Path,
     *,
     adapters: Sequence[tuple[Path, float]] = (),
+    memory: Memory | None = None,
     device: str = "auto",
     precision: str = "bf16",
     batch_size: int = 1,
@@ -139,6 +142,7 @@ def generate_pictures(
         model,
         requests,
         adapters=adapters,
+        memory=memory,
         device=device,
         precision=precision,
         batch_size=batch_size,

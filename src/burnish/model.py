@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from burnish.config.schema import Model
+from burnish.config.schema import Memory, Model
 from burnish.errors import MachineError, UserError
 from burnish.families.registry import detect_family, family_named
-from burnish.family import Family, ModelSource, Part, Prediction
+from burnish.families.sources import user_cache_folder
+from burnish.family import Family, ModelSource, Part, Prediction, Shrink
+from burnish.memory.shrinking import shrink_of
 
 EMBEDDED = "demo"  # `model.path` of the model inside the package
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -23,6 +26,7 @@ class ChosenModel:
     family: type[Family]
     source: ModelSource
     prediction: Prediction | None
+    shrink: Mapping[Part, Shrink] = field(default_factory=dict)  # parts that are kept in fewer bits
 
     def load(self, *parts: Part, dtype: torch.dtype, device: torch.device | str) -> Family:
         """Load the named parts; without any, schedule, shapes and identities are known all the same.
@@ -32,7 +36,12 @@ class ChosenModel:
             UserError: sound is asked of a family without.
         """
         family = self.family.load(
-            self.source, frozenset(parts), dtype=dtype, device=device, prediction=self.prediction
+            self.source,
+            frozenset(parts),
+            dtype=dtype,
+            device=device,
+            prediction=self.prediction,
+            shrink=self.shrink,
         )
         if self.source.audio and family.audio is None:
             raise UserError(
@@ -41,8 +50,8 @@ class ChosenModel:
         return family
 
 
-def choose_model(model: Model) -> ChosenModel:
-    """Resolve the path, and detect the family where none is named.
+def choose_model(model: Model, memory: Memory | None = None) -> ChosenModel:
+    """Resolve the path, and detect the family where none is named; `memory` says how weights are kept.
 
     Raises:
         ModelError: no such weights, or of no known family.
@@ -59,7 +68,15 @@ def choose_model(model: Model) -> ChosenModel:
         audio=model.audio,
     )
     family = family_named(model.family) if model.family else detect_family(source)
-    return ChosenModel(family, source, model.prediction)
+    return ChosenModel(family, source, model.prediction, shrink_by_part(memory or Memory()))
+
+
+def shrink_by_part(memory: Memory) -> dict[Part, Shrink]:
+    """Of the parts whose large layers are kept in fewer bits."""
+    words: dict[Part, str] = {"denoiser": memory.weights, "text_encoders": memory.text_encoder_weights}
+    folder = memory.cache_folder or user_cache_folder()
+    chosen = {part: shrink_of(word, folder) for part, word in words.items()}
+    return {part: shrink for part, shrink in chosen.items() if shrink is not None}
 
 
 def choose_device(wanted: str, precision: str) -> torch.device:

@@ -129,7 +129,7 @@ def prepare(
     Raises:
         ModelError, DataError, MachineError: as the parts say.
     """
-    model = choose_model(config.model)
+    model = choose_model(config.model, config.memory)
     family = model.load(dtype=dtype, device=device)
     if len(folders(config)) < len(config.data):
         # The user's own pictures first: a mistake there should not wait for minutes of drawing.
@@ -172,6 +172,7 @@ def draw_source(
         source,
         place,
         config.model,
+        config.memory,
         family.identity("denoiser") + family.identity("text_encoders") + family.identity("vae"),
         device=config.memory.device,
         precision=config.train.precision,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from burnish.config.data import Captions, Folder, Generated
-from burnish.config.schema import Model
+from burnish.config.schema import Memory, Model
 from burnish.generate import draw_pictures_with
 from burnish.sampling.outputs import write_picture
 from burnish.sampling.sampler import PictureRequest
@@ -18,6 +18,7 @@ def drawn_folder(
     source: Generated,
     place: Path,
     model: Model,
+    memory: Memory,
     identity: str,
     *,
     device: str,
@@ -34,7 +35,10 @@ def drawn_folder(
     """
     side = max(source.resolutions)
     recipe = source.model_dump(mode="json", include={"prompts", "count", "steps", "guidance", "seed"})
-    text = json.dumps({**recipe, "side": side, "identity": identity, "precision": precision}, sort_keys=True)
+    recipe |= {"side": side, "identity": identity, "precision": precision}
+    if memory.weights != "native":
+        recipe["weights"] = memory.weights
+    text = json.dumps(recipe, sort_keys=True)
     folder = place / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     missing = {
@@ -43,6 +47,7 @@ def drawn_folder(
     pictures = draw_pictures_with(
         model,
         list(missing.values()),
+        memory=memory,
         device=device,
         precision=precision,
         batch_size=source.batch_size,

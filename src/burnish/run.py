@@ -43,7 +43,9 @@ def check_run(config: RunConfig, progress: Listener) -> None:
     folder = RunFolder(config.save.folder / config.name)
     folder.make()
     device = choose_device(config.memory.device, config.train.precision)
-    family = choose_model(config.model).load(dtype=DTYPES[config.train.precision], device=device)
+    family = choose_model(config.model, config.memory).load(
+        dtype=DTYPES[config.train.precision], device=device
+    )
     for line in announce_changes(config, folder):
         progress.warned(line)
     split(config, check_data(config, folders(config), family, folder, progress).samples)

@@ -121,6 +121,7 @@ def generate(
             requests,
             output,
             adapters=adapters,
+            memory=run.memory if run else None,
             device=device,
             precision=precision,
             batch_size=batch_size,

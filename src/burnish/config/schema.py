@@ -139,6 +139,14 @@ class Memory(Section):
         "and matrix products; of attention alone; their inputs, about a third slower. A number is the share of blocks "
         "to recompute.",
     )
+    weights: Literal["native", "fp8", "int8", "nf4", "int4"] = Field(
+        "native",
+        description="How the large layers of the denoiser's blocks are kept: in the number type of `train.precision`; "
+        "in half of it, with 8-bit matrix products (fp8 from Ada and Hopper on, int8 before); in a quarter, slower.",
+    )
+    text_encoder_weights: Literal["native", "fp8", "int8", "nf4", "int4"] = Field(
+        "native", description="The same for text encoders, which run once per caption."
+    )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads for torch; its own choice if absent."
     )

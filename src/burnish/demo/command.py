@@ -129,6 +129,7 @@ def draw_before_and_after(
             config.model,
             requests,
             adapters=adapters,
+            memory=config.memory,
             device=config.memory.device,
             precision=config.train.precision,
             batch_size=16,

@@ -24,6 +24,7 @@ from transformers import (
 from burnish.errors import ModelError
 from burnish.families.sources import read_json, weight_files
 from burnish.families.weights import Layout, below, layout_of, load_module
+from burnish.family import Shrink
 
 TOKENS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -109,11 +110,16 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
 
 
 def load_from_folder(
-    folder: Path, *, projection: bool, dtype: torch.dtype, device: torch.device | str
+    folder: Path,
+    *,
+    projection: bool,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shrink: Shrink | None = None,
 ) -> CLIPTextModel:
     """A text encoder of a diffusers folder, such as `text_encoder`."""
     config = read_json(folder / "config.json")
-    return _load(config, layout_of(weight_files(folder)), projection, dtype, device, folder.name)
+    return _load(config, layout_of(weight_files(folder)), projection, dtype, device, folder.name, shrink)
 
 
 def load_from_layout(
@@ -123,6 +129,7 @@ def load_from_layout(
     projection: bool,
     dtype: torch.dtype,
     device: torch.device | str,
+    shrink: Shrink | None = None,
 ) -> CLIPTextModel:
     """A text encoder of a single file: OpenAI's names as transformers spells them, or OpenCLIP's.
 
@@ -133,7 +140,7 @@ def load_from_layout(
     """
     layout = transformers_names(layout)
     config = config_from_shapes(shipped, layout)
-    return _load(config, layout, projection, dtype, device, "CLIP text encoder")
+    return _load(config, layout, projection, dtype, device, "CLIP text encoder", shrink)
 
 
 def _load(
@@ -143,6 +150,7 @@ def _load(
     dtype: torch.dtype,
     device: torch.device | str,
     what: str,
+    shrink: Shrink | None,
 ) -> CLIPTextModel:
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
 
@@ -158,6 +166,7 @@ def _load(
         device=device,
         what=what,
         unused=UNUSED if projection else (*UNUSED, "text_projection*"),
+        shrink=shrink,
     )
 
 

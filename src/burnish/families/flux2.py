@@ -38,6 +38,7 @@ from burnish.family import (
     Prediction,
     SamplerDefaults,
     Schedule,
+    Shrink,
     TargetSet,
 )
 
@@ -136,8 +137,9 @@ class Flux2(PipelineFamily):
         dtype: torch.dtype,
         device: torch.device | str,
         prediction: Prediction | None = None,
+        shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:
-        family = super().load(source, parts, dtype=dtype, device=device, prediction=prediction)
+        family = super().load(source, parts, dtype=dtype, device=device, prediction=prediction, shrink=shrink)
         if "text_encoders" in parts and "text_encoder" not in family.modules:
             files = ", ".join(str(file) for file in source.text_encoders) or source.path
             raise ModelError(

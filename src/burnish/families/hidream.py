@@ -19,7 +19,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.sources import locate
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ModelSource, Part, Prediction, SamplerDefaults, TargetSet
+from burnish.family import Conditioning, ModelSource, Part, Prediction, SamplerDefaults, Shrink, TargetSet
 
 DEV_SHIFT = 6.0  # fast has 3, as full
 _DISTILLED = "FlowMatchLCMScheduler"  # that of dev and fast; full comes with UniPC
@@ -57,10 +57,11 @@ class HiDream(PipelineFamily):
         dtype: torch.dtype,
         device: torch.device | str,
         prediction: Prediction | None = None,
+        shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:
         if "text_encoders" in parts and not source.text_encoders and cls.fits(source):
             hidream_model.require_llama(locate(source))
-        return super().load(source, parts, dtype=dtype, device=device, prediction=prediction)
+        return super().load(source, parts, dtype=dtype, device=device, prediction=prediction, shrink=shrink)
 
     @classmethod
     def with_depth(cls, config: dict[str, Any], depth: int) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from burnish.family import (
     Part,
     Prediction,
     SamplerDefaults,
+    Shrink,
     TargetSet,
 )
 
@@ -109,6 +110,7 @@ class HiDreamE1(PipelineFamily):
         dtype: torch.dtype,
         device: torch.device | str,
         prediction: Prediction | None = None,
+        shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:
         path = locate(source)
         if cls.fits(source):
@@ -120,7 +122,7 @@ class HiDreamE1(PipelineFamily):
                 remedy="If `transformer` holds the weights of E1, put their config.json beside them, or name "
                 f"{hidream_model.E1_PIPELINE} as `_class_name` in model_index.json.",
             )
-        return super().load(source, parts, dtype=dtype, device=device, prediction=prediction)
+        return super().load(source, parts, dtype=dtype, device=device, prediction=prediction, shrink=shrink)
 
     @classmethod
     def with_depth(cls, config: dict[str, Any], depth: int) -> dict[str, Any]:

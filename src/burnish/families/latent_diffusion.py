@@ -27,7 +27,7 @@ from burnish.families.apart import files_behind, files_named, separate_file, sep
 from burnish.families.fingerprints import fingerprint
 from burnish.families.sources import locate, locate_parts, read_header, read_json
 from burnish.families.weights import Layout, below, layout_of
-from burnish.family import ModelSource, Part, Prediction, Schedule
+from burnish.family import ModelSource, Part, Prediction, Schedule, Shrink
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 PLAIN, INPAINTING = (
@@ -134,21 +134,30 @@ class Checkpoint:
         layout = below(self.single_file, UNET_PREFIX) or self.single_file
         return unet.diffusers_names(layout)["conv_in.weight"].shape[1]
 
-    def load(self, parts: frozenset[Part], dtype: torch.dtype, device: torch.device | str) -> Parts:
+    def load(
+        self,
+        parts: frozenset[Part],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        shrink: Mapping[Part, Shrink],
+    ) -> Parts:
         loaded = Parts()
         if "denoiser" in parts:
-            loaded.unet = self._unet(dtype, device)
+            loaded.unet = self._unet(dtype, device, shrink.get("denoiser"))
         if "vae" in parts:
             loaded.vae = self._vae(dtype, device)
         if "text_encoders" in parts:
-            loaded.text_encoders = self._text_encoders(dtype, device)
+            loaded.text_encoders = self._text_encoders(dtype, device, shrink.get("text_encoders"))
         return loaded
 
-    def _unet(self, dtype: torch.dtype, device: torch.device | str) -> UNet2DConditionModel:
+    def _unet(
+        self, dtype: torch.dtype, device: torch.device | str, shrink: Shrink | None
+    ) -> UNet2DConditionModel:
         if self.path.is_dir():
-            return unet.load_from_folder(self.path / "unet", dtype=dtype, device=device)
+            return unet.load_from_folder(self.path / "unet", dtype=dtype, device=device, shrink=shrink)
         layout = below(self.single_file, UNET_PREFIX) or self.single_file
-        return unet.load_from_layout(layout, self.layouts.config["unet"], dtype=dtype, device=device)
+        shipped = self.layouts.config["unet"]
+        return unet.load_from_layout(layout, shipped, dtype=dtype, device=device, shrink=shrink)
 
     def _vae(self, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKL:
         if self.source.vae is None and self.path.is_dir():
@@ -165,7 +174,7 @@ class Checkpoint:
         return autoencoder.load_from_layout(layout, self.layouts.config["vae"], dtype=dtype, device=device)
 
     def _text_encoders(
-        self, dtype: torch.dtype, device: torch.device | str
+        self, dtype: torch.dtype, device: torch.device | str, shrink: Shrink | None
     ) -> list[tuple[CLIPTokenizer, CLIPTextModel]]:
         places = self.layouts.text_encoders
         if self.path.is_dir() and not self.source.text_encoders:
@@ -173,7 +182,11 @@ class Checkpoint:
                 (
                     clip.tokenizer_in(self.path / place.tokenizer_folder),
                     clip.load_from_folder(
-                        self.path / place.folder, projection=place.projection, dtype=dtype, device=device
+                        self.path / place.folder,
+                        projection=place.projection,
+                        dtype=dtype,
+                        device=device,
+                        shrink=shrink,
                     ),
                 )
                 for place in places
@@ -188,6 +201,7 @@ class Checkpoint:
                     projection=place.projection,
                     dtype=dtype,
                     device=device,
+                    shrink=shrink,
                 ),
             )
             for place, config, layout in zip(places, shipped, self._text_layouts(), strict=True)
@@ -223,9 +237,9 @@ class Checkpoint:
                 )
         return sorted(layouts, key=lambda layout: layout[embedding].shape[1])
 
-    def identity(self, part: Part, dtype: torch.dtype) -> str:
-        """Hash of the bytes behind a part, the number type it computes in and the version of this code."""
-        digest = hashlib.sha256(f"{ENCODING_VERSION} {part} {dtype}".encode())
+    def identity(self, part: Part, settings: str) -> str:
+        """Hash of the bytes behind a part, what else its numbers depend on and the version of this code."""
+        digest = hashlib.sha256(f"{ENCODING_VERSION} {part} {settings}".encode())
         digest.update(fingerprint(self.files(part)).encode())
         return digest.hexdigest()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -33,6 +34,7 @@ from burnish.family import (
     ResolutionShift,
     SamplerDefaults,
     Schedule,
+    Shrink,
     TargetSet,
 )
 from burnish.randomness import torch_generator
@@ -104,6 +106,7 @@ class PipelineFamily(ABC):
         self.dtype = dtype
         self.source = source
         self.modules: dict[str, nn.Module] = {}
+        self.shrink: Mapping[Part, Shrink] = {}
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
         self.schedule = self.make_schedule(configs["scheduler"])
         self.configure()
@@ -156,6 +159,7 @@ class PipelineFamily(ABC):
         dtype: torch.dtype,
         device: torch.device | str,
         prediction: Prediction | None = None,
+        shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:
         if not cls.fits(source):
             raise ModelError(
@@ -173,6 +177,7 @@ class PipelineFamily(ABC):
         configs: dict[str, Config] = {s.folder: found.config(s) for s in known if found.has(s)}
         configs = {**found.shipped, **configs, "scheduler": found.scheduler, "model_index": found.index}
         family = cls(configs, dtype, found)
+        family.shrink = shrink or {}
         if prediction not in (None, family.schedule.prediction):
             raise ModelError(
                 f"`model.prediction: {prediction}` does not fit {cls.title}, which predicts "
@@ -181,10 +186,17 @@ class PipelineFamily(ABC):
             )
         for slot in cls.slots:
             if slot.part in parts and found.has(slot):
-                family.modules[slot.folder] = found.load(slot, dtype, device)
+                blocks = partial(family._blocks_with, slot.folder) if slot.part == "denoiser" else None
+                shrunk = family.shrink.get(slot.part) if slot.part != "vae" else None
+                family.modules[slot.folder] = found.load(slot, dtype, device, shrunk, blocks)
                 if slot.tokenizer is not None:
                     family.tokenizers[slot.folder] = found.tokenizer(slot)
         return family
+
+    def _blocks_with(self, folder: str, module: nn.Module) -> list[nn.Module]:
+        """The blocks as soon as a denoiser is made, before it has weights."""
+        self.modules[folder] = module
+        return self.blocks()
 
     @classmethod
     def _refuse_unknown_denoisers(cls, source: ModelSource) -> None:
@@ -285,6 +297,7 @@ class PipelineFamily(ABC):
             settings += " audio" if self.audio is not None else ""
         if part == "text_encoders":
             settings += f" {self.prompt_limit}"
+            settings += f" {self.shrink[part].name}" if part in self.shrink else ""
         return self.source.identity(part, settings)
 
     def release(self, part: Part) -> None:

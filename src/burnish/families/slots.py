@@ -33,7 +33,7 @@ from burnish.families.sources import (
     weight_files,
 )
 from burnish.families.weights import Layout, Piece, layout_of, load_module
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource, Part, Shrink
 
 ENCODING_VERSION = 1  # raise when encoding gives other numbers for the same weights: caches then start anew
 
@@ -237,7 +237,15 @@ class PipelineSource:
         beside = locate(self.source) / "scheduler" / "scheduler_config.json"
         return read_json(beside) if beside.is_file() else dict(self.shipped["scheduler"])
 
-    def load(self, slot: Slot, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    def load(
+        self,
+        slot: Slot,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        shrink: Shrink | None = None,
+        blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None,
+    ) -> nn.Module:
+        """A module with its weights, as `load_module` makes it."""
         config = self.config(slot)
         return load_module(
             lambda: slot.make(config),
@@ -247,6 +255,8 @@ class PipelineSource:
             what=f"{slot.folder.replace('_', ' ')} of {self.title}",
             unused=slot.unused,
             keep_float32=slot.keep_float32(dtype),
+            shrink=shrink,
+            blocks=blocks,
         )
 
     def tokenizer(self, slot: Slot) -> PreTrainedTokenizerBase:

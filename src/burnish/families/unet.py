@@ -20,7 +20,7 @@ from torch import nn
 from burnish.errors import ModelError
 from burnish.families.sources import TensorInfo, read_json, weight_files
 from burnish.families.weights import Layout, layout_of, load_module
-from burnish.family import TargetSet
+from burnish.family import Shrink, TargetSet
 
 _ATTENTION = ("*.attn[12].to_[qkv]", "*.attn[12].to_out.0")
 _FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")
@@ -68,21 +68,32 @@ _RESNET = {
 _BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)")
 
 
-def load_from_folder(folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> UNet2DConditionModel:
+def load_from_folder(
+    folder: Path, *, dtype: torch.dtype, device: torch.device | str, shrink: Shrink | None = None
+) -> UNet2DConditionModel:
     """The UNet of a diffusers folder."""
-    return _load(read_json(folder / "config.json"), layout_of(weight_files(folder)), dtype, device)
+    return _load(read_json(folder / "config.json"), layout_of(weight_files(folder)), dtype, device, shrink)
 
 
 def load_from_layout(
-    layout: Layout, shipped: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device | str
+    layout: Layout,
+    shipped: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shrink: Shrink | None = None,
 ) -> UNet2DConditionModel:
     """The UNet of a single file, in original or diffusers names; widths and depths follow the weights."""
     layout = diffusers_names(layout)
-    return _load(config_from_shapes(shipped, layout), layout, dtype, device)
+    return _load(config_from_shapes(shipped, layout), layout, dtype, device, shrink)
 
 
 def _load(
-    config: Mapping[str, Any], layout: Layout, dtype: torch.dtype, device: torch.device | str
+    config: Mapping[str, Any],
+    layout: Layout,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shrink: Shrink | None,
 ) -> UNet2DConditionModel:
     return load_module(
         lambda: UNet2DConditionModel.from_config(dict(config)),
@@ -90,6 +101,8 @@ def _load(
         dtype=dtype,
         device=device,
         what="UNet",
+        shrink=shrink,
+        blocks=repeated_blocks,
     )
 
 
@@ -247,7 +260,7 @@ def without_weights(config: Mapping[str, Any], dtype: torch.dtype) -> UNet2DCond
     return model
 
 
-def repeated_blocks(unet: UNet2DConditionModel) -> list[nn.Module]:
+def repeated_blocks(unet: Any) -> list[nn.Module]:
     """Residual and transformer blocks in forward order; each takes and gives plain tensors."""
     blocks: list[nn.Module] = []
     for stage in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):

@@ -31,6 +31,7 @@ from burnish.family import (
     Prediction,
     SamplerDefaults,
     Schedule,
+    Shrink,
     TargetSet,
 )
 from burnish.randomness import torch_generator
@@ -59,6 +60,7 @@ class UNetFamily(ABC):
         self._dtype = dtype
         self._checkpoint = checkpoint
         self.schedule = schedule
+        self.shrink: Mapping[Part, Shrink] = {}
         self.fills = checkpoint is not None and checkpoint.unet_channels == INPAINTING
         if self.fills:
             self.capabilities = Capabilities(references=1, masks=True)
@@ -90,6 +92,7 @@ class UNetFamily(ABC):
         dtype: torch.dtype,
         device: torch.device | str,
         prediction: Prediction | None = None,
+        shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:
         if not cls.detect(source):
             raise ModelError(
@@ -98,7 +101,9 @@ class UNetFamily(ABC):
             )
         checkpoint = Checkpoint(source, cls.layouts, parts)
         schedule = cls.schedule_in(checkpoint, prediction)
-        return cls(checkpoint.load(parts, dtype, device), schedule, dtype, checkpoint)
+        family = cls(checkpoint.load(parts, dtype, device, shrink or {}), schedule, dtype, checkpoint)
+        family.shrink = shrink or {}
+        return family
 
     @classmethod
     def skeleton(cls, depth: int | None = None) -> Self:
@@ -124,7 +129,13 @@ class UNetFamily(ABC):
     def identity(self, part: Part) -> str:
         if self._checkpoint is None:
             raise RuntimeError("a skeleton has no weights to identify")
-        return self._checkpoint.identity(part, self._dtype)
+        settings = f"{self._dtype}"
+        if part != "denoiser":
+            # Families scale the same VAE's latents otherwise, and read other layers of the same text encoder.
+            settings += f" {self.name}"
+        if part == "text_encoders" and part in self.shrink:
+            settings += f" {self.shrink[part].name}"
+        return self._checkpoint.identity(part, settings)
 
     def release(self, part: Part) -> None:
         self._parts.release(part)

@@ -6,10 +6,12 @@ headers alone, so that shapes are known, and mistakes found, before a weight is 
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from burnish.errors import ModelError
+from burnish.families.fingerprints import fingerprint
 from burnish.families.sources import read_header
+from burnish.family import Shrink
 
 _log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
@@ -89,6 +93,8 @@ def load_module(
     what: str,
     unused: Sequence[str] = (),
     keep_float32: Sequence[str] = (),
+    shrink: Shrink | None = None,
+    blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None,
 ) -> Module:
     """A module with the weights of `layout`, frozen, in eval mode; each tensor is read once, onto `device`.
 
@@ -98,6 +104,8 @@ def load_module(
         what: the part's name in messages, such as `UNet`.
         unused: patterns of names that a module rightly does without.
         keep_float32: patterns of parameters that stay in float32 whatever `dtype` is.
+        shrink: how large layers are kept in fewer bits, where they are.
+        blocks: the module -> where those layers are, of a denoiser.
 
     Raises:
         ModelError: tensors are missing or have other shapes than the module wants.
@@ -112,8 +120,23 @@ def load_module(
     if leftover:
         _log.warning("%s: %d tensors are not used, such as %s", what, len(leftover), ", ".join(leftover[:3]))
 
+    shrinking = None
+    names = wanted.keys() & layout.keys()
+    if shrink is not None:
+        shrinking = shrink.begin(
+            module,
+            None if blocks is None else blocks(module),
+            partial(_content, layout),
+            spared=keep_float32,
+            dtype=dtype,
+            device=device,
+        )
+        names -= set(shrinking.weights) - set(shrinking.waiting)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _read(layout, wanted.keys() & layout.keys(), device):
+    for name, tensor in _read(layout, names, device):
+        if shrinking is not None and name in shrinking.weights:
+            shrinking.take(name, tensor)
+            continue
         keeps = any(fnmatch(name, rule) for rule in keep_float32)
         floating = wanted[name].is_floating_point()
         tensors[name] = (
@@ -123,12 +146,23 @@ def load_module(
     if isinstance(module, PreTrainedModel):
         module.tie_weights()  # T5 saves one of its two names for the embedding
     missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    missing += sorted(shrinking.waiting) if shrinking is not None else []
     if missing:
         raise ModelError(
             f"The {what} lacks {len(missing)} of {len(wanted)} tensors, such as {', '.join(missing[:3])}.",
             remedy="The weights are incomplete or of another family; fetch them again or set `model.family`.",
         )
     return module.to(device).requires_grad_(False).eval()
+
+
+def _content(layout: Layout, names: Collection[str]) -> str:
+    """Hash of what the named tensors are made from: their places in files, and the bytes of those."""
+    places = {name: layout[name] for name in sorted(names) if name in layout}
+    files = {file: fingerprint([file]) for file in sorted({piece.file for piece in places.values()})}
+    digest = hashlib.sha256()
+    for name, piece in places.items():
+        digest.update(f"{name} {files[piece.file]} {replace(piece, file=Path())}\n".encode())
+    return digest.hexdigest()
 
 
 def read_tensor(piece: Piece) -> Tensor:
