@@ -199,6 +199,8 @@ def _made(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def pretended() -> Iterator[None]:
+    with torch.device("cpu"):
+        torch.tensor([])  # at the first of these torch keeps, for good, what functions make tensors: not those below
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), _Mode():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch, "tensor", _made(torch.tensor))
