@@ -40,3 +40,10 @@ def test_families_that_read_other_layers_of_one_encoder_share_no_captions(tiny_f
         for name, family in (("flux2_klein", "flux2"), ("z_image", "z_image"))
     }
     assert len(identities) == 2
+
+
+def test_families_that_scale_one_vae_otherwise_share_no_latents(tiny_folder: TinyFolder) -> None:
+    """Stable Diffusion 1 and XL, given the same file of a VAE, as ComfyUI keeps it apart."""
+    vae = tiny_folder("sd15") / "vae" / "diffusion_pytorch_model.safetensors"
+    one, other = (opened(name, ModelSource(str(tiny_folder(name)), vae=vae)) for name in ("sd15", "sdxl"))
+    assert one.identity("vae") != other.identity("vae")
