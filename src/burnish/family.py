@@ -283,6 +283,7 @@ class Capabilities:
     masks: bool = False  # fills holes: the first reference is the picture, a mask says where
     first_frame: bool = False  # the first reference is the clip's first frame
     video: bool = False
+    audio: bool = False  # can be loaded with the sound of clips (`ModelSource.audio`)
     mean_flow: bool = (
         False  # reads conditioning["until_B"], the time a step goes to; absent means: the velocity here
     )

@@ -104,6 +104,10 @@ def test_families_that_take_clips_are_listed() -> None:
     assert listed("Clips.") == {name for name in BUILT_IN if skeleton(name).capabilities.video}
 
 
+def test_families_that_take_sound_are_listed() -> None:
+    assert listed("The sound of clips.") == {name for name in BUILT_IN if skeleton(name).capabilities.audio}
+
+
 @pytest.mark.parametrize("field", ["references", "masks", "first_frame"])
 def test_families_that_always_take_pictures_beside_the_prompt_are_listed(field: str) -> None:
     mark = {"references": "Reference pictures.", "masks": "Masks.", "first_frame": "First frames."}[field]

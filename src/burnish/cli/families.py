@@ -50,6 +50,7 @@ def _trains_on(capabilities: Capabilities) -> list[str]:
     kinds = {
         "pictures": True,
         "clips": capabilities.video,
+        "sound": capabilities.audio,
         f"references (up to {capabilities.references})": capabilities.references > 1,
         "a reference": capabilities.references == 1,
         "masks": capabilities.masks,

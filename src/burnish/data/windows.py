@@ -49,9 +49,10 @@ class Windows:
         Raises:
             DataError: a number of frames that the VAE does not take.
         """
-        if family.audio is not None and fps not in (None, family.defaults.fps):
+        usual = family.defaults.fps
+        if family.audio is not None and fps not in (None, usual):
             raise DataError(
-                f"data.fps: with sound {family.title} takes clips at {family.defaults.fps:g} frames per second; got {fps:g}",
+                f"data.fps: with sound {family.title} takes clips at {usual:g} frames per second; got {fps:g}",
                 remedy="Leave fps out, or take model.audio out.",
             )
         compression = family.latents.frame_compression

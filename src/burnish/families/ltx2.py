@@ -118,7 +118,7 @@ class LTX2(PipelineFamily):
         Slot("connectors", "text_encoders", LTX2TextConnectors.from_config, _find_connectors),
         *AUDIO_SLOTS,
     )
-    capabilities = Capabilities(video=True)
+    capabilities = Capabilities(video=True, audio=True)
     targets: ClassVar = {
         "attention": TargetSet(
             _ATTENTION,

@@ -2,7 +2,7 @@
 
 A latent is four spectra of 10 ms; the encoder looks back only, so that the first latent is the first spectrum alone.
 
-Shape letters: B batch, C channels, L moments, F bands of frequency of latents, N samples, S spectra, M bands of spectra.
+Shape letters: B batch, C channels, L moments and F bands of frequency of latents, N samples, S spectra, M their bands.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _statistics(vae: Any, latents_BCLF: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_mel(waveform_B2N: Tensor, rate: int, hop: int, bands: int) -> Tensor:
-    """Logarithm of the magnitudes in bands of the mel scale, (B, 2, S, M), a spectrum every `hop` samples from the first.
+    """Logarithm of the magnitudes in bands of the mel scale, (B, 2, S, M), a spectrum every `hop` samples.
 
     torchaudio's MelSpectrogram with power 1, Hann windows, and Slaney's scale and norm, as the release's trainer has it
     (ltx-core, model/audio_vae/ops.py).
