@@ -230,7 +230,7 @@ LTX_2_3 = Case(
     unpack=_normed,
     learns=False,
 )
-# Both streams together, as released, drawn by tests/parity/test_ltx2_audio.py.
+# Both streams together, as released, drawn by tests/parity/test_ltx2_both_streams.py.
 BOTH = Case(
     "ltx2",
     partial(_ltx2, release=FIRST),
