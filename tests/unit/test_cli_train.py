@@ -229,6 +229,7 @@ def test_command_line_wins_over_the_config(folder: Path) -> None:
         (["--model", "demo", "-p", "x", "--adapter", "one.yaml:1e9"], "from -100 to 100"),
         (["--model", "demo", "-p", "x", "--adapter", "one.yaml:nan"], "from -100 to 100"),
         (["--model", "demo", "-p", "x", "--device", "tpu"], "auto, cpu, cuda, mps"),
+        (["--model", "demo", "-p", "x", "--reference-guidance", "2"], "Guidance by references is asked for"),
         (["--model", "demo", "-p", "x", "--set", "seed=1"], "--set changes a config"),
         (["--model", "demo", "--prompt-file", "none.txt"], "none.txt"),
         (["typo"], "did you mean seed?"),
