@@ -483,6 +483,11 @@ class Family(Protocol):
         """The denoiser without weights (meta device) at the released width; `depth` repeats of each block."""
         ...
 
+    @classmethod
+    def releases(cls) -> Mapping[str, Self]:
+        """By title, releases that take other data than the one of `skeleton`; no part of them is loaded."""
+        ...
+
     def example(
         self, height: int, width: int, batch: int, frames: int = 1
     ) -> tuple[Tensor, Tensor, Conditioning]:

@@ -272,5 +272,10 @@ def test_families_are_listed() -> None:
 
     result = CliRunner().invoke(app, ["families"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
     for name, family in families().items():
-        assert any(line.split()[:1] == [name] and family.title in line for line in result.stdout.splitlines())
+        assert any(line.split()[:1] == [name] and family.title in line for line in lines)
+        for title, release in family.releases().items():
+            (shown,) = [line for line in lines if line.strip().startswith(title)]
+            can = release.capabilities
+            assert [word in shown for word in ("first frames", "masks")] == [can.first_frame, can.masks]

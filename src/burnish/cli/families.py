@@ -22,21 +22,21 @@ def show_families() -> None:
     for heading in ("family", "model", "trains on", "size", "steps", "guidance", "adapter file"):
         table.add_column(heading, no_wrap=heading not in ("model", "trains on"))
     for name, family in families().items():
-        table.add_row(name, *_row(family.skeleton(depth=1)))
+        table.add_row(name, *_row(family.title, family.skeleton(depth=1)))
+        for title, release in family.releases().items():
+            table.add_row("", *_row(f"  {title}", release))
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        "Size, steps and guidance are the sampler's defaults; of adapter files the first is the default.\n"
-        "Some releases take more than the one shown: those that edit a reference, inpainting models masks, "
-        "image-to-video models first frames."
+        "Size, steps and guidance are the sampler's defaults; of adapter files the first is the default."
     )
 
 
-def _row(family: Family) -> tuple[str, ...]:
+def _row(title: str, family: Family) -> tuple[str, ...]:
     defaults, formats = family.defaults, dict.fromkeys([family.export.default, *family.export.formats])
     height, width = defaults.size
     return (
-        family.title,
+        title,
         ", ".join(_trains_on(family.capabilities)),
         f"{height}x{width}" + (f" x{defaults.frames}" if defaults.frames > 1 else ""),
         str(defaults.steps),
@@ -47,12 +47,13 @@ def _row(family: Family) -> tuple[str, ...]:
 
 def _trains_on(capabilities: Capabilities) -> list[str]:
     """What a dataset for this family can hold."""
+    alone = capabilities.references == 1 and not (capabilities.masks or capabilities.first_frame)
     kinds = {
         "pictures": True,
         "clips": capabilities.video,
         "sound": capabilities.audio,
         f"references (up to {capabilities.references})": capabilities.references > 1,
-        "a reference": capabilities.references == 1,
+        "a reference": alone,
         "masks": capabilities.masks,
         "first frames": capabilities.first_frame,
     }

@@ -101,6 +101,10 @@ class Flux(PipelineFamily):
         native=flux_transformer.NAMES.native_module,
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
+    variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "FLUX.1 Kontext": {"model_index": {"_class_name": "FluxKontextPipeline"}},
+        "FLUX.1 Fill": {"transformer": {"in_channels": FILL[0], "out_channels": FILL[1]}},
+    }
 
     @classmethod
     def accepts(cls, index: Config, config: Config) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from burnish.families import ltx_vae, t5, video_vae
 from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
-from burnish.families.slots import Slot
+from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import t5_slot
 from burnish.families.weights import Layout
 from burnish.family import (
@@ -94,6 +94,9 @@ class LTXVideo(PipelineFamily):
         t5_slot("text_encoder", "tokenizer"),
     )
     capabilities = Capabilities(video=True)
+    variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "LTX-Video, image to video": {"model_index": {"_class_name": "LTXImageToVideoPipeline"}},
+    }
     targets: ClassVar[Mapping[str, TargetSet]] = {
         "attention": TargetSet(_ATTENTION, "Query, key, value and output of both attentions."),
         "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),

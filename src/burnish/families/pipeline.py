@@ -97,6 +97,8 @@ class PipelineFamily(ABC):
     export: ExportKeys
     defaults: SamplerDefaults
     latents: LatentShape
+    # Releases that take other data than the shipped configs say, by title: what theirs say instead, by folder.
+    variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {}
     audio: Audio | None = None
 
     def __init__(
@@ -227,6 +229,15 @@ class PipelineFamily(ABC):
                     parameter.data = parameter.data.float()
             family.modules[slot.folder] = module.requires_grad_(False).eval()
         return family
+
+    @classmethod
+    def releases(cls) -> Mapping[str, Self]:
+        shipped: dict[str, Config] = {**shipped_configs(cls.name), "model_index": {}}
+        configs = {
+            title: {folder: {**shipped[folder], **said} for folder, said in variant.items()}
+            for title, variant in cls.variants.items()
+        }
+        return {title: cls({**shipped, **own}, torch.bfloat16, None) for title, own in configs.items()}
 
     @classmethod
     def with_depth(cls, config: dict[str, Any], depth: int) -> dict[str, Any]:

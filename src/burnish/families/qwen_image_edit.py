@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from burnish.families import qwen_eyes, qwen_image_model, video_vae
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
+from burnish.families.slots import Config
 from burnish.families.sources import locate
 from burnish.families.weights import Layout, layout_of
 from burnish.family import Capabilities, Conditioning, ModelSource, TargetSet
@@ -63,6 +64,9 @@ class QwenImageEdit(PipelineFamily):
     capabilities = Capabilities(references=REFERENCES, prompts_see_references=True)
     defaults = replace(qwen_image_model.DEFAULTS, steps=40, size=(1024, 1024))
     prompt_limit = qwen_image_model.PROMPT_TOKENS
+    variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "Qwen-Image-Edit of August 2025": {"model_index": {"_class_name": "QwenImageEditPipeline"}},
+    }
 
     @classmethod
     def accepts_file(cls, denoiser: Layout) -> bool:

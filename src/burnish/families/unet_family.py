@@ -61,9 +61,12 @@ class UNetFamily(ABC):
         self._checkpoint = checkpoint
         self.schedule = schedule
         self.shrink: Mapping[Part, Shrink] = {}
-        self.fills = checkpoint is not None and checkpoint.unet_channels == INPAINTING
-        if self.fills:
-            self.capabilities = Capabilities(references=1, masks=True)
+        self.fills = False
+        if checkpoint is not None and checkpoint.unet_channels == INPAINTING:
+            self._fill_holes()
+
+    def _fill_holes(self) -> None:
+        self.fills, self.capabilities = True, Capabilities(references=1, masks=True)
 
     @classmethod
     @abstractmethod
@@ -110,6 +113,12 @@ class UNetFamily(ABC):
         config = cls.layouts.config
         unet = without_weights(with_depth(config["unet"], depth), torch.bfloat16)
         return cls(Parts(unet=unet), schedule_of(config["scheduler"], None), torch.bfloat16, None)
+
+    @classmethod
+    def releases(cls) -> Mapping[str, Self]:
+        family = cls(Parts(), schedule_of(cls.layouts.config["scheduler"], None), torch.bfloat16, None)
+        family._fill_holes()
+        return {f"{cls.title}, inpainting": family}
 
     def example(
         self, height: int, width: int, batch: int, frames: int = 1

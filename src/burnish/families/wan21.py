@@ -10,7 +10,7 @@ Shape letters: B batch, C channels, T frames, H W height and width of latents, S
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,9 @@ class Wan21(PipelineFamily):
     slots = (wan.transformer_slot(), wan.vae_slot(), wan.text_slot(), clip_vision.vision_slot())
     targets = wan.TARGETS
     capabilities = Capabilities(references=1, first_frame=True, video=True)  # of image to video
+    variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "Wan 2.1 T2V": {"transformer": {"in_channels": CHANNELS, "image_dim": None}},
+    }
     export = wan.keys("wan2.1", "wan2.1")
     latents = LatentShape(channels=CHANNELS, compression=8, patch=2, frame_compression=4)
     defaults = SamplerDefaults(

@@ -10,7 +10,7 @@ Shape letters: B batch, C channels, T frames, H W height and width of latents, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -50,6 +50,11 @@ class Wan22(PipelineFamily):
     targets = wan.TARGETS
     export = wan.keys("wan2.2", "wan2.2", labels={HIGH: "high_noise", LOW: "low_noise"})
     capabilities = Capabilities(references=1, first_frame=True, video=True)  # of image to video
+    variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "Wan 2.2 5B, image to video": {"model_index": {"_class_name": "WanImageToVideoPipeline"}},
+        "Wan 2.2 A14B T2V": {"transformer": {"in_channels": CHANNELS, "out_channels": CHANNELS}},
+        "Wan 2.2 A14B I2V": {"transformer": {"in_channels": I2V_CHANNELS, "out_channels": CHANNELS}},
+    }
     latents = LatentShape(channels=WIDE_CHANNELS, compression=16, patch=2, frame_compression=4)
     defaults = SamplerDefaults(
         steps=50, guidance=5.0, size=(704, 1280), negative_prompt=True, frames=121, fps=24.0
