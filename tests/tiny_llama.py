@@ -7,17 +7,28 @@ from collections.abc import Sequence
 
 from tiny_pipelines import CORPUS
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaTokenizerFast,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 SPECIAL = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 WORDS = ("Describe the video by detailing the following aspects: system user assistant",)
 
 
-def llama_tokenizer(padding_side: str = "right", words: Sequence[str] = WORDS) -> LlamaTokenizerFast:
+def llama_tokenizer(
+    padding_side: str = "right", words: Sequence[str] = WORDS, marks: Sequence[str] = SPECIAL
+) -> LlamaTokenizerFast:
     """Llama's BPE over pieces that carry their leading blank, with the marks of its chat template.
 
     Args:
         words: what it knows besides `CORPUS`.
+        marks: tokens of the template.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
@@ -33,7 +44,7 @@ def llama_tokenizer(padding_side: str = "right", words: Sequence[str] = WORDS) -
         model_max_length=2048,
         padding_side=padding_side,
     )
-    found.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in SPECIAL])
+    found.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
     return found
 
 
@@ -62,3 +73,22 @@ def llama(tokenizer: LlamaTokenizerFast, layers: int = 4, width: int = 64) -> Ll
 def llama_lm(tokenizer: LlamaTokenizerFast, layers: int = 4, width: int = 64) -> LlamaForCausalLM:
     """As in HiDream, which calls the whole language model."""
     return LlamaForCausalLM(llama_config(tokenizer, layers, width))
+
+
+def llava(tokenizer: LlamaTokenizerFast, layers: int = 4, width: int = 64) -> LlavaForConditionalGeneration:
+    """As in HunyuanVideo's image to video: with CLIP's eyes of 24 x 24 patches."""
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=llama_config(tokenizer, layers, width),
+            vision_config=CLIPVisionConfig(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                image_size=336,
+                patch_size=14,
+            ),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )

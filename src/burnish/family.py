@@ -270,6 +270,8 @@ class SamplerDefaults:
     guides_above: float = 1.0  # scales up to this one take no second pass
     # In place of `guide`: what the prompts say -> the rule of one run, which may remember its steps.
     guide_of: Callable[[Conditioning], Guide] | None = None
+    # In place of plain noise: noise (B, C, ...) and what the denoiser is told -> the latents that drawing begins with.
+    begin: Callable[[Tensor, Conditioning], Tensor] | None = None
     # With guidance and references: by how much these guide, too, counted by the usual rule from a third pass with the
     # prompt and without them. None: there is no such pass.
     reference_guidance: float | None = None

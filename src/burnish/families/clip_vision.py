@@ -69,24 +69,26 @@ def _config_from_shapes(shipped: Config, layout: Layout) -> dict[str, Any]:
     }
 
 
-def prepared(pixels_B3HW: Tensor) -> Tensor:
-    """Pixels in [-1, 1] as CLIP sees them: the middle square of 224 x 224 of the shorter side, normalised.
+def prepared(pixels_B3HW: Tensor, side: int = SIDE) -> Tensor:
+    """Pixels in [-1, 1] as CLIP sees them: the shorter side made `side`, the middle square of it, normalised.
 
     As transformers' CLIPImageProcessor with Pillow: bicubic on 8-bit values.
     """
-    return torch.stack([_prepared(pixels_3HW) for pixels_3HW in pixels_B3HW.float().cpu()]).to(
+    return torch.stack([_prepared(pixels_3HW, side) for pixels_3HW in pixels_B3HW.float().cpu()]).to(
         pixels_B3HW.device
     )
 
 
-def _prepared(pixels_3HW: Tensor) -> Tensor:
+def _prepared(pixels_3HW: Tensor, square_side: int) -> Tensor:
     bytes_HW3 = ((pixels_3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(bytes_HW3)
     short = min(picture.size)
-    width, height = (side * SIDE // short for side in picture.size)
+    width, height = (side * square_side // short for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    square = np.asarray(picture.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32) / 255
+    left, top = (width - square_side) // 2, (height - square_side) // 2
+    square = (
+        np.asarray(picture.crop((left, top, left + square_side, top + square_side)), dtype=np.float32) / 255
+    )
     normal = (torch.from_numpy(square) - torch.tensor(_MEAN)) / torch.tensor(_DEVIATION)
     return normal.permute(2, 0, 1)
 

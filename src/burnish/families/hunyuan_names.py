@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from burnish.families.native import PREFIXES, NativeNames
@@ -142,21 +143,37 @@ def rows_of_stacks(native: Layout) -> Mapping[str, int]:
 
 
 class TimeTextGuidance(nn.Module):
-    """In place of diffusers' HunyuanVideoConditionEmbedding, with the same sub-modules; no guidance is the bypass."""
+    """In place of diffusers' HunyuanVideoConditionEmbedding, with the same sub-modules; no guidance is the bypass.
+
+    Where the model takes a clip's first frame in clean (`token_replace`), that frame is told time 0 while
+    `first_is_clean`, else the time of all others.
+    """
 
     def __init__(self, released: nn.Module) -> None:
         super().__init__()
         self.time_proj = released.get_submodule("time_proj")
         self.timestep_embedder = released.get_submodule("timestep_embedder")
         self.text_embedder = released.get_submodule("text_embedder")
-        self.guidance_embedder = released.get_submodule("guidance_embedder")
+        has_guidance = getattr(released, "guidance_embedder", None) is not None
+        self.guidance_embedder = released.get_submodule("guidance_embedder") if has_guidance else None
+        self.tells_first = getattr(released, "image_condition_type", None) == "token_replace"
+        self.first_is_clean = False
 
     def forward(
         self, timestep_B: Tensor, pooled_BD: Tensor, guidance_B: Tensor | None = None
-    ) -> tuple[Tensor, None]:
-        """Time and guidance in thousandths; the embedding, (B, width of the transformer), and no first frame's."""
-        embedded_BD: Tensor = self.timestep_embedder(self.time_proj(timestep_B).to(pooled_BD.dtype))
-        if guidance_B is not None:
-            embedded_BD = embedded_BD + self.guidance_embedder(self.time_proj(guidance_B).to(pooled_BD.dtype))
+    ) -> tuple[Tensor, Tensor | None]:
+        """Time and guidance in thousandths; the embedding, (B, width of the transformer), and the first frame's."""
         text_BD: Tensor = self.text_embedder(pooled_BD)
-        return embedded_BD + text_BD, None
+        embedded_BD = self._time(timestep_B, pooled_BD)
+        if guidance_B is not None and self.guidance_embedder is not None:
+            embedded_BD = embedded_BD + self.guidance_embedder(self.time_proj(guidance_B).to(pooled_BD.dtype))
+        embedded_BD = embedded_BD + text_BD
+        if not self.tells_first:
+            return embedded_BD, None
+        if not self.first_is_clean:
+            return embedded_BD, embedded_BD
+        return embedded_BD, self._time(torch.zeros_like(timestep_B), pooled_BD) + text_BD
+
+    def _time(self, timestep_B: Tensor, pooled_BD: Tensor) -> Tensor:
+        embedded_BD: Tensor = self.timestep_embedder(self.time_proj(timestep_B).to(pooled_BD.dtype))
+        return embedded_BD

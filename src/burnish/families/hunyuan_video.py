@@ -1,9 +1,10 @@
-"""HunyuanVideo by Tencent (arXiv 2412.03603), 13 billion parameters: clips and pictures from text.
+"""HunyuanVideo by Tencent (arXiv 2412.03603), 13 billion parameters: clips from text or a first frame, and pictures.
 
 A transformer of two-stream and one-stream blocks over 2x2 patches of 16-channel latents (the VAE takes 8 x 8 pixels and
 4 frames into one) that predicts velocity. It reads Llama's third last hidden state, of which padding is masked, and
 CLIP's pooled embedding; its guidance scale is embedded. Llama is asked in a template for what matters in a video; the
-states of that instruction are dropped.
+states of that instruction are dropped. The image-to-video releases are told the first frame as in
+`hunyuan_first_frame.py`.
 
 Shape letters: B batch, C channels, T frames, H W height and width of latents, S tokens, D width.
 """
@@ -11,13 +12,15 @@ Shape letters: B batch, C channels, T frames, H W height and width of latents, S
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from torch import Tensor, nn
 
-from burnish.families import clip, video_vae
+from burnish.families import clip, first_frame, hunyuan_first_frame, video_vae
+from burnish.families.hunyuan_first_frame import FIRST_FRAME
 from burnish.families.hunyuan_names import (
     ATTENTION,
     FEED_FORWARD,
@@ -27,7 +30,7 @@ from burnish.families.hunyuan_names import (
     TimeTextGuidance,
     find_transformer,
 )
-from burnish.families.llama import llama_slot
+from burnish.families.llava import llava_or_llama_slot
 from burnish.families.masked import trimmed
 from burnish.families.native import depth
 from burnish.families.pipeline import PipelineFamily
@@ -45,7 +48,7 @@ from burnish.family import (
 
 HEAD_DIM = 128
 LLAMA_TOKENS = 256
-LAYERS_SKIPPED = 2
+READ_STATE = -3  # of Llama: two layers are left out
 # As released, missing blanks included (diffusers: DEFAULT_PROMPT_TEMPLATE); so many tokens stand before the caption.
 TEMPLATE = (
     "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
@@ -62,7 +65,7 @@ INSTRUCTION_TOKENS = 95
 def _make_transformer(config: Mapping[str, Any]) -> HunyuanVideoTransformer3DModel:
     """The denoiser, with a guidance embedding that can be bypassed where it has one."""
     transformer: HunyuanVideoTransformer3DModel = HunyuanVideoTransformer3DModel.from_config(dict(config))
-    if transformer.config.guidance_embeds:
+    if transformer.config.guidance_embeds or transformer.config.image_condition_type:
         transformer.time_text_embed = TimeTextGuidance(transformer.time_text_embed)
     return transformer
 
@@ -112,11 +115,13 @@ def _vae_config(shipped: Config, layout: Layout) -> dict[str, Any]:
 
 
 class HunyuanVideo(PipelineFamily):
-    """Conditioning: `tokens_BSD` (B, up to 256, 4096), `mask_BS`, `pooled_BD` (B, 768), and `guidance_B`."""
+    """Conditioning: `tokens_BSD` (B, up to 256, 4096), `mask_BS`, `pooled_BD` (B, 768), and `guidance_B`; of image to
+    video up to 288 tokens of the picture before the caption's, and `first_frame_BC1HW` (B, 16, 1, H, W), without
+    which nothing is known of the first frame."""
 
     name: ClassVar[str] = "hunyuan_video"
     title: ClassVar[str] = "HunyuanVideo"
-    pipelines = ("HunyuanVideoPipeline",)
+    pipelines = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     slots = (
         Slot("transformer", "denoiser", _make_transformer, find_transformer, _transformer_config),
         Slot(
@@ -127,10 +132,13 @@ class HunyuanVideo(PipelineFamily):
             _vae_config,
             file_hint="hunyuan_video_vae_bf16.safetensors",
         ),
-        llama_slot("text_encoder", "tokenizer"),
+        llava_or_llama_slot("text_encoder", "tokenizer"),
         clip_slot("text_encoder_2", "tokenizer_2", projection=False),
     )
     capabilities = Capabilities(guidance_embedding=True, video=True)
+    variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "HunyuanVideo-I2V": {"transformer": {"image_condition_type": "token_replace"}},
+    }
     targets: ClassVar[Mapping[str, TargetSet]] = {
         "attention": TargetSet(ATTENTION, "Query, key, value and output of attention."),
         "attention+mlp": TargetSet((*ATTENTION, *FEED_FORWARD), "Attention and feed-forward layers."),
@@ -159,7 +167,10 @@ class HunyuanVideo(PipelineFamily):
 
     @classmethod
     def accepts(cls, index: Config, config: Config) -> bool:
-        return config.get("image_condition_type") is None and config.get("in_channels", 16) == 16
+        channels = {None: 16, "token_replace": 16, "latent_concat": 33}
+        condition = config.get("image_condition_type")
+        goes_on = index.get("_class_name") == "HunyuanVideoImageToVideoPipeline"
+        return goes_on == (condition is not None) and config.get("in_channels", 16) == channels.get(condition)
 
     @classmethod
     def accepts_file(cls, denoiser: Layout) -> bool:
@@ -170,6 +181,19 @@ class HunyuanVideo(PipelineFamily):
     def with_depth(cls, config: dict[str, Any], depth: int) -> dict[str, Any]:
         refiners = config["num_refiner_layers"]
         return {**super().with_depth(config, depth), "num_refiner_layers": refiners}
+
+    def configure(self) -> None:
+        config = self.configs["transformer"]
+        self.condition: str | None = config.get("image_condition_type")
+        guided = bool(config.get("guidance_embeds", True))
+        self.capabilities = replace(self.capabilities, guidance_embedding=guided)
+        if not guided:
+            self.defaults = replace(self.defaults, guidance=1.0)
+        if self.condition is not None:
+            self.capabilities = replace(
+                self.capabilities, references=1, prompts_see_references=True, first_frame=True
+            )
+            self.defaults = replace(self.defaults, begin=hunyuan_first_frame.begin)
 
     def example_conditioning(
         self, batch: int, latents: Sequence[int], generator: torch.Generator
@@ -184,18 +208,29 @@ class HunyuanVideo(PipelineFamily):
         )
 
     def count_tokens(self, prompt: str) -> int:
-        """Of the caption and the mark behind it, as Llama reads them."""
-        return len(self.tokenizer("text_encoder")(prompt, add_special_tokens=False).input_ids) + 1
+        """Of the caption and what closes it, as Llama reads them."""
+        closing = 1 if self.condition is None else hunyuan_first_frame.ANSWER_TOKENS + 1
+        return len(self.tokenizer("text_encoder")(prompt, add_special_tokens=False).input_ids) + closing
 
     @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
-        encoder = self.module("text_encoder")
         tokenizer = self.tokenizer("text_encoder")
         if tokenizer.pad_token is None:  # Meta's own; what stands behind a caption is masked
             tokenizer.pad_token = tokenizer.eos_token
-        encoded = tokenizer(
+        states = self._seen(prompts, references) if self.condition else self._read(prompts)
+        tokens_BSD, mask_BS = trimmed(*states)
+        clip_l = self.module("text_encoder_2")
+        ids = clip.token_ids(self.tokenizer("text_encoder_2"), prompts).to(clip_l.device)
+        return Conditioning(
+            {"tokens_BSD": tokens_BSD, "mask_BS": mask_BS, "pooled_BD": clip_l(ids).pooler_output}
+        )
+
+    def _read(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Llama's states of captions, (B, 256, 4096), and the mask of what is no padding."""
+        encoder = self.module("text_encoder")
+        encoded = self.tokenizer("text_encoder")(
             [TEMPLATE.format(prompt) for prompt in prompts],
             padding="max_length",
             max_length=INSTRUCTION_TOKENS + LLAMA_TOKENS,
@@ -204,15 +239,30 @@ class HunyuanVideo(PipelineFamily):
         ).to(encoder.device)
         states_BSD = encoder(
             encoded.input_ids, attention_mask=encoded.attention_mask, output_hidden_states=True
-        ).hidden_states[-(LAYERS_SKIPPED + 1)]
-        tokens_BSD, mask_BS = trimmed(
-            states_BSD[:, INSTRUCTION_TOKENS:], encoded.attention_mask[:, INSTRUCTION_TOKENS:]
+        ).hidden_states[READ_STATE]
+        return states_BSD[:, INSTRUCTION_TOKENS:], encoded.attention_mask[:, INSTRUCTION_TOKENS:]
+
+    def _seen(self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+        """The same of captions beside a picture, as LLaVA sees them; the picture's patches come first."""
+        shown = references or [()] * len(prompts)
+        assert self.condition is not None
+        return hunyuan_first_frame.prompt_states(
+            self.module("text_encoder"),
+            self.tokenizer("text_encoder"),
+            prompts,
+            [hunyuan_first_frame.picture_for(one, seen) for one, seen in zip(prompts, shown, strict=True)],
+            length=LLAMA_TOKENS,
+            layer=READ_STATE,
+            every=hunyuan_first_frame.EVERY[self.condition],
         )
-        clip_l = self.module("text_encoder_2")
-        ids = clip.token_ids(self.tokenizer("text_encoder_2"), prompts).to(clip_l.device)
-        return Conditioning(
-            {"tokens_BSD": tokens_BSD, "mask_BS": mask_BS, "pooled_BD": clip_l(ids).pooler_output}
-        )
+
+    def encode_references(
+        self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
+    ) -> Conditioning:
+        if self.condition is None or not references:
+            return Conditioning({})
+        (first_B3HW,) = references
+        return Conditioning({FIRST_FRAME: self.encode_pixels(first_B3HW[:, :, None])})
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         return video_vae.encode(self.module("vae"), pixels)
@@ -221,9 +271,17 @@ class HunyuanVideo(PipelineFamily):
         return video_vae.decode(self.module("vae"), latents)
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+        # A picture by itself is learned as one, not as the first frame that it would be told.
+        first_BC1HW = conditioning.get(FIRST_FRAME) if noisy.shape[2] > 1 else None
+        put_in_BC1HW = first_BC1HW if self.condition == "token_replace" else None
+        given = noisy if put_in_BC1HW is None else first_frame.put_in(put_in_BC1HW, noisy)
+        if self.condition == "latent_concat":
+            given = torch.cat([noisy, hunyuan_first_frame.known_channels(first_BC1HW, noisy)], dim=1)
+        if self.condition is not None:
+            self.denoiser.time_text_embed.first_is_clean = put_in_BC1HW is not None
         guidance_B = conditioning.get("guidance_B")
         predicted: Tensor = self.denoiser(
-            hidden_states=noisy.to(self.dtype),
+            hidden_states=given.to(self.dtype),
             timestep=t_B * 1000,
             encoder_hidden_states=conditioning["tokens_BSD"].to(self.dtype),
             encoder_attention_mask=conditioning["mask_BS"],
@@ -231,7 +289,9 @@ class HunyuanVideo(PipelineFamily):
             guidance=None if guidance_B is None else guidance_B * 1000,
             return_dict=False,
         )[0]
-        return predicted
+        if put_in_BC1HW is None:
+            return predicted
+        return first_frame.leading_to(put_in_BC1HW, predicted, noisy, t_B)
 
     def blocks(self) -> list[nn.Module]:
         return [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]

@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 
-from burnish.families import video_vae
+from burnish.families import first_frame, video_vae
 from burnish.families.native import NativeNames, depth
 from burnish.families.slots import Slot
 from burnish.families.sources import locate
@@ -264,11 +264,11 @@ def predict_after(
 ) -> Tensor:
     """Velocity of noisy latents (B, C, T, H, W); with a first frame its latents go in clean, at time 0.
 
-    What comes out at the first frame then leads straight to it: (noisy - data) / t is noise - data.
+    What comes out at the first frame then leads straight to it.
     """
     given, time = noisy, t_B * 1000
     if first_BC1HW is not None:
-        given = torch.cat([first_BC1HW.to(noisy), noisy[:, :, 1:]], dim=2)
+        given = first_frame.put_in(first_BC1HW, noisy)
         _, _, frames, height, width = noisy.shape
         later_N = torch.ones(frames, height // 2, width // 2, device=noisy.device, dtype=time.dtype)
         later_N[0] = 0
@@ -281,8 +281,4 @@ def predict_after(
     )[0]
     if first_BC1HW is None:
         return velocity
-    t_B1111 = t_B.view(-1, 1, 1, 1, 1).clamp_min(1e-6)
-    # Apple's GPUs lack float64.
-    precise = torch.float32 if noisy.device.type == "mps" else torch.float64
-    kept = (noisy[:, :, :1].to(precise) - first_BC1HW.to(precise)) / t_B1111
-    return torch.cat([kept.to(velocity), velocity[:, :, 1:]], dim=2)
+    return first_frame.leading_to(first_BC1HW, velocity, noisy, t_B)

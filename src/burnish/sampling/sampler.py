@@ -311,6 +311,8 @@ def _streams(
     generators = [torch.Generator("cpu").manual_seed(one.request.seed) for one in encoded]
     shape = family.latents.of(*first.size, first.frames)
     noise = [torch.cat([_noise(family, shape, generator, dtype) for generator in generators])]
+    if family.defaults.begin is not None:
+        noise = [family.defaults.begin(noise[0], Conditioning.collate([one.conditioning for one in encoded]))]
     if family.audio is not None and first.frames > 1:
         sound = (1, *family.audio.shape.of(first.frames / family.defaults.fps))
         rows = [torch.randn(sound, generator=generator, dtype=dtype) for generator in generators]
