@@ -23,6 +23,7 @@ from burnish.errors import BurnishError, Interrupted, NonFiniteLoss, OutOfMemory
 from burnish.events import Events, Listener, RunResult, StepReport
 from burnish.generate import drawn_alone
 from burnish.loop import train
+from burnish.memory.formats import slow_because
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model
 from burnish.preparation import check_data, folders, prepare, split
@@ -82,6 +83,8 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     resolved = to_yaml(config)
     for line in announce_changes(config, folder):
         events.warned(line)
+    if why := slow_because(config.memory.weights, device):
+        events.warned(f"memory.weights: {why}")
     prepared = prepare(config, hashlib.sha256(resolved.encode()).hexdigest(), folder, device, dtype, events)
     atomic_write_text(folder.config, resolved)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.adapters.lora import AdapterSet, ModuleChoice, adaptable_modules
-from burnish.memory.formats import FEW_ROWS, FORMATS, FormatName
+from burnish.memory.formats import FEW_ROWS, FORMATS, FormatName, has_kernel, slow_because
 from burnish.memory.quantized import QuantizedLinear, large_linears, replace_linears
 from burnish.memory.rounding import INT4, NF4, mixing, rotated, rotated_back, rounded_to_fp8, rounded_to_int8
 
@@ -254,3 +254,17 @@ def test_weights_of_another_shape_or_format_are_refused() -> None:
         layer.take(*FORMATS["fp8"].pack(normal(32, 64)))
     with pytest.raises(ValueError, match="are no int8 weights"):
         layer.take(*FORMATS["int8"].pack(normal(64, 32)))
+
+
+def test_a_device_without_the_products_widens_weights_and_says_so() -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert slow_because("native", meta) is None
+    assert slow_because("int8", cpu) is slow_because("fp8", cpu) is None
+    assert "widened" in str(slow_because("nf4", cpu))
+    assert "8.9" in str(slow_because("fp8", meta))
+    with FakeTensorMode():
+        assert has_kernel("fp8", cpu)
+    layer = layer_of(normal(64, 128), "int8")
+    layer.eight_bit = False
+    x = normal(64, 128, seed=1)
+    assert error(layer(x), F.linear(x, layer.weight)) < 1e-6

@@ -243,6 +243,16 @@ def has_kernel(name: str, device: torch.device) -> bool:
         return _runs(name, device.type, device.index or 0)
 
 
+def slow_because(name: str, device: torch.device) -> str | None:
+    """Why a format's products are slower on this device than those of plain weights; None where they are not."""
+    if name not in FORMATS or has_kernel(name, device):
+        return None
+    if name in ("nf4", "int4"):
+        return f"{name} weights are widened for each product, which takes longer than with plain ones"
+    needs = "compute capability 8.9 (Ada, Hopper and later)" if name == "fp8" else "compute capability 7.5"
+    return f"{name} products need {needs}; here weights are widened for each, which takes longer than with plain ones"
+
+
 @cache
 def _runs(name: str, kind: str, index: int) -> bool:
     device = torch.device("cpu") if kind == "cpu" else torch.device(kind, index)
