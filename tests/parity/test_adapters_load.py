@@ -39,13 +39,16 @@ class Written:
     keys: ExportKeys
 
 
-def write(case: Case, folder: Path, to: Path, method: Lora, format: str) -> list[Written]:
+def write(
+    case: Case, folder: Path, to: Path, method: Lora, format: str, *, audio: bool = False
+) -> list[Written]:
     family = family_named(case.family).load(
         ModelSource(str(folder)), frozenset({"denoiser"}), dtype=torch.float32, device="cpu"
     )
+    targets = {name: one.with_audio() if audio else one for name, one in family.targets.items()}
     written = []
     for part, denoiser in family.denoisers.items():
-        chosen = choose_modules(denoiser, family.targets, family.default_targets, method)
+        chosen = choose_modules(denoiser, targets, family.default_targets, method)
         adapter = AdapterSet.attach(denoiser, chosen, dropout=0.0, seed=5)
         generator = torch.Generator().manual_seed(6)
         for layer in adapter.layers.values():
@@ -112,18 +115,47 @@ def test_comfyui_loads_all_of_the_names_of_the_release(
 ) -> None:
     case = CASES[name]
     for one in write(case, tiny_folder(name), tmp_path, METHODS[method], "comfy"):
-        expected = native_deltas(one)
-        places = {}
-        if one.keys.prefix.get("comfy") == "transformer.":  # as HunyuanVideo's
-            places = {f"transformer.{name}": comfyui_rules.Place(name) for name in expected}
-        shapes = {f"{name}.weight": tuple(delta.shape) for name, delta in expected.items()}
-        found, lost = comfyui_rules.comfy_delta(load_file(one.path), shapes, places)
-        assert lost == []
-        assert {key for key, delta in found.items() if delta.any()} == {
-            f"{name}.weight" for name, delta in expected.items() if delta.any()
-        }
-        for key, delta in found.items():
-            torch.testing.assert_close(delta, expected[key.removesuffix(".weight")], rtol=1e-5, atol=1e-5)
+        assert_comfyui_loads(one)
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all"])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        (name, format)
+        for name, case in CASES.items()
+        if family_named(case.family).capabilities.audio
+        for format in formats(case)
+    ],
+)
+def test_layers_of_sound_are_loaded_by_both(
+    tiny_folder: TinyFolder, tmp_path: Path, name: str, format: str, targets: str
+) -> None:
+    method = Lora(rank=2, alpha=3.0, targets=targets)
+    (one,) = write(CASES[name], tiny_folder(name), tmp_path, method, format, audio=True)
+    assert any("audio" in module for module in one.weights)
+    file = read_adapter(one.path, adaptable_modules(one.denoiser), part=one.part, keys=one.keys)
+    diffusers_rules.assert_same_deltas({key: it.delta() for key, it in file.weights.items()}, one.weights)
+    diffusers_rules.load_and_compare(
+        tiny_folder(name), one.path, one.weights, part=one.part, pipeline=CASES[name].pipeline
+    )
+    if format == "comfy":
+        assert_comfyui_loads(one)
+
+
+def assert_comfyui_loads(one: Written) -> None:
+    expected = native_deltas(one)
+    places = {}
+    if one.keys.prefix.get("comfy") == "transformer.":  # as HunyuanVideo's
+        places = {f"transformer.{name}": comfyui_rules.Place(name) for name in expected}
+    shapes = {f"{name}.weight": tuple(delta.shape) for name, delta in expected.items()}
+    found, lost = comfyui_rules.comfy_delta(load_file(one.path), shapes, places)
+    assert lost == []
+    assert {key for key, delta in found.items() if delta.any()} == {
+        f"{name}.weight" for name, delta in expected.items() if delta.any()
+    }
+    for key, delta in found.items():
+        torch.testing.assert_close(delta, expected[key.removesuffix(".weight")], rtol=1e-5, atol=1e-5)
 
 
 def native_deltas(one: Written) -> dict[str, Tensor]:
