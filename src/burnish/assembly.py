@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,16 @@ import torch
 from burnish.adapters.lora import AdapterSet
 from burnish.adapters.targeting import choose_modules
 from burnish.checkpoint.store import CheckpointStore
+from burnish.compute.attention import Attention, Call, Kind, recorded
+from burnish.compute.attention_choice import choose
+from burnish.compute.compile import Compilation, compile_blocks
 from burnish.config.schema import RunConfig
 from burnish.config.train import LogitNormalTimesteps, Objective, SigmoidTimesteps, UniformTimesteps
 from burnish.data.batch import Batch
 from burnish.events import Events
 from burnish.export.formats import resolve_format
 from burnish.export.metadata import Provenance, adapter_metadata
+from burnish.families.sources import user_cache_folder
 from burnish.family import Family, ResolutionShift, TokenShift
 from burnish.generate import attach_adapter, part_labels
 from burnish.loop import Training
@@ -42,10 +47,13 @@ class Assembled:
     validate: Validate | None
     save: Save
     sample: Sample | None
+    attention: Attention
+    compilation: Compilation | None
 
     @property
     def tasks(self) -> list[Callable[[Training], None]]:
-        return [task for task in (self.validate, self.save, self.sample) if task is not None]
+        told = self.compilation.tell if self.compilation is not None else None
+        return [task for task in (told, self.validate, self.save, self.sample) if task is not None]
 
 
 def assemble(
@@ -82,12 +90,39 @@ def assemble(
     blocks = family.blocks()
     set_activations(blocks, activation_modes(config.memory.activations, len(blocks)))
     training = build_training(config, family, adapters, prepared, device, dtype)
+    attention = build_attention(config, training, prepared)
+    compilation = None
+    if config.memory.compile:  # after the attention's choice, which watches the blocks as they are
+        compilation = compile_blocks(blocks, events.warned, cache_folder(config))
     return Assembled(
         training=training,
         validate=build_validate(config, prepared, events),
         save=build_save(config, resolved, family, adapters, prepared, folder, events, stop),
-        sample=build_sample(config, prepared, folder, assistants, events, stop),
+        sample=build_sample(config, prepared, folder, assistants, attention, events, stop),
+        attention=attention,
+        compilation=compilation,
     )
+
+
+def cache_folder(config: RunConfig) -> Path:
+    return config.memory.cache_folder or user_cache_folder()
+
+
+def build_attention(config: RunConfig, run: Training, prepared: Prepared) -> Attention:
+    """The kernels that answer the calls of the run's largest batch.
+
+    Raises:
+        MachineError: the one that is asked for is not there, or cannot answer them.
+    """
+
+    def calls() -> list[Call]:
+        found: dict[Kind, Call] = {}
+        batch = next(prepared.batches(prepared.plan.largest(), workers=0)).to(run.device)
+        with torch.no_grad(), recorded(found):
+            run.objective.losses(run.family, batch, run.seed)
+        return list(found.values())
+
+    return choose(config.memory.attention, calls, run.device, cache_folder(config))
 
 
 def build_training(
@@ -234,6 +269,7 @@ def build_sample(
     prepared: Prepared,
     folder: RunFolder,
     training_adapters: list[AdapterSet],
+    attention: Attention,
     events: Events,
     stop: StopRequest,
 ) -> Sample | None:
@@ -245,6 +281,7 @@ def build_sample(
         every=config.sample.every,
         batch_size=config.sample.batch_size,
         disabled=training_adapters,
+        attention=attention,
         events=events,
         raise_if_stopped=stop.raise_if_requested,
     )

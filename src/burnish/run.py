@@ -100,9 +100,10 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
         for note in restore(assembled.training, loaded):
             events.warned(note)
         assembled.save.resumed(assembled.training, folder.checkpoints / f"step-{loaded.step:08d}")
-    if assembled.sample is not None and config.sample.at_start and assembled.training.step == 0:
-        assembled.sample.draw(assembled.training)
-    return train_to_the_end(config, assembled, folder, events, stop)
+    with assembled.attention.installed():
+        if assembled.sample is not None and config.sample.at_start and assembled.training.step == 0:
+            assembled.sample.draw(assembled.training)
+        return train_to_the_end(config, assembled, folder, events, stop)
 
 
 def train_to_the_end(

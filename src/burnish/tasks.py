@@ -20,6 +20,7 @@ from torch import Tensor
 from burnish.adapters.lora import AdapterSet, adaptable_modules
 from burnish.checkpoint.space import nap
 from burnish.checkpoint.store import CheckpointStore
+from burnish.compute.attention import Attention
 from burnish.data.batch import Batch
 from burnish.errors import DataError, DiskFull, Interrupted, NonFiniteLoss
 from burnish.events import Events
@@ -241,6 +242,7 @@ class Sample:
     every: int
     batch_size: int
     disabled: Sequence[AdapterSet]  # training adapters, off while sampling
+    attention: Attention
     events: Events
     raise_if_stopped: Callable[[], None]
 
@@ -250,7 +252,7 @@ class Sample:
 
     def draw(self, run: Training) -> None:
         try:
-            with torch.no_grad(), averaged(run), all_disabled(self.disabled):
+            with torch.no_grad(), averaged(run), all_disabled(self.disabled), self.attention.sampling():
                 pictures = self.pictures(run)
         except Interrupted:
             self.events.warned(f"step {run.step}: samples left out, the run is stopping")

@@ -139,6 +139,18 @@ class Memory(Section):
         "and matrix products; of attention alone; their inputs, about a third slower. A number is the share of blocks "
         "to recompute.",
     )
+    compile: bool = Field(
+        False,
+        description="Compile the model's repeated blocks: faster steps after a few minutes of compiling, which the cache "
+        "saves a second run.",
+    )
+    attention: Literal[
+        "auto", "torch", "flash", "cudnn", "efficient", "flex", "math", "flash3", "flash4", "sage"
+    ] = Field(
+        "auto",
+        description="The kernel for attention. `auto` measures those that are here at the run's own shapes and takes the "
+        "fastest that is right, on a CPU torch's own; `sage` draws samples only.",
+    )
     weights: Literal["native", "fp8", "int8", "nf4", "int4"] = Field(
         "native",
         description="How the large layers of the denoiser's blocks are kept: in the number type of `train.precision`; "

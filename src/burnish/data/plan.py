@@ -84,6 +84,17 @@ class BatchPlan:
         """The first micro-step of an epoch, counted from 0."""
         return epoch * self.batches_per_epoch
 
+    def largest(self) -> int:
+        """A micro-step of the first epoch that sees as many pixels as any."""
+        batches = self._epoch(0)
+
+        def pixels(at: int) -> int:
+            shape = self.samples[batches[at][0][0]].shape
+            shown = sum(height * width for height, width in shape.references)
+            return len(batches[at]) * (shape.bucket.area * shape.frames + shown)
+
+        return max(range(len(batches)), key=pixels)
+
     def draws(self, position: int) -> tuple[Draw, ...]:
         """What micro-step `position` sees, in order; all of one shape."""
         epoch, at = divmod(position, self.batches_per_epoch)
