@@ -29,6 +29,8 @@ class RoutedExperts(nn.Module):
         self.experts = given.experts
         self.gate = given.gate
 
+    # What goes where is known when it is computed: no graph holds for the next batch.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, states_BSD: Tensor) -> Tensor:
         chosen_TK, weights_TK, _ = self.gate(states_BSD)
         states_TD = states_BSD.flatten(0, 1)
