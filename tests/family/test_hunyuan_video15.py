@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny.hunyuan15 import Guided
+from tiny.hunyuan15 import SIZE, Guided, first_frame
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from burnish.data.prepare import pixels_of
+from burnish.families import siglip
 from burnish.families.hunyuan_video15 import GLYPH_TOKENS, HunyuanVideo15, quoted
 from burnish.family import ModelSource
 
@@ -52,3 +55,26 @@ def test_the_denoiser_reads_quoted_words_as_in_the_pipeline(tiny_folder: Callabl
     changed = (family.predict(noisy, t_B, silent) - predicted).abs().amax(dim=(1, 2, 3, 4))
     assert changed[0] > 1e-4
     assert changed[1] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_first_frame_is_seen_as_by_transformers() -> None:
+    processor = SiglipImageProcessorPil(size={"height": 56, "width": 56})
+    expected = processor(first_frame(), return_tensors="pt").pixel_values
+    found = siglip.prepared(pixels_of(first_frame())[None], 56)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_image_to_video_learns_stills_without_being_told_them(tiny_folder: Callable[[str], Path]) -> None:
+    folder = tiny_folder("hunyuan_video15_i2v")
+    family = HunyuanVideo15.load(
+        ModelSource(str(folder)), frozenset(("denoiser", "vae")), dtype=torch.float32, device="cpu"
+    )
+    assert family.capabilities.first_frame
+    shown = family.encode_references([pixels_of(first_frame())[None]])
+    for frames, is_told in ((1, False), (5, True)):
+        noisy, t_B, told = family.example(*SIZE, batch=1, frames=frames)
+        alike = torch.allclose(
+            family.predict(noisy, t_B, told.merged(shown)), family.predict(noisy, t_B, told), atol=1e-5
+        )
+        assert alike != is_told

@@ -1,7 +1,8 @@
-"""HunyuanVideo 1.5 by Tencent (arXiv 2511.18870), 8.3 billion parameters: clips and pictures from text.
+"""HunyuanVideo 1.5 by Tencent (arXiv 2511.18870), 8.3 billion parameters: clips from text or a first frame; pictures.
 
 A transformer of two-stream blocks over 32-channel latents (the VAE takes 16 x 16 pixels and 4 frames into one), beside
-which stand the latents of a first frame and a mask of where it is; without one both are zero. It reads Qwen2.5-VL's
+which stand the latents of a first frame and a mask of where it is; without one both are zero. The image-to-video
+releases also attend to what SigLIP sees in that frame. It reads Qwen2.5-VL's
 third last hidden state of the caption in a chat, whose instruction is dropped, and what a ByT5 makes of the words in
 quotation marks, letter by letter. Of both, padding is masked.
 
@@ -19,7 +20,8 @@ from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DMo
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-from burnish.families import qwen, video_vae
+from burnish.families import qwen, siglip, video_vae
+from burnish.families.hunyuan_first_frame import FIRST_FRAME, known_channels
 from burnish.families.masked import trimmed
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
@@ -37,7 +39,6 @@ from burnish.family import (
 QWEN_TOKENS = 1000
 GLYPH_TOKENS = 256
 LAYERS_SKIPPED = 2
-ANSWER_TOKENS = 5  # the chat goes on behind the caption: its end, a line, whose turn it is, a line
 # As released with its runs of blanks (diffusers: HunyuanVideo15Pipeline); so many tokens stand before the caption.
 INSTRUCTION = (
     "You are a helpful assistant. Describe the video by detailing the following aspects:         "
@@ -48,6 +49,8 @@ INSTRUCTION = (
     "5. camera angles, movements, and transitions used in the video."
 )
 INSTRUCTION_TOKENS = 108
+IMAGE_TO_VIDEO = "HunyuanVideo15ImageToVideoPipeline"
+SEEN = "seen_BSD"  # the first frame, by SigLIP
 _QUOTED = re.compile(r"\"(.*?)\"|“(.*?)”")
 
 _BLOCKS = "transformer_blocks"
@@ -111,6 +114,11 @@ def _text_slot() -> Slot:
     )
 
 
+def _chat(prompt: str) -> list[dict[str, str]]:
+    """A caption in the conversation that Qwen reads; what is empty is a blank."""
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt or " "}]
+
+
 def quoted(prompt: str) -> str | None:
     """What the glyph encoder reads of a caption: the words in quotation marks, each once; None if there are none."""
     found = [straight or curly for straight, curly in _QUOTED.findall(prompt)]
@@ -123,14 +131,18 @@ class HunyuanVideo15(PipelineFamily):
 
     name: ClassVar[str] = "hunyuan_video15"
     title: ClassVar[str] = "HunyuanVideo 1.5"
-    pipelines = ("HunyuanVideo15Pipeline",)
+    pipelines = ("HunyuanVideo15Pipeline", IMAGE_TO_VIDEO)
     slots = (
         Slot("transformer", "denoiser", _make_transformer),
         Slot("vae", "vae", _make_vae),
         _text_slot(),
         t5_slot("text_encoder_2", "tokenizer_2"),
+        siglip.vision_slot(),
     )
     capabilities = Capabilities(video=True)
+    variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "HunyuanVideo 1.5, image to video": {"model_index": {"_class_name": IMAGE_TO_VIDEO}},
+    }
     targets: ClassVar[Mapping[str, TargetSet]] = {
         "attention": TargetSet(_ATTENTION, "Query, key, value and output of attention."),
         "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),
@@ -157,6 +169,11 @@ class HunyuanVideo15(PipelineFamily):
         """Not the distilled releases of few steps, which are told a second time."""
         return not config.get("use_meanflow")
 
+    def configure(self) -> None:
+        self.goes_on = self.configs["model_index"].get("_class_name") == IMAGE_TO_VIDEO
+        if self.goes_on:
+            self.capabilities = Capabilities(references=1, first_frame=True, video=True)
+
     def example_conditioning(
         self, batch: int, latents: Sequence[int], generator: torch.Generator
     ) -> Conditioning:
@@ -175,19 +192,19 @@ class HunyuanVideo15(PipelineFamily):
         return Conditioning({**tokens, **masks})
 
     def count_tokens(self, prompt: str) -> int:
-        return len(self.tokenizer("text_encoder")(prompt or " ").input_ids) + ANSWER_TOKENS
+        """Of the caption and what closes it, as Qwen reads them."""
+        chat = self.tokenizer("text_encoder").apply_chat_template(
+            _chat(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return len(chat["input_ids"]) - INSTRUCTION_TOKENS
 
     @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
         encoder = self.module("text_encoder")
-        chats = [
-            [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt or " "}]
-            for prompt in prompts
-        ]
         encoded = self.tokenizer("text_encoder").apply_chat_template(
-            chats,
+            [_chat(prompt) for prompt in prompts],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -219,6 +236,19 @@ class HunyuanVideo15(PipelineFamily):
             tokens_1SD = encoder(encoded.input_ids, attention_mask=mask_1S.float()).last_hidden_state
         return Conditioning({"tokens_glyph_BSD": tokens_1SD, "mask_glyph_BS": mask_1S})
 
+    def encode_references(
+        self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
+    ) -> Conditioning:
+        if not self.goes_on or not references:
+            return Conditioning({})
+        (first_B3HW,) = references
+        return Conditioning(
+            {
+                FIRST_FRAME: self.encode_pixels(first_B3HW[:, :, None]),
+                SEEN: siglip.last_states(self.module("image_encoder"), first_B3HW),
+            }
+        )
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         return video_vae.encode(self.module("vae"), pixels)
 
@@ -226,16 +256,23 @@ class HunyuanVideo15(PipelineFamily):
         return video_vae.decode(self.module("vae"), latents)
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
-        """No first frame: its latents and mask are zero, and of its picture there is not one token."""
-        first_frame = torch.zeros_like(torch.cat([noisy, noisy[:, :1]], dim=1))
+        """Without a first frame its latents and mask are zero, and of its picture there is not one token.
+
+        A picture by itself is learned as one, not as the first frame that it would be told.
+        """
+        told = conditioning if noisy.shape[2] > 1 else {}
+        known = known_channels(told.get(FIRST_FRAME), noisy)
+        seen_BSD = told.get(SEEN)
+        if seen_BSD is None:
+            seen_BSD = noisy.new_zeros(len(noisy), 0, self.denoiser.config.image_embed_dim)
         predicted: Tensor = self.denoiser(
-            hidden_states=torch.cat([noisy, first_frame], dim=1).to(self.dtype),
+            hidden_states=torch.cat([noisy, known], dim=1).to(self.dtype),
             timestep=t_B * 1000,
             encoder_hidden_states=conditioning["tokens_BSD"].to(self.dtype),
             encoder_attention_mask=conditioning["mask_BS"],
             encoder_hidden_states_2=conditioning["tokens_glyph_BSD"].to(self.dtype),
             encoder_attention_mask_2=conditioning["mask_glyph_BS"],
-            image_embeds=noisy.new_zeros(len(noisy), 0, self.denoiser.config.image_embed_dim).to(self.dtype),
+            image_embeds=seen_BSD.to(self.dtype),
             return_dict=False,
         )[0]
         return predicted
