@@ -100,7 +100,8 @@ class ErnieImage(PipelineFamily):
         )
 
     def count_tokens(self, prompt: str) -> int:
-        return clip.count_tokens(self.tokenizer("text_encoder"), prompt)
+        """Nothing at all is read as one mark."""
+        return max(1, clip.count_tokens(self.tokenizer("text_encoder"), prompt))
 
     @torch.no_grad()
     def encode_prompts(

@@ -227,8 +227,9 @@ class HunyuanImage(PipelineFamily):
         )
 
     def count_tokens(self, prompt: str) -> int:
-        """Of the caption and the mark behind it, as Qwen reads them."""
-        return clip.count_tokens(self.tokenizer("text_encoder"), prompt) + 1
+        """Of the caption and what closes it, as Qwen reads them."""
+        asked = TEMPLATE.format(prompt)
+        return clip.count_tokens(self.tokenizer("text_encoder"), asked) - INSTRUCTION_TOKENS
 
     @torch.no_grad()
     def encode_prompts(

@@ -208,9 +208,11 @@ class HunyuanVideo(PipelineFamily):
         )
 
     def count_tokens(self, prompt: str) -> int:
-        """Of the caption and what closes it, as Llama reads them."""
-        closing = 1 if self.condition is None else hunyuan_first_frame.ANSWER_TOKENS + 1
-        return len(self.tokenizer("text_encoder")(prompt, add_special_tokens=False).input_ids) + closing
+        """Of the caption and what closes it, as Llama reads them; the picture has no part in the limit."""
+        template, before = TEMPLATE, INSTRUCTION_TOKENS
+        if self.condition is not None:
+            template, before = hunyuan_first_frame.TEMPLATE, hunyuan_first_frame.INSTRUCTION_TOKENS
+        return clip.count_tokens(self.tokenizer("text_encoder"), template.format(prompt)) - before
 
     @torch.no_grad()
     def encode_prompts(

@@ -139,7 +139,10 @@ class Krea2(PipelineFamily):
         )
 
     def count_tokens(self, prompt: str) -> int:
-        return clip.count_tokens(self.tokenizer("text_encoder"), prompt) + _AFTER_TOKENS
+        """Of the caption and what closes it, as Qwen reads them."""
+        tokenizer = self.tokenizer("text_encoder")
+        asked = clip.count_tokens(tokenizer, _BEFORE + prompt) - _BEFORE_TOKENS
+        return asked + clip.count_tokens(tokenizer, _AFTER)
 
     @torch.no_grad()
     def encode_prompts(
