@@ -16,6 +16,8 @@ from burnish.compute.compile import compile_blocks
 from burnish.config.method import Lora
 from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource
+from burnish.memory.activations import Mode, set_activations
+from burnish.memory.quantized import QuantizedLinear
 
 TinyFolder = Callable[[str], Path]
 # One pipeline of each family: its others have the same blocks.
@@ -28,12 +30,15 @@ for name, case in cases().items():
 IN_PIECES = {"hidream", "hidream_e1"}
 
 
-def adapted(folder: Path, family_name: str) -> tuple[Family, list[nn.Parameter]]:
+def adapted(
+    folder: Path, family_name: str, change: Callable[[Family], None] = lambda family: None
+) -> tuple[Family, list[nn.Parameter]]:
     """A family's denoisers with adapters that have an effect."""
     parts = frozenset(("denoiser",))
     family = family_named(family_name).load(
         ModelSource(str(folder)), parts, dtype=torch.float32, device="cpu"
     )
+    change(family)
     trained: list[nn.Parameter] = []
     generator = torch.Generator().manual_seed(0)
     for denoiser in family.denoisers.values():
@@ -93,6 +98,37 @@ def test_blocks_of_one_class_share_graphs_and_so_do_all_sizes_after_the_first(
         graphs.append(compilation.graphs)
     # Of each of two classes the first block differs: nothing before it is trained, or its input lies otherwise.
     assert graphs == [4, 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept_as"),
+    [
+        ("keep-matmul", None),
+        ("recompute", None),
+        ("keep-attention", "int8"),
+        ("recompute", "fp8"),
+        ("keep-matmul", "nf4"),
+    ],
+)
+def test_modes_of_activations_and_weights_in_fewer_bits_compile_as_well(
+    tiny_folder: TinyFolder, tmp_path: Path, mode: Mode, kept_as: str | None
+) -> None:
+    def fewer_bits(family: Family) -> None:
+        for block in family.blocks() if kept_as else []:
+            for name, layer in list(block.named_modules()):
+                if isinstance(layer, nn.Linear):
+                    parent, _, child = name.rpartition(".")
+                    shrunk = QuantizedLinear.of(layer, str(kept_as), eight_bit=True)
+                    block.get_submodule(parent).register_module(child, shrunk)
+
+    family, trained = adapted(tiny_folder("ernie_image"), "ernie_image", fewer_bits)
+    expected = loss_and_gradients(family, trained, 64)
+    torch._dynamo.reset()
+    chosen = one_of_each(family)
+    set_activations(chosen, [mode] * len(chosen))
+    compilation = compile_blocks(chosen, pytest.fail, tmp_path, backend="aot_eager")
+    assert_same(loss_and_gradients(family, trained, 64), expected)
+    assert compilation.graphs == len(chosen)
 
 
 @pytest.mark.slow

@@ -75,20 +75,46 @@ def test_every_kind_of_mask_is_right_on_every_kernel(back_end: BackEnd, mask: st
     torch.testing.assert_close(found, right, atol=2e-6, rtol=0)
 
 
-def test_the_gradient_that_reaches_cudnn_has_no_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    strides: list[tuple[int, ...]] = []
+STRIDES: list[tuple[int, ...]] = []
 
-    def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        answer = F.scaled_dot_product_attention(query, key, value)
-        answer.register_hook(lambda gradient: strides.append(gradient.transpose(1, 2).stride()))
-        return answer
 
-    monkeypatch.setattr(attention_kernels, "_fused", lambda *_: cudnn)
+@torch.library.custom_op("burnish_tests::attend_and_look", mutates_args=())
+def attend_and_look(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention whose backward looks at the gradient's layout, compiled or not."""
+    return by_hand(query, key, value, None, False)
+
+
+@torch.library.custom_op("burnish_tests::look", mutates_args=())
+def look(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    STRIDES.append(gradient.transpose(1, 2).stride())
+    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+    to_weights = gradient @ value.transpose(-1, -2)
+    to_scores = weights * (to_weights - (to_weights * weights).sum(-1, keepdim=True)) / query.shape[-1] ** 0.5
+    return to_scores @ key, to_scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ gradient
+
+
+attend_and_look.register_fake(lambda query, key, value: torch.empty_like(query))
+look.register_fake(lambda gradient, *given: tuple(torch.empty_like(one) for one in given))
+attend_and_look.register_autograd(
+    lambda ctx, gradient: look(gradient, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+# What the compiler itself does with an autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_that_reaches_cudnn_has_no_gaps(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    STRIDES.clear()
+    monkeypatch.setattr(attention_kernels, "_fused", lambda *_: attend_and_look)
     query = drawn(40).requires_grad_()
     wide = torch.randn(2, 40, 2 * 4, 16)[:, :, :4].transpose(1, 2)
-    found = torch.autograd.grad(kernel("cudnn")(query, query, query), query, wide)
+    attend = kernel("cudnn")
+    if compiled:
+        attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(attend(query, query, query), query, wide)
     right = torch.autograd.grad(F.scaled_dot_product_attention(query, query, query), query, wide)
-    assert strides == [(40 * 4 * 16, 4 * 16, 16, 1)]
+    assert STRIDES == [(40 * 4 * 16, 4 * 16, 16, 1)]
     torch.testing.assert_close(found, right)
 
 

@@ -34,6 +34,7 @@ _GRAPHS_IN_ALL = 1024
 _OF_THE_COMPILER = (  # warnings about torch's own code, of no use to a user
     "The .grad attribute of a Tensor that is not a leaf",
     "`torch.jit.script",
+    "<class 'torch.autograd.function.Function'> should not be instantiated",
 )
 
 
