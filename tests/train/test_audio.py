@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from safetensors import safe_open
 from sound_files import clip_with_sound, tone
 from tiny.ltx2 import BOTH
 from torch import Tensor
+from typer.testing import CliRunner
 
+from burnish.cli.main import app
 from burnish.config.schema import RunConfig
 from burnish.data.audio import sound_of
 from burnish.data.batch import Batch
@@ -259,3 +262,12 @@ def test_without_sound_the_same_clips_train_frames_alone(model: Path, clips: Pat
     with safe_open(adapter, framework="pt") as file:
         assert not [name for name in file.keys() if "audio" in name]  # noqa: SIM118
     assert not any("sound" in line for line in heard.said)
+
+
+def test_burnish_generate_draws_with_sound(model: Path, tmp_path: Path) -> None:
+    options = ["--model", str(model), "--audio", "-p", CAPTION, "--frames", str(FRAMES), "--size", str(SIDE)]
+    where = ["--steps", "2", "--device", "cpu", "--precision", "fp32", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, ["generate", *options, *where])
+    assert result.exit_code == 0, result.output
+    check_heard(tmp_path / "000001.mp4", seconds=FRAMES / 24)
+    assert json.loads((tmp_path / "000001.json").read_text())["sound"] is True

@@ -18,7 +18,7 @@ from burnish.data.audio import Span, downmix, sound_at, sound_of
 from burnish.data.cache import CacheKeys, RamCache
 from burnish.data.pictures import BadPicture
 from burnish.data.preflight import PreparedData, prepare_samples
-from burnish.data.prepare import AUDIO, encode_latents
+from burnish.data.prepare import AUDIO, LATENTS, conditioning_of, encode_latents, load_audio
 from burnish.data.samples import Sample
 from burnish.errors import DataError
 from burnish.families.ltx2 import LTX2
@@ -216,6 +216,21 @@ def test_a_clip_is_encoded_once_and_again_when_its_sound_is_another(family: Fami
     again, other = encoded()
     assert again == 1
     assert (other - latents).abs().max() > 0.1
+
+
+def test_what_is_mirrored_sounds_mirrored(family: Family, tmp_path: Path) -> None:
+    sides = np.stack([tone(440, 1, 48000), tone(1000, 1, 48000)])
+    clip_with_caption(tmp_path / "a.mp4", clip_with_sound(sides, 48000, frames=24, kind="mp4", codec="aac"))
+    (sample,) = prepared(tmp_path, family).samples
+    plain, mirrored = (load_audio(sample, RATE, flip=flip) for flip in (False, True))
+    assert torch.equal(plain[0], mirrored[1])
+    assert torch.equal(plain[1], mirrored[0])
+    assert not torch.equal(plain[0], plain[1])
+
+
+def test_latents_of_sound_are_no_conditioning() -> None:
+    entry = {LATENTS: torch.zeros(1), AUDIO: torch.zeros(1), "shown_B": torch.zeros(1)}
+    assert set(conditioning_of({"tokens_BSD": torch.zeros(1)}, entry)) == {"tokens_BSD", "shown_B"}
 
 
 def test_frames_alone_have_an_entry_of_their_own(family: Family, tmp_path: Path) -> None:

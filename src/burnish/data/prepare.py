@@ -223,8 +223,8 @@ def load_pixels(sample: Sample, *, flip: bool) -> Tensor:
     return torch.stack([pixels_of(sample.fit.apply(one, flipped=flip)) for one in pictures], dim=1)
 
 
-def load_audio(sample: Sample, rate: int) -> Tensor:
-    """What is heard while a clip's frames are on screen, (2, N) in [-1, 1] at `rate`.
+def load_audio(sample: Sample, rate: int, *, flip: bool) -> Tensor:
+    """What is heard while a clip's frames are on screen, (2, N) in [-1, 1] at `rate`; mirrored, sides change places.
 
     Raises:
         DataError: the file changed or went away since the preflight.
@@ -232,7 +232,8 @@ def load_audio(sample: Sample, rate: int) -> Tensor:
     with _unchanged(sample.path), open_regular(sample.path) as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sample.sha256:
             raise BadPicture("changed")
-        return sound_at(file, sample.start, sample.seconds, rate)
+        heard_2N = sound_at(file, sample.start, sample.seconds, rate)
+    return heard_2N.flip(0) if flip else heard_2N
 
 
 def load_references(sample: Sample, *, flip: bool, pixels: Tensor | None = None) -> list[Tensor]:
@@ -248,6 +249,8 @@ def load_references(sample: Sample, *, flip: bool, pixels: Tensor | None = None)
     if sample.sees_itself:
         own = load_pixels(sample, flip=flip) if pixels is None else pixels
         shown.append(own[:, 0] if sample.is_clip else own)
+        if sample.sees_end:
+            shown.append(own[:, -1] if sample.is_clip else own)
     for one in sample.references:
         picture = _read(one.path, one.sha256, sample.background)
         shown.append(pixels_of(one.apply(picture, flipped=flip)))
@@ -344,7 +347,9 @@ def _pixels(batch: Sequence[_Picture], video: bool, rate: int) -> _Pixels:
         torch.stack(targets),
         tuple(torch.stack(column) for column in zip(*shown, strict=True)),
         torch.stack(holes) if holes else None,
-        torch.stack([load_audio(one.sample, rate) for one in batch]) if batch[0].sample.audio else None,
+        torch.stack([load_audio(one.sample, rate, flip=one.flip) for one in batch])
+        if batch[0].sample.audio
+        else None,
     )
 
 
