@@ -51,6 +51,8 @@ def encode_clip(frames: Sequence[Image.Image], fps: float, sound: Sound | None =
         if sound is not None and heard is not None:
             waveform = AudioFrame.from_ndarray(sound.samples, "fltp", "stereo")
             waveform.sample_rate = sound.rate
+            # With times the file says how much of AAC's beginning is to be left out, and sound keeps to the frames.
+            waveform.pts, waveform.time_base = 0, Fraction(1, sound.rate)
             container.mux(heard.encode(waveform))
             container.mux(heard.encode())
     return data.getvalue()
