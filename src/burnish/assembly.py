@@ -27,6 +27,7 @@ from burnish.family import Family, ResolutionShift, TokenShift
 from burnish.generate import attach_adapter, part_labels
 from burnish.loop import Training
 from burnish.memory.activations import activation_modes, set_activations
+from burnish.memory.quantized import choose_products
 from burnish.objective import Denoising, Timesteps
 from burnish.optim.build import build_optimizer
 from burnish.optim.ema import Ema
@@ -84,6 +85,7 @@ def assemble(
     if family.audio is not None:
         targets = {name: target.with_audio() for name, target in targets.items()}
     for part, denoiser in family.denoisers.items():
+        choose_products(denoiser, device)
         choices = choose_modules(denoiser, targets, family.default_targets, config.method)
         resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
         adapters[part] = AdapterSet.attach(denoiser, choices, dropout=config.method.dropout, seed=config.seed)

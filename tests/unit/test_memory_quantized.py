@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.adapters.lora import AdapterSet, ModuleChoice, adaptable_modules
+from burnish.memory import formats
 from burnish.memory.formats import FEW_ROWS, FORMATS, FormatName, has_kernel, slow_because
-from burnish.memory.quantized import QuantizedLinear, large_linears, replace_linears
+from burnish.memory.quantized import QuantizedLinear, choose_products, large_linears, replace_linears
 from burnish.memory.rounding import INT4, NF4, mixing, rotated, rotated_back, rounded_to_fp8, rounded_to_int8
 
 NAMES = list(FORMATS)
@@ -100,6 +101,15 @@ def test_many_rows_meet_rounded_rows_exactly_as_the_formula_says(kept_as: str) -
     expected = rotated(expected, mixing(160, "cpu")) if kept_as == "int8" else expected
     assert error(back, expected) < 1e-6
     assert error(output, F.linear(x, layer.weight)) > 1e-3  # they are rounded
+
+
+@pytest.mark.parametrize("kept_as", ["int8", "fp8"])
+def test_rows_in_portions_give_the_same(kept_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(normal(48, 160), kept_as)
+    x, grad = normal(200, 160, seed=1), normal(200, 48, seed=2)
+    at_once = both_ways(layer, x, grad)
+    monkeypatch.setattr(formats, "NUMBERS_AT_ONCE", 160 * 70)
+    assert all(torch.equal(a, b) for a, b in zip(both_ways(layer, x, grad), at_once, strict=True))
 
 
 @pytest.mark.parametrize("features", [16, 48, 160, 640, 3072])
@@ -265,6 +275,8 @@ def test_a_device_without_the_products_widens_weights_and_says_so() -> None:
     with FakeTensorMode():
         assert has_kernel("fp8", cpu)
     layer = layer_of(normal(64, 128), "int8")
-    layer.eight_bit = False
+    layer.eight_bit = False  # as of one that was loaded elsewhere
     x = normal(64, 128, seed=1)
     assert error(layer(x), F.linear(x, layer.weight)) < 1e-6
+    choose_products(nn.ModuleList([layer]), cpu)
+    assert error(layer(x), F.linear(x, layer.weight)) > 1e-3

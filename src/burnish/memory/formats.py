@@ -9,7 +9,7 @@ Shape letters: M rows (tokens), N K output and input features; a weight is (N, K
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -38,7 +38,8 @@ from burnish.memory.rounding import (
 FormatName = Literal["fp8", "int8", "nf4", "int4"]
 FORMAT_VERSION = 1  # raise when the same weights would be kept otherwise: stored ones are then made anew
 FEW_ROWS = 32  # below them an 8-bit product saves nothing; cuBLAS's int8 takes more than 16
-_ROUNDED_AT_ONCE = 1 << 24  # numbers of a weight that are rounded in one go, in float32
+NUMBERS_AT_ONCE = 1 << 26  # of activations and of a product that are in float32 at one time
+_ROUNDED_AT_ONCE = 1 << 24  # the same of a weight that is packed
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 
@@ -108,22 +109,30 @@ class Int8(Format):
     def product(
         self, x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, eight_bit: bool
     ) -> Tensor:
-        x = rotated(x, _there(table))
+        mixing_CC = _there(table)
         if not eight_bit or len(x) < FEW_ROWS:
-            return super().product(x, codes, scales, table, False)
-        x_codes, x_scales = rounded_to_int8(x)
-        return (torch._int_mm(x_codes, codes.t()) * x_scales).mul_(scales.t()).to(x.dtype)
+            return super().product(rotated(x, mixing_CC), codes, scales, table, False)
+
+        def product(rows: Tensor) -> Tensor:
+            row_codes, row_scales = rounded_to_int8(rotated(rows, mixing_CC))
+            return (torch._int_mm(row_codes, codes.t()) * row_scales).mul_(scales.t())
+
+        return _in_portions(product, x, len(codes))
 
     def product_back(
         self, grad: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, eight_bit: bool
     ) -> Tensor:
+        mixing_CC = _there(table)
         if not eight_bit or len(grad) < FEW_ROWS:
-            mixed = super().product_back(grad, codes, scales, table, False)
-        else:
+            return rotated(super().product_back(grad, codes, scales, table, False), mixing_CC)
+        columns = _by_columns(codes)
+
+        def product(rows: Tensor) -> Tensor:
             # The weight's scales lie along the sum: they go into the gradient, whose rows are rounded after.
-            grad_codes, grad_scales = rounded_to_int8(grad * scales.t())
-            mixed = (torch._int_mm(grad_codes, _by_columns(codes)) * grad_scales).to(grad.dtype)
-        return rotated(mixed, _there(table))
+            row_codes, row_scales = rounded_to_int8(rows * scales.t())
+            return rotated((torch._int_mm(row_codes, columns) * row_scales).to(grad.dtype), mixing_CC)
+
+        return _in_portions(product, grad, codes.shape[1])
 
 
 class Fp8(Format):
@@ -149,18 +158,26 @@ class Fp8(Format):
     ) -> Tensor:
         if not eight_bit or len(x) < FEW_ROWS:
             return super().product(x, codes, scales, table, False)
-        x_codes, x_scales = rounded_to_fp8(x)
-        return _fp8_product(x_codes, codes.t(), x_scales, scales.t(), x.dtype, fast=True)
+
+        def product(rows: Tensor) -> Tensor:
+            row_codes, row_scales = rounded_to_fp8(rows)
+            return _fp8_product(row_codes, codes.t(), row_scales, scales.t(), x.dtype, fast=True)
+
+        return _in_portions(product, x, len(codes))
 
     def product_back(
         self, grad: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, eight_bit: bool
     ) -> Tensor:
         if not eight_bit or len(grad) < FEW_ROWS:
             return super().product_back(grad, codes, scales, table, False)
-        # e4m3 rather than e5m2: with a scale per row it is precision that lacks, not range.
-        grad_codes, grad_scales = rounded_to_fp8(grad * scales.t())
-        ones = scales.new_ones(1, codes.shape[1])
-        return _fp8_product(grad_codes, _by_columns(codes), grad_scales, ones, grad.dtype, fast=False)
+        columns, ones = _by_columns(codes), scales.new_ones(1, codes.shape[1])
+
+        def product(rows: Tensor) -> Tensor:
+            # e4m3 rather than e5m2: with a scale per row it is precision that lacks, not range.
+            row_codes, row_scales = rounded_to_fp8(rows * scales.t())
+            return _fp8_product(row_codes, columns, row_scales, ones, grad.dtype, fast=False)
+
+        return _in_portions(product, grad, codes.shape[1])
 
 
 @dataclass(frozen=True)
@@ -192,6 +209,23 @@ FORMATS: dict[str, Format] = {
     "nf4": FourBit("nf4", NF4),
     "int4": FourBit("int4", INT4),
 }
+
+
+def _in_portions(product: Callable[[Tensor], Tensor], rows: Tensor, width: int) -> Tensor:
+    """`product` of rows (M, ...), (M, width) in their type, so many at a time that its float32 stays small.
+
+    Compiled code has no such tensors and takes all rows at once.
+    """
+    parts = 1
+    if not torch.compiler.is_compiling():
+        parts = -(-len(rows) * max(width, rows.shape[1]) // NUMBERS_AT_ONCE)
+    if parts <= 1:
+        return product(rows).to(rows.dtype)
+    output = rows.new_empty(len(rows), width)
+    # Of equal length: the last must not be one of few rows.
+    for part, place in zip(torch.tensor_split(rows, parts), torch.tensor_split(output, parts), strict=True):
+        place.copy_(product(part))
+    return output
 
 
 def _portions(weight: Tensor) -> Sequence[Tensor]:

@@ -175,6 +175,13 @@ def replace_linears(
     return made
 
 
+def choose_products(module: nn.Module, device: torch.device) -> None:
+    """Let layers that were loaded elsewhere, such as on the host for streaming, multiply as `device` can."""
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.eight_bit = has_kernel(layer.kept_as, device)
+
+
 def _shared_weights(module: nn.Module) -> Collection[Tensor]:
     """Weights that several layers hold."""
     seen: set[Tensor] = set()
