@@ -8,7 +8,7 @@ from tiny_pipelines import drawn
 from tiny_qwen import qwen3_vl, qwen_tokenizer
 from torch import Tensor
 
-from burnish.families.ideogram4 import NAMES
+from burnish.families.ideogram4_names import NAMES
 from tiny import Case
 
 WIDTH, LAYERS, READ = 16, 36, 13

@@ -11,7 +11,7 @@ Shape letters: B batch, C channels, H W height and width of latents, N latents, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import exp, log
 from typing import Any, ClassVar
 
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from burnish.errors import ModelError
 from burnish.families import clip, flux2_vae
-from burnish.families.native import NativeNames, depth
+from burnish.families.ideogram4_latents import places_first, places_last, tidy_vae
+from burnish.families.ideogram4_names import NAMES, TARGETS, find_transformer, transformer_config
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_vl_slot
 from burnish.families.rows import by_kind
 from burnish.families.slots import Config, Slot
-from burnish.families.weights import Layout, Piece
 from burnish.family import (
     Conditioning,
     ExportKeys,
@@ -45,54 +45,6 @@ _WORD, _PICTURE, _PICTURE_AT = 3, 2, 65536
 _BASE_TOKENS = 32 * 32  # of 512 x 512 pixels, where steps are not shifted
 _DEVIATION = 1.5  # of the law of the steps
 _CLEANEST, _NOISIEST = 1 / (1 + exp(7.5)), 1 - 1 / (1 + exp(9.0))  # sigmas
-
-_ATTENTION = ("layers.*.attention.to_[qkv]", "layers.*.attention.to_out.0")
-_FEED_FORWARD = ("layers.*.feed_forward.w[123]",)
-_MODULATION = "layers.*.adaln_modulation"
-NAMES = NativeNames(
-    table={
-        "layers.#.attention.qkv": tuple(f"layers.#.attention.to_{x}" for x in "qkv"),
-        "layers.#.attention.o": "layers.#.attention.to_out.0",
-    },
-    signs=("llm_cond_proj.weight", "embed_image_indicator.weight", "layers.0.attention.qkv.weight"),
-)
-
-
-def _find_transformer(layout: Layout) -> Layout | None:
-    if {"llm_cond_proj.weight", "embed_image_indicator.weight", "layers.0.attention.to_q.weight"} <= set(
-        layout
-    ):
-        return layout
-    return NAMES.denoiser(layout)
-
-
-def _transformer_config(shipped: Config, layout: Layout) -> dict[str, Any]:
-    width, channels = layout["input_proj.weight"].shape
-    head = layout["layers.0.attention.norm_q.weight"].shape[0]
-    return {
-        **shipped,
-        "in_channels": channels,
-        "num_layers": depth(layout, "layers."),
-        "attention_head_dim": head,
-        "num_attention_heads": width // head,
-        "intermediate_size": layout["layers.0.feed_forward.w1.weight"].shape[0],
-        "adaln_dim": layout["adaln_proj.weight"].shape[0],
-        "llm_features_dim": layout["llm_cond_proj.weight"].shape[1],
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class PlacesFirst(Piece):
-    """Statistics of folded channels as this release keeps them, the place in the fold outermost; FLUX.2 innermost."""
-
-    def taken_from(self, stored: Tensor) -> Tensor:
-        return stored.reshape(flux2_vae.FOLD**2, -1).T.reshape(self.shape)
-
-
-def _tidy_vae(layout: Layout) -> Layout:
-    statistics = ("bn.running_mean", "bn.running_var")
-    moved = {n: PlacesFirst(p.file, p.name, p.shape) for n, p in layout.items() if n in statistics}
-    return {**layout, **moved}
 
 
 def _text_slot() -> Slot:
@@ -138,20 +90,14 @@ class Ideogram4(PipelineFamily):
             TRANSFORMER,
             "denoiser",
             Ideogram4Transformer2DModel.from_config,
-            _find_transformer,
-            _transformer_config,
+            find_transformer,
+            transformer_config,
         ),
         Slot(BLIND, "denoiser", Ideogram4Transformer2DModel.from_config, optional=True),
-        replace(flux2_vae.flux2_vae_slot(), tidy=_tidy_vae),
+        replace(flux2_vae.flux2_vae_slot(), tidy=tidy_vae),
         _text_slot(),
     )
-    targets: ClassVar[Mapping[str, TargetSet]] = {
-        "attention": TargetSet(_ATTENTION, "Query, key, value and output of attention."),
-        "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),
-        "all": TargetSet(
-            (*_ATTENTION, *_FEED_FORWARD, _MODULATION), "Every layer of the blocks, modulations included."
-        ),
-    }
+    targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     export = ExportKeys(
         default="comfy",
         formats=("comfy", "diffusers"),
@@ -224,10 +170,10 @@ class Ideogram4(PipelineFamily):
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Each latent place by place, as the transformer takes it."""
-        return _places_first(flux2_vae.encode(self.module("vae"), pixels))
+        return places_first(flux2_vae.encode(self.module("vae"), pixels))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return flux2_vae.decode(self.module("vae"), _places_last(latents))
+        return flux2_vae.decode(self.module("vae"), places_last(latents))
 
     def predict(self, noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
         blind_B = conditioning.on_host("blind_B")
@@ -280,20 +226,3 @@ def _positions(height: int, width: int, device: torch.device) -> Tensor:
     """(0, row, column) of each latent in reading order, far from those of words, (N, 3)."""
     axes = (torch.arange(length, device=device) for length in (1, height, width))
     return torch.cartesian_prod(*axes) + _PICTURE_AT
-
-
-def _places_first(folded_BCHW: Tensor) -> Tensor:
-    """FLUX.2's folded channels with the place in the fold outermost."""
-    return _transposed(folded_BCHW, folded_BCHW.shape[1] // flux2_vae.FOLD**2)
-
-
-def _places_last(latents_BCHW: Tensor) -> Tensor:
-    """The inverse of `_places_first`."""
-    return _transposed(latents_BCHW, flux2_vae.FOLD**2)
-
-
-def _transposed(latents_BCHW: Tensor, rows: int) -> Tensor:
-    """The channels read as a matrix of so many rows, transposed."""
-    batch, channels, height, width = latents_BCHW.shape
-    split = latents_BCHW.reshape(batch, rows, channels // rows, height, width)
-    return split.transpose(1, 2).reshape(latents_BCHW.shape)
