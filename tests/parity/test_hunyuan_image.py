@@ -14,8 +14,9 @@ from reference import PROMPTS, STEPS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from burnish.families.hunyuan_image import HunyuanImage, quoted, vae_name
+from burnish.families.hunyuan_image import HunyuanImage, quoted
 from burnish.families.hunyuan_image_names import NAMES, NAMES_APART
+from burnish.families.hunyuan_image_vae import vae_name
 from burnish.families.registry import detect_family
 from burnish.families.slots import PipelineSource, shipped_configs
 from burnish.family import ModelSource

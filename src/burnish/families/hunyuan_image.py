@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKLHunyuanImage, HunyuanImageTransformer2DModel
+from diffusers import HunyuanImageTransformer2DModel
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from burnish.families import clip, t5
+from burnish.families import clip, hunyuan_image_vae
+from burnish.families.byt5 import byt5_slot
 from burnish.families.guidance import AdaptiveProjection
 from burnish.families.hunyuan_image_names import NAMES, TimeGuidance, find_transformer
 from burnish.families.hunyuan_names import ATTENTION, FEED_FORWARD, ONE_STREAM, TWO_STREAMS
@@ -28,8 +27,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
 from burnish.families.slots import Config, Slot
 from burnish.families.sources import locate, read_json
-from burnish.families.text_slots import settings_of, tokenizer_in
-from burnish.families.weights import Layout, below
+from burnish.families.weights import Layout
 from burnish.family import (
     Capabilities,
     Conditioning,
@@ -78,64 +76,6 @@ def _transformer_config(shipped: Config, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _find_vae(layout: Layout) -> Layout | None:
-    """In diffusers' names or Tencent's, whose stages diffusers counts through block by block."""
-    for prefix in ("", "vae.", "first_stage_model."):
-        inside = below(layout, prefix)
-        if "encoder.down_blocks.0.conv1.weight" in inside:
-            return inside
-        if "encoder.down.5.block.0.conv1.weight" in inside:
-            return {vae_name(name): _flat(piece) for name, piece in inside.items()}
-    return None
-
-
-def vae_name(name: str) -> str:
-    """Diffusers' name for one of Tencent's."""
-    for theirs, ours, blocks in (
-        ("encoder.down", "encoder.down_blocks", 2),
-        ("decoder.up", "decoder.up_blocks", 3),
-    ):
-        found = re.fullmatch(rf"{re.escape(theirs)}\.(\d+)\.(?:block\.(\d+)|(?:up|down)sample)\.(.+)", name)
-        if found:
-            place = int(found[1]) * (blocks + 1) + int(found[2] or blocks)
-            return f"{ours}.{place}.{found[3]}"
-    for theirs, ours in (("mid.block_1", "mid_block.resnets.0"), ("mid.block_2", "mid_block.resnets.1")):
-        name = name.replace(theirs, ours)
-    name = name.replace(".proj_out.", ".proj.") if "mid.attn_1." in name else name
-    name = re.sub(r"mid\.attn_1\.([qkv])\.", r"mid_block.attentions.0.to_\1.", name)
-    return name.replace("mid.attn_1.", "mid_block.attentions.0.")
-
-
-def _flat(piece: Any) -> Any:
-    """A convolution of one frame without its time axis."""
-    return replace(piece, shape=(*piece.shape[:2], *piece.shape[3:])) if len(piece.shape) == 5 else piece
-
-
-def _find_byt5(layout: Layout) -> Layout | None:
-    """A T5 of bytes is known by its few pieces."""
-    found = t5.layout_in(layout)
-    embedding = (found or {}).get("shared.weight") or (found or {}).get("encoder.embed_tokens.weight")
-    if found is None or embedding is None or embedding.shape[0] >= t5.VOCABULARY // 2:
-        return None
-    return {**found, "shared.weight": embedding}
-
-
-def _byt5_slot() -> Slot:
-    return Slot(
-        "text_encoder_2",
-        "text_encoders",
-        lambda config: T5EncoderModel(T5Config(**settings_of(config))),
-        _find_byt5,
-        lambda shipped, layout: {**shipped, "vocab_size": layout["shared.weight"].shape[0]},
-        tokenizer="tokenizer_2",
-        load_tokenizer=tokenizer_in,
-        ship_tokenizer=ByT5Tokenizer,
-        unused=t5.UNUSED,
-        keep_float32=lambda dtype: ("*.wo.weight",) if dtype == torch.float16 else (),  # overflows
-        file_hint="byt5_small_glyphxl_fp16.safetensors",
-    )
-
-
 def quoted(prompt: str) -> str:
     """What ByT5 is told of a prompt: each text in quotes, single ones first; empty where there is none."""
     texts = [text for pattern in _QUOTES for text in re.findall(pattern, prompt)]
@@ -152,15 +92,9 @@ class HunyuanImage(PipelineFamily):
     pipelines = ("HunyuanImagePipeline",)
     slots = (
         Slot("transformer", "denoiser", _transformer, find_transformer, _transformer_config),
-        Slot(
-            "vae",
-            "vae",
-            AutoencoderKLHunyuanImage.from_config,
-            _find_vae,
-            file_hint="hunyuan_image_2.1_vae_fp16.safetensors",
-        ),
+        hunyuan_image_vae.vae_slot(),
         qwen25_vl_slot(),
-        _byt5_slot(),
+        byt5_slot("byt5_small_glyphxl_fp16.safetensors"),
     )
     targets: ClassVar[Mapping[str, TargetSet]] = {
         "attention": TargetSet(ATTENTION, "Query, key, value and output of attention."),
