@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from burnish.errors import ModelError
-from burnish.families.anima import NAMES
+from burnish.families.anima_names import NAMES
 from burnish.families.registry import detect_family, families, family_named
 from burnish.family import Family, ModelSource
 
