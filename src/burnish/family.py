@@ -284,6 +284,7 @@ class Capabilities:
     prompts_see_references: bool = False  # `encode_prompts` must be given the references
     masks: bool = False  # fills holes: the first reference is the picture, a mask says where
     first_frame: bool = False  # the first reference is the clip's first frame
+    last_frame: bool = False  # the second reference is its last frame, without which it does not draw
     video: bool = False
     audio: bool = False  # can be loaded with the sound of clips (`ModelSource.audio`)
     mean_flow: bool = (
@@ -292,6 +293,12 @@ class Capabilities:
     picks_by_time: bool = (
         False  # of several denoisers, by conditioning["time_B"] on the CPU; absent means: by t_B
     )
+
+    @property
+    def own_references(self) -> int:
+        """So many of the first references are the sample itself while training, and of its size: what is to be filled,
+        or its first and last frames."""
+        return int(self.masks or self.first_frame) + int(self.last_frame)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +354,7 @@ class ModelSource:
 
     `vae` and `text_encoders` name separate files for checkpoints that hold the denoiser alone (ComfyUI). `denoisers`
     names those to load of a model with several, all if empty; of a single file, the one that it holds. `audio` asks
-    for the sound beside the frames, of a family that has it.
+    for the sound beside the frames, `first_frame` for clips that go on from one, of families that can do either.
     """
 
     path: str
@@ -357,6 +364,7 @@ class ModelSource:
     offline: bool = False
     denoisers: tuple[str, ...] = ()
     audio: bool = False
+    first_frame: bool = False
 
 
 class NegativePrompt(str):
@@ -544,7 +552,8 @@ class Family(Protocol):
 
         Args:
             references: each (B, 3, H, W) in [-1, 1], of `reference_size`. Where the family fills holes the first is
-                the picture with the hole, where it goes on from a first frame that frame; both of the target's size.
+                the picture with the hole, where it goes on from a first frame that frame, and where it goes to a last
+                one that behind it; all of the target's size.
             mask_B1HW: 1 where the picture is to be filled, of the target's size.
             frames: of the target.
         """

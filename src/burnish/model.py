@@ -33,7 +33,7 @@ class ChosenModel:
 
         Raises:
             ModelError: files are missing, damaged or of another family.
-            UserError: sound is asked of a family without.
+            UserError: sound, or going on from a first frame, is asked of a family without.
         """
         family = self.family.load(
             self.source,
@@ -46,6 +46,11 @@ class ChosenModel:
         if self.source.audio and family.audio is None:
             raise UserError(
                 f"model.audio is set, and {self.family.title} makes no sound.", remedy="Take model.audio out."
+            )
+        if self.source.first_frame and not family.capabilities.first_frame:
+            raise UserError(
+                f"model.first_frame is set, and this {self.family.title} does not go on from one.",
+                remedy="Take model.first_frame out, or use the image-to-video release.",
             )
         return family
 
@@ -66,6 +71,7 @@ def choose_model(model: Model, memory: Memory | None = None) -> ChosenModel:
         offline=model.offline,
         denoisers=tuple(model.denoisers),
         audio=model.audio,
+        first_frame=model.first_frame,
     )
     family = family_named(model.family) if model.family else detect_family(source)
     return ChosenModel(family, source, model.prediction, shrink_by_part(memory or Memory()))

@@ -33,7 +33,7 @@ def ours(family: Family, case: Case, guidance: float) -> Tensor:
     height, width = case.size
     can = family.capabilities
     # Such models draw nothing without a picture; `case.told` has what the denoiser is told of it.
-    picture = Path("told") if can.first_frame or can.masks else None
+    pictures = (Path("told"),) * can.own_references
     requests = [
         PictureRequest(
             prompt,
@@ -44,8 +44,8 @@ def ours(family: Family, case: Case, guidance: float) -> Tensor:
             STEPS,
             guidance,
             frames=case.frames,
-            references=() if picture is None else (picture,),
-            mask=picture if can.masks else None,
+            references=pictures,
+            mask=pictures[0] if can.masks else None,
         )
         for prompt, negative, seed in zip(PROMPTS, NEGATIVES, SEEDS, strict=True)
     ]

@@ -78,10 +78,13 @@ def clip_vision() -> CLIPVisionModel:
     )
 
 
-def _image_to_video(seed: int) -> WanImageToVideoPipeline:
+def _image_to_video(seed: int, **changed: Any) -> WanImageToVideoPipeline:
     return WanImageToVideoPipeline(
         transformer=drawn(
-            seed, lambda: transformer(in_channels=36, out_channels=16, image_dim=16, added_kv_proj_dim=24)
+            seed,
+            lambda: transformer(
+                in_channels=36, out_channels=16, image_dim=16, added_kv_proj_dim=24, **changed
+            ),
         ),
         transformer_2=None,
         image_encoder=drawn(seed + 3, clip_vision),
@@ -90,13 +93,22 @@ def _image_to_video(seed: int) -> WanImageToVideoPipeline:
     )
 
 
-def first_frame() -> Image.Image:
-    blobs = Image.fromarray(default_rng(3).integers(0, 256, (4, 4, 3), dtype="uint8"))
+def first_frame(seed: int = 3) -> Image.Image:
+    blobs = Image.fromarray(default_rng(seed).integers(0, 256, (4, 4, 3), dtype="uint8"))
     return blobs.resize(SIZE[::-1], Image.Resampling.BICUBIC)
 
 
 def told(family: Family, frames: int) -> Conditioning:
     return family.encode_references([pixels_of(first_frame())[None]], frames=frames)
+
+
+def last_frame() -> Image.Image:
+    return first_frame(5)
+
+
+def _told_both(family: Family) -> Conditioning:
+    shown = [pixels_of(picture)[None] for picture in (first_frame(), last_frame())]
+    return family.encode_references(shown, frames=9)
 
 
 def _two_experts(seed: int) -> WanPipeline:
@@ -208,6 +220,15 @@ CASES = {
         frames=5,
         pipeline=WanImageToVideoPipeline,
         **_FILE,
+    ),
+    "wan21_flf2v": Case(
+        "wan21",
+        partial(_image_to_video, pos_embed_seq_len=514),
+        call={"image": first_frame(), "last_image": last_frame()},
+        told=_told_both,
+        frames=9,
+        pipeline=WanImageToVideoPipeline,
+        native=NAMES,  # diffusers' reader of single files knows no `img_emb.emb_pos`
     ),
     "wan21_i2v_still": Case(
         "wan21",

@@ -132,13 +132,14 @@ def first_frames(family: Family, pixels: Tensor) -> Conditioning:
     """What training tells of clips (2, 3, T, H, W) by themselves."""
     if not family.capabilities.first_frame or pixels.shape[2] == 1:
         return Conditioning({})
-    return family.encode_references([pixels[:, :, 0]], frames=pixels.shape[2])
+    shown = [pixels[:, :, 0], pixels[:, :, -1]][: family.capabilities.own_references]
+    return family.encode_references(shown, frames=pixels.shape[2])
 
 
 def ours(family: Family, case: Case) -> Tensor:
     can = family.capabilities
     # Such models draw nothing without a picture; `case.told` has what the denoiser is told of it.
-    picture = Path("told") if can.first_frame or can.masks else None
+    pictures = (Path("told"),) * can.own_references
     request = PictureRequest(
         CAPTION,
         "",
@@ -147,8 +148,8 @@ def ours(family: Family, case: Case) -> Tensor:
         STEPS,
         GUIDANCE,
         frames=case.frames,
-        references=() if picture is None else (picture,),
-        mask=picture if can.masks else None,
+        references=pictures,
+        mask=pictures[0] if can.masks else None,
     )
     encoded = encode_requests(family, [request])
     if case.told is not None:

@@ -52,9 +52,11 @@ def _trains_on(capabilities: Capabilities) -> list[str]:
         "pictures": True,
         "clips": capabilities.video,
         "sound": capabilities.audio,
-        f"references (up to {capabilities.references})": capabilities.references > 1,
+        f"references (up to {capabilities.references})": capabilities.references
+        > max(1, capabilities.own_references),
         "a reference": alone,
         "masks": capabilities.masks,
-        "first frames": capabilities.first_frame,
+        "first frames": capabilities.first_frame and not capabilities.last_frame,
+        "first and last frames": capabilities.last_frame,
     }
     return [kind for kind, has in kinds.items() if has]

@@ -34,6 +34,10 @@ def generate(
     audio: Annotated[
         bool, typer.Option("--audio", help="Draw clips with sound, of a model that makes it.")
     ] = False,
+    first_frame: Annotated[
+        bool,
+        typer.Option("--first-frame", help="Go on from --reference, of a model that also draws without."),
+    ] = False,
     adapter: Annotated[
         list[str],
         typer.Option("--adapter", metavar="FILE[:STRENGTH]", help="Strength 1 if absent; repeatable."),
@@ -85,7 +89,7 @@ def generate(
     from burnish.cli.output import Output
 
     run = _config(config, overrides)
-    chosen = _model(run, model, family, audio=audio)
+    chosen = _model(run, model, family, audio=audio, first_frame=first_frame)
     prompts = _prompts(run, prompt, prompt_file)
     adapters = [_adapter(text) for text in adapter]
     requests = _requests(
@@ -143,7 +147,9 @@ def _config(reference: str | None, overrides: Sequence[str]) -> RunConfig | None
     return load_config(reference, overrides=overrides).config
 
 
-def _model(run: RunConfig | None, path: str | None, family: str | None, *, audio: bool) -> Model:
+def _model(
+    run: RunConfig | None, path: str | None, family: str | None, *, audio: bool, first_frame: bool
+) -> Model:
     from burnish.config.schema import Model
 
     if path is None and run is None:
@@ -153,7 +159,8 @@ def _model(run: RunConfig | None, path: str | None, family: str | None, *, audio
     chosen = Model(path=path) if path is not None else run.model if run else None
     assert chosen is not None, "one of the two is given"
     update: dict[str, object] = {"family": family} if family else {}
-    return chosen.model_copy(update={**update, "audio": chosen.audio or audio})
+    asked = {"audio": chosen.audio or audio, "first_frame": chosen.first_frame or first_frame}
+    return chosen.model_copy(update={**update, **asked})
 
 
 def _prompts(run: RunConfig | None, texts: Sequence[str], file: Path | None) -> list[PromptLine]:

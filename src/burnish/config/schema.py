@@ -48,6 +48,11 @@ class Model(Section):
         description="Of a model that makes sound with its clips (LTX-2): train and draw it, too. Clips without sound, and "
         "pictures, then train the frames alone.",
     )
+    first_frame: bool = Field(
+        False,
+        description="Of a model that draws clips with a first frame or without one (LTX-Video, Wan 2.2 5B): go on from "
+        "first frames. Image-to-video releases always do.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     offline: bool = Field(False, description="Never reach for the network, not even for a Hub id.")
     prediction: Literal["velocity", "epsilon", "v"] | None = Field(

@@ -106,6 +106,8 @@ class CacheKeys:
             "background": sample.background,
             "pictures": pictures.CODE_VERSION,
         }
+        if sample.sees_end:
+            shown["end"] = True
         if sample.fills_holes:
             drawn = {"drawn": companions.HOLES_VERSION}
             shown["mask"] = sample.mask.key() if sample.mask is not None else drawn

@@ -130,7 +130,7 @@ def _stem(name: str) -> str:
 
 
 def _refuse_unused(source: Folder, can: Capabilities, title: str) -> None:
-    own = can.masks or can.first_frame
+    own = can.own_references
     most = max(can.references - own, 0)
     if len(source.references) > most:
         besides = " besides the picture itself" if own else ""

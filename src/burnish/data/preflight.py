@@ -257,6 +257,7 @@ class _Source:
                 references=beside.references(placing) if beside is not None else (),
                 mask=beside.mask(placing) if beside is not None else None,
                 sees_itself=holes or can.first_frame,
+                sees_end=can.last_frame,
                 fills_holes=holes,
                 audio=heard[part],
             )

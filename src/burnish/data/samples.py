@@ -60,6 +60,7 @@ class Sample:
     references: tuple[Companion, ...] = ()
     mask: Companion | None = None
     sees_itself: bool = False  # its own picture, or first frame, is the first reference
+    sees_end: bool = False  # its last frame is the second
     fills_holes: bool = False  # with `mask`, or with drawn ones
     audio: bool = False  # of a clip: its sound is trained with its frames
 

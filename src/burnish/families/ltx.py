@@ -122,9 +122,10 @@ class LTXVideo(PipelineFamily):
     prompt_limit = T5_TOKENS
 
     def configure(self) -> None:
-        """The same weights go on from a first frame when the folder says so (`_class_name` of model_index.json)."""
+        """The same weights go on from a first frame when the user or the folder's model_index.json says so."""
         kind = self.configs["model_index"].get("_class_name")
-        if kind == "LTXImageToVideoPipeline":
+        asked = self.source is not None and self.source.source.first_frame
+        if asked or kind == "LTXImageToVideoPipeline":
             self.capabilities = Capabilities(references=1, first_frame=True, video=True)
         if kind == "LTXConditionPipeline":
             self.prompt_limit = T5_TOKENS_OF_CONDITION

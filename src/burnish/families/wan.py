@@ -218,21 +218,25 @@ def example_tokens(batch: int, width: int, generator: torch.Generator) -> Tensor
     return torch.randn(batch, PROMPT_TOKENS, width, generator=generator)
 
 
-def clip_of(first: Tensor, frames: int) -> Tensor:
-    """A picture (B, 3, H, W) as the first frame of a clip (B, 3, T, H, W) that is grey after it."""
+def clip_of(first: Tensor, frames: int, last: Tensor | None = None) -> Tensor:
+    """A picture (B, 3, H, W) as the first frame of a clip (B, 3, T, H, W) that is grey after it, up to the last."""
     clip_B3THW = first.new_zeros(first.shape[0], 3, frames, *first.shape[-2:])
     clip_B3THW[:, :, 0] = first
+    if last is not None and frames > 1:
+        clip_B3THW[:, :, -1] = last
     return clip_B3THW
 
 
-def with_known_first(latents_BCTHW: Tensor, frame_compression: int) -> Tensor:
-    """Latents of a clip behind the channels that say which of their frames are known: the first alone.
+def with_known_first(latents_BCTHW: Tensor, frame_compression: int, *, last: bool = False) -> Tensor:
+    """Latents of a clip behind the channels that say which of their frames are known: the first, or also the last.
 
-    One channel for each frame that a latent frame stands for (`wan/image2video.py` of the release).
+    One channel for each frame that a latent frame stands for (`wan/image2video.py`, `first_last_frame2video.py`).
     """
     batch, _, length, height, width = latents_BCTHW.shape
     known = latents_BCTHW.new_zeros(batch, frame_compression, length, height, width)
     known[:, :, 0] = 1
+    if last and length > 1:
+        known[:, -1, -1] = 1
     return torch.cat([known, latents_BCTHW], dim=1)
 
 

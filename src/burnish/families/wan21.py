@@ -1,8 +1,10 @@
-"""Wan 2.1 by Alibaba (arXiv 2503.20314): text to video (1.3B and 14B), image to video (14B), and stills.
+"""Wan 2.1 by Alibaba (arXiv 2503.20314): text to video (1.3B and 14B), image to video and first and last frame to video
+(14B), and stills.
 
 A transformer over patches of 1x2x2 latents that predicts velocity, with UMT5's tokens beside it. The image-to-video
 model is told the clip's first frame twice: as latents of a clip that is grey after it, stacked on the noisy ones with
-four channels of which frames are known, and as CLIP's view of it, to which every block attends.
+four channels of which frames are known, and as CLIP's view of it, to which every block attends. That of first and last
+frames (FLF2V) is told both so, CLIP's views with a position.
 
 Shape letters: B batch, C channels, T frames, H W height and width of latents, S tokens, D width.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +31,7 @@ I2V_CHANNELS = 36  # noisy latents, which frames are known, latents of the first
 
 class Wan21(PipelineFamily):
     """Conditioning: `tokens_BSD` (B, 512, 4096); of image to video `first_frame_BCTHW` (B, 20, T, H, W) and
-    `clip_BSD` (B, 257, 1280), without which nothing is known of the first frame."""
+    `clip_BSD` (B, 257, 1280, of two frames 514), without which nothing is known of those frames."""
 
     name: ClassVar[str] = "wan21"
     title: ClassVar[str] = "Wan 2.1"
@@ -39,6 +42,7 @@ class Wan21(PipelineFamily):
     capabilities = Capabilities(references=1, first_frame=True, video=True)  # of image to video
     variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
         "Wan 2.1 T2V": {"transformer": {"in_channels": CHANNELS, "image_dim": None}},
+        "Wan 2.1 FLF2V": {"transformer": {"pos_embed_seq_len": 2 * wan.IMAGE_TOKENS}},
     }
     export = wan.keys("wan2.1", "wan2.1")
     latents = LatentShape(channels=CHANNELS, compression=8, patch=2, frame_compression=4)
@@ -50,7 +54,7 @@ class Wan21(PipelineFamily):
     @classmethod
     def accepts(cls, index: Config, config: Config) -> bool:
         later = index.get("boundary_ratio") is not None or index.get("expand_timesteps")
-        sees_frame = config.get("image_dim") is not None and config.get("pos_embed_seq_len") is None
+        sees_frame = config.get("image_dim") is not None
         return not later and config["in_channels"] == (I2V_CHANNELS if sees_frame else CHANNELS)
 
     @classmethod
@@ -64,6 +68,9 @@ class Wan21(PipelineFamily):
 
     def configure(self) -> None:
         self.goes_on = self.configs["transformer"]["in_channels"] == I2V_CHANNELS
+        self.arrives = self.configs["transformer"].get("pos_embed_seq_len") is not None
+        if self.arrives:
+            self.capabilities = replace(self.capabilities, references=2, last_frame=True)
         if not self.goes_on:
             self.capabilities = Capabilities(video=True)
 
@@ -91,10 +98,13 @@ class Wan21(PipelineFamily):
     ) -> Conditioning:
         if not self.goes_on or not references:
             return Conditioning({})
-        (first_B3HW,) = references
-        latents = self.encode_pixels(wan.clip_of(first_B3HW, frames))
-        seen_BSD = clip_vision.hidden_states(self.module("image_encoder"), first_B3HW)
-        return Conditioning({"first_frame_BCTHW": wan.with_known_first(latents, 4), "clip_BSD": seen_BSD})
+        first_B3HW, *rest = references
+        last_B3HW = rest[0] if self.arrives else None
+        latents = self.encode_pixels(wan.clip_of(first_B3HW, frames, last_B3HW))
+        known = wan.with_known_first(latents, 4, last=self.arrives)
+        shown = [first_B3HW] if last_B3HW is None else [first_B3HW, last_B3HW]
+        seen = [clip_vision.hidden_states(self.module("image_encoder"), one) for one in shown]
+        return Conditioning({"first_frame_BCTHW": known, "clip_BSD": torch.cat(seen, dim=1)})
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         return video_vae.encode(self.module("vae"), pixels)
@@ -124,7 +134,9 @@ class Wan21(PipelineFamily):
             known = noisy.new_zeros(batch, I2V_CHANNELS - CHANNELS, *size)
         if seen is None:
             width = self.denoiser.config.image_dim
-            seen = noisy.new_zeros(batch, wan.IMAGE_TOKENS, width)
+            seen = noisy.new_zeros(batch, wan.IMAGE_TOKENS * (2 if self.arrives else 1), width)
+        if self.arrives:  # the network folds them back, two pictures to a row
+            seen = seen.reshape(2 * batch, wan.IMAGE_TOKENS, -1)
         return torch.cat([noisy, known.to(noisy.dtype)], dim=1), seen
 
     def blocks(self) -> list[nn.Module]:

@@ -91,8 +91,9 @@ class Wan22(PipelineFamily):
         config = self.configs[chosen[0] if chosen else HIGH]
         self.index: Config = self.configs["model_index"]
         self.is_wide = config["out_channels"] == WIDE_CHANNELS
+        asked = self.source is not None and self.source.source.first_frame
         self.goes_on = config["in_channels"] == I2V_CHANNELS or (
-            self.is_wide and self.index.get("_class_name") == "WanImageToVideoPipeline"
+            self.is_wide and (asked or self.index.get("_class_name") == "WanImageToVideoPipeline")
         )
         if not self.goes_on:
             self.capabilities = Capabilities(video=True)

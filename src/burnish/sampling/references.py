@@ -44,13 +44,18 @@ def check_references(family: Family, references: Sequence[Path], mask: Path | No
             f"{family.title} goes on from a first frame, and none is given.",
             remedy="Give --reference, or `references` of the sample prompt.",
         )
+    if can.last_frame and len(references) < can.own_references:
+        raise UserError(
+            f"{family.title} goes on from a first frame to a last one, and one picture is given.",
+            remedy="Give --reference twice, or two `references` of the sample prompt, the last frame second.",
+        )
 
 
 def reference_pixels(family: Family, references: Sequence[Path], size: tuple[int, int]) -> list[Tensor]:
     """Each (3, H, W) in [-1, 1]: scaled to cover the size that the family wants, and cut in the middle.
 
     Args:
-        size: of what is to be drawn, (height, width). The picture to be filled and a first frame are taken at it.
+        size: of what is to be drawn, (height, width). The picture to be filled, and first and last frames are taken at it.
 
     Raises:
         UserError: a file cannot be read.
@@ -59,7 +64,7 @@ def reference_pixels(family: Family, references: Sequence[Path], size: tuple[int
     pixels = []
     for index, path in enumerate(references):
         picture = _opened(path, "#ffffff")
-        is_target = index == 0 and (can.masks or can.first_frame)
+        is_target = index < can.own_references
         wanted = size if is_target else family.reference_size(picture.height, picture.width, size)
         pixels.append(pixels_of(_covering(picture, wanted)))
     return pixels
