@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
+if TYPE_CHECKING:
+    import torch
+
 GIB = 1024**3
+# By name, because some drivers tell a total for memory that is shared, and none tells what is coherent.
+_SHARED = re.compile(r"\b(GB10|Thor|Orin|Xavier)\b")
+_COHERENT = re.compile(r"\b(GH200|GB200|GB300)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,10 @@ class Gpu:
     free_gib: float
     is_unified: bool  # shares the host's memory, as DGX Spark and Apple silicon do
     driver: str
+    capability: tuple[int, int] | None = None  # NVIDIA's compute capability
+    is_coherent: bool = (
+        False  # has its own memory and reads the host's as fast as a copy, as Grace Hopper does
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +108,33 @@ def _nvidia_gpu(index: int, driver: str) -> Gpu:
         total, free = int(memory.total), int(memory.free)
     except pynvml.NVMLError_NotSupported:
         total, free = 0, 0
-    if total:
-        return Gpu(index, name, uuid, total / GIB, free / GIB, False, driver)
-    # GB10 (DGX Spark) and Jetson have one memory for both processors, and NVML knows no total of it.
-    host = host_memory()
-    return Gpu(index, name, uuid, host.total_gib, host.available_gib, True, driver)
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        capability = (int(major), int(minor))
+    except pynvml.NVMLError_NotSupported:
+        capability = None
+    is_unified = not total or bool(_SHARED.search(name))
+    if is_unified:
+        # GB10 (DGX Spark) and Jetson have one memory for both processors: what the system can still give is free,
+        # page cache that it would drop included, of which NVML and CUDA know nothing.
+        host = host_memory()
+        total, free = round(host.total_gib * GIB), round(host.available_gib * GIB)
+    return Gpu(
+        index,
+        name,
+        uuid,
+        total / GIB,
+        free / GIB,
+        is_unified,
+        driver,
+        capability,
+        is_coherent(name),
+    )
+
+
+def is_coherent(name: str) -> bool:
+    """Whether a GPU of this name has its own memory and reads the host's over a coherent link."""
+    return bool(_COHERENT.search(name))
 
 
 def _apple_gpus() -> list[Gpu]:
@@ -159,3 +193,31 @@ def torch_devices() -> TorchDevices:
     return TorchDevices(
         torch.__version__, torch.version.cuda, torch.cuda.is_available(), torch.backends.mps.is_available()
     )
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether this device and the host have one memory, between which nothing is worth moving."""
+    if device.type != "cuda":
+        return True
+    import torch
+
+    return bool(torch.cuda.get_device_properties(device).is_integrated)
+
+
+def profits_from_pinning(device: torch.device) -> bool:
+    """Whether copies to this device are faster, or can run beside computing, from pinned memory."""
+    if shares_memory(device):
+        return False
+    import torch
+
+    return not is_coherent(torch.cuda.get_device_name(device))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a run could still take on this device, what torch holds without using it left aside."""
+    if shares_memory(device):
+        # CUDA counts page cache, which the system gives back when asked, as taken.
+        return int(psutil.virtual_memory().available)
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])

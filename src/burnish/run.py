@@ -16,6 +16,7 @@ from burnish.assembly import Assembled, assemble
 from burnish.atomic import atomic_write_text
 from burnish.checkpoint.space import check_space
 from burnish.checkpoint.store import Loaded
+from burnish.compute.capabilities import use_tensor_cores
 from burnish.config.load import load_config, to_yaml
 from burnish.config.schema import RunConfig
 from burnish.config.train import RollBackOnNonFinite
@@ -80,6 +81,7 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
         choose_device(config.memory.device, config.train.precision),
         DTYPES[config.train.precision],
     )
+    use_tensor_cores(device, config.train.precision)
     resolved = to_yaml(config)
     for line in announce_changes(config, folder):
         events.warned(line)

@@ -32,7 +32,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def set_driver(
-    monkeypatch: pytest.MonkeyPatch, names: list[str], memory: tuple[int, int] | pynvml.NVMLError | None
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    memory: tuple[int, int] | pynvml.NVMLError | None,
+    capability: tuple[int, int] | None = (8, 9),
 ) -> None:
     """Answer for NVIDIA's driver: GPUs by name, each with (total, free) bytes or the error NVML raises."""
 
@@ -41,6 +44,11 @@ def set_driver(
             raise memory
         assert memory is not None
         return SimpleNamespace(total=memory[0], free=memory[1])
+
+    def compute_capability(handle: int) -> tuple[int, int]:
+        if capability is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return capability
 
     for function, answer in {
         "nvmlInit": lambda: None,
@@ -51,6 +59,7 @@ def set_driver(
         "nvmlDeviceGetName": lambda handle: names[handle],
         "nvmlDeviceGetUUID": lambda handle: f"GPU-{handle}",
         "nvmlDeviceGetMemoryInfo": memory_info,
+        "nvmlDeviceGetCudaComputeCapability": compute_capability,
     }.items():
         monkeypatch.setattr(pynvml, function, answer)
 
@@ -91,6 +100,49 @@ def test_unified_memory_is_the_systems(
     assert trouble == ""
     assert found[0].is_unified
     assert found[0].total_gib == pytest.approx(psutil.virtual_memory().total / GIB)
+
+
+def test_shared_memory_is_known_by_name_where_the_driver_tells_a_total(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_driver(monkeypatch, ["NVIDIA GB10"], (100 * GIB, 1 * GIB), (12, 1))
+    found, _ = hardware.gpus()
+    assert (found[0].is_unified, found[0].is_coherent) == (True, False)
+    assert found[0].free_gib == pytest.approx(psutil.virtual_memory().available / GIB, rel=0.2)
+
+
+def test_grace_hopper_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_driver(monkeypatch, ["NVIDIA GH200 480GB"], (96 * GIB, 90 * GIB), (9, 0))
+    found, _ = hardware.gpus()
+    assert (found[0].is_unified, found[0].is_coherent, found[0].total_gib) == (False, True, 96.0)
+
+
+def doctor_lines(*arguments: str) -> list[str]:
+    result = CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "300"})
+    return [line.rstrip() for line in result.stdout.splitlines()]
+
+
+def test_doctor_says_what_a_gpu_has_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_driver(monkeypatch, ["NVIDIA GB10"], (0, 0), (12, 1))
+    text = "\n".join(doctor_lines())
+    assert re.search(
+        r"GPU 0 has +compute capability 12\.1: fp16, bf16, TF32, 8-bit integer products, flash attention, "
+        r"cuDNN attention, fp8 products$",
+        text,
+        re.MULTILINE,
+    )
+    assert re.search(r"GPU 0 wants +train\.precision: bf16 \(no loss scale\)", text)
+    assert "memory.weights: fp8 (half the memory of bf16, products in fp8)" in text
+    assert "note: NVIDIA GB10 shares the system's memory: moving weights or activations" in text
+
+    told = json.loads("\n".join(doctor_lines("--json")))
+    assert told["recommended"]["GPU-0"]["memory.weights"] == "fp8"
+    assert told["gpus"][0]["capability"] == [12, 1]
+
+
+def test_nothing_is_recommended_for_an_unknown_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_driver(monkeypatch, ["RTX 4090"], (24 * GIB, 20 * GIB), None)
+    assert not any(line.startswith(("GPU 0 has", "GPU 0 wants")) for line in doctor_lines())
 
 
 def test_apple_silicon_shares_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

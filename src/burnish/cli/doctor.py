@@ -71,6 +71,7 @@ class Findings:
     disks: dict[str, hardware.DiskSpace]
     packages: dict[str, str | None]
     missing_extras: dict[str, list[str]]
+    recommended: dict[str, dict[str, str]] = field(default_factory=dict)  # by GPU: option and value
     wrong: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -93,6 +94,7 @@ def doctor(
 def examine(runs: Path) -> Findings:
     """Look at everything; imports torch to ask it what it can use."""
     from burnish import hardware
+    from burnish.compute import capabilities
 
     gpus, gpu_trouble = hardware.gpus()
     torch, torch_trouble = _torch()
@@ -114,6 +116,9 @@ def examine(runs: Path) -> Findings:
             if (missing := [name for name in names if _installed(name) is None])
         },
     )
+    found.recommended = {
+        gpu.uuid: {one.option: one.value for one in capabilities.recommendations(gpu)} for gpu in gpus
+    }
     found.wrong += [trouble for trouble in (gpu_trouble, torch_trouble) if trouble]
     found.wrong += _package_troubles(packages) + _disk_troubles(found.disks)
     if sys.version_info < OLDEST_PYTHON:
@@ -135,6 +140,9 @@ def _torch() -> tuple[hardware.TorchDevices | None, str]:
 
 
 def _judge_gpus(found: Findings) -> None:
+    from burnish.compute import capabilities
+
+    found.notes += [note for gpu in found.gpus for note in capabilities.notes(gpu)]
     nvidia = [gpu for gpu in found.gpus if gpu.uuid != "apple"]
     if not found.gpus:
         found.notes.append("no GPU: the demo trains on the processor, larger models would take days")
@@ -214,6 +222,8 @@ def _show(found: Findings) -> None:
 
 
 def _rows(found: Findings) -> list[tuple[str, str]]:
+    from burnish.compute import capabilities
+
     rows = [
         ("burnish", f"{found.burnish} on Python {found.python}, {found.system}"),
         ("processor", f"{found.processor}, {found.processors} usable"),
@@ -224,6 +234,7 @@ def _rows(found: Findings) -> list[tuple[str, str]]:
         rows.append(
             (f"GPU {gpu.index}", f"{gpu.name}, {gpu.total_gib:.1f} GiB ({kind}), {gpu.driver}, {gpu.uuid}")
         )
+    rows += capabilities.table(found.gpus)
     if found.torch:
         uses = (
             "CUDA" if found.torch.is_cuda_ready else "Metal" if found.torch.is_mps_ready else "the processor"

@@ -51,13 +51,16 @@ def _build(
 ) -> torch.optim.Optimizer:
     match section:
         case AdamW():
+            fused = _are_on_cuda(groups)
             return torch.optim.AdamW(
                 groups,
                 lr=section.learning_rate,
                 betas=section.betas,
                 eps=section.eps,
                 weight_decay=section.weight_decay,
-                foreach=True,  # an adapter is hundreds of small tensors: one call for all of them
+                # An adapter is hundreds of small tensors: one kernel for many of them, or one call.
+                fused=fused,
+                foreach=not fused,
             )
         case AdamW8bit():
             return _adamw8bit(section, groups)
@@ -65,6 +68,10 @@ def _build(
             return _adafactor(section, groups)
         case Prodigy():
             return _prodigy(section, groups)
+
+
+def _are_on_cuda(groups: list[dict[str, Any]]) -> bool:
+    return all(parameter.is_cuda for group in groups for parameter in group["params"])
 
 
 def _adamw8bit(section: AdamW8bit, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
