@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ from test_families_equal_pipelines import told
 from test_single_files import folder_weights, native_weights
 from tiny import wan
 
-from burnish.errors import ModelError
+from burnish.errors import ModelError, UserError
 from burnish.families.registry import detect_family, families, family_named
 from burnish.families.wan import NAMES
 from burnish.family import Conditioning, ModelSource, Part
+from burnish.model import ChosenModel
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
 
 TinyFolder = Callable[[str], Path]
@@ -63,6 +66,48 @@ def test_5b_goes_on_from_a_first_frame_as_its_pipeline(tmp_path: Path) -> None:
     first = shown["first_frame_BCTHW"].expand(len(SEEDS), -1, -1, -1, -1)
     torch.testing.assert_close(found[:, :, :1], first, atol=5e-3, rtol=0)
     torch.testing.assert_close(reference[:, :, :1], first, atol=1e-4, rtol=0)
+
+
+def test_5b_goes_on_where_the_user_says_so(tmp_path: Path) -> None:
+    """The same weights draw either way; a single file cannot say which."""
+    wan.wide_image(0).save_pretrained(tmp_path / "said_by_the_folder")
+    folder = tmp_path / "said_by_the_user"
+    shutil.copytree(tmp_path / "said_by_the_folder", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanPipeline"}))
+    file = tmp_path / "wan2.2_ti2v_5B.safetensors"
+    save_file(native_weights(NAMES, folder_weights(folder, "transformer")), file)
+    for path in (folder, file):
+        assert not load(path).capabilities.first_frame
+        asked = ChosenModel(family_named("wan22"), ModelSource(str(path), first_frame=True), None)
+        assert asked.load(dtype=torch.float32, device="cpu").capabilities.first_frame
+    source = ModelSource(str(folder), first_frame=True)
+    asked_for = family_named("wan22").load(
+        source, frozenset(("denoiser", "vae")), dtype=torch.float32, device="cpu"
+    )
+    noisy, t_B, told = asked_for.example(*wan.SIZE, batch=1, frames=FRAMES)
+    for family in (asked_for, load(tmp_path / "said_by_the_folder", "denoiser", "vae")):
+        with torch.no_grad():
+            found = family.predict(noisy, t_B, told.merged(wan.told(family, FRAMES)))
+            assert (found - asked_for.predict(noisy, t_B, told)).abs().max() > 1e-3
+            torch.testing.assert_close(
+                found, asked_for.predict(noisy, t_B, told.merged(wan.told(asked_for, FRAMES)))
+            )
+
+
+def test_a_model_that_does_not_go_on_refuses_to(tiny_folder: TinyFolder) -> None:
+    source = ModelSource(str(tiny_folder("wan21")), first_frame=True)
+    with pytest.raises(UserError, match="first_frame"):
+        ChosenModel(family_named("wan21"), source, None).load(dtype=torch.float32, device="cpu")
+
+
+def test_first_and_last_frame_take_two_pictures(tiny_folder: TinyFolder) -> None:
+    family = family_named("wan21").load(
+        ModelSource(str(tiny_folder("wan21_flf2v"))), frozenset(ALL), dtype=torch.float32, device="cpu"
+    )
+    request = PictureRequest("a cat", height=64, width=96, frames=5, references=(Path("first"),))
+    with pytest.raises(UserError, match="one picture is given"):
+        encode_requests(family, [request])
 
 
 def test_a_first_frame_costs_no_loss(tmp_path: Path) -> None:

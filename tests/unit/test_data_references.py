@@ -268,10 +268,11 @@ def test_keys_depend_on_references_and_masks(tmp_path: Path, kontext: Family, fi
         replace(sample, references=(replace(reference, fit=replace(reference.fit, left=1)),)),
         replace(sample, references=(reference, reference)),
         replace(sample, sees_itself=True),
+        replace(sample, sees_itself=True, sees_end=True),
     ]
     found = {keys.latents(one, flip=flip) for one in others for flip in (False, True)}
     found.add(replace(keys, family="another").latents(sample, flip=False))
-    assert len(found) == 15
+    assert len(found) == 17
     moved = replace(sample, references=(replace(reference, path=tmp_path / "elsewhere.png"),))
     assert keys.latents(moved, flip=False) == keys.latents(sample, flip=False)
 
@@ -334,19 +335,23 @@ def test_captions_are_encoded_with_what_their_prompts_see(tmp_path: Path, tiny_f
                 assert torch.equal(batch.conditioning["tokens_BSD"][row], entry["tokens_BSD"][0])
 
 
-def test_a_clip_goes_on_from_its_own_first_frame(tmp_path: Path, tiny_folder: TinyFolder):
-    family = loaded(family_named("wan21"), tiny_folder("wan21_i2v"))
+@pytest.mark.parametrize("name", ["wan21_i2v", "wan21_flf2v"])
+def test_a_clip_goes_on_from_its_own_first_frame(tmp_path: Path, tiny_folder: TinyFolder, name: str):
+    family = loaded(family_named("wan21"), tiny_folder(name))
     clip_with_caption(tmp_path / "a.mp4", clip_bytes(40))
     (sample,) = prepared(tmp_path, family, resolutions=[96], frames=[5], clips="middle").samples
     pixels = load_pixels(sample, flip=False)
-    (first,) = load_references(sample, flip=False)
+    first, *last = load_references(sample, flip=False)
     assert torch.equal(first, pixels[:, 0])
+    assert len(last) == (name == "wan21_flf2v")
+    assert not last or torch.equal(last[0], pixels[:, 4])
+    assert not last or not torch.equal(last[0], first)
     assert round(float(first[:, 32, 72].mean() + 1) * 127.5 / 8) == 17
     cache, keys = full([sample], family)
     entry = cache.get("latents", keys.latents(sample, flip=False))
     assert entry is not None
     with torch.no_grad():
-        told = family.encode_references([first[None]], frames=5)
+        told = family.encode_references([one[None] for one in (first, *last)], frames=5)
         assert entry.keys() == {LATENTS, *told}
         torch.testing.assert_close(entry[LATENTS], family.encode_pixels(pixels[None])[0])
     for name, tensor in told.items():
