@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
 from typing import ClassVar, Self
 
 import torch
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from burnish.errors import ModelError
 from burnish.families import flux2_references, flux2_vae, mistral
-from burnish.families.flux2_names import NAMES, find_transformer, transformer_config
+from burnish.families.flux2_names import NAMES, TARGETS, find_transformer, transformer_config
 from burnish.families.pipeline import PipelineFamily, flow_schedule
 from burnish.families.qwen import qwen3_slot
+from burnish.families.reference_sizes import shrunk
 from burnish.families.rows import by_kind
 from burnish.families.shifts import EmpiricalShift
 from burnish.families.slots import Config, Slot
@@ -50,16 +50,6 @@ SYSTEM = (
 )
 REFERENCES = 10
 REFERENCE_AREA = 1024 * 1024  # pixels; larger references are scaled down to it
-
-_ATTENTION = (
-    "*.attn.to_[qkv]",
-    "*.attn.to_out.0",
-    "*.attn.add_[qkv]_proj",
-    "*.attn.to_add_out",
-    "single_transformer_blocks.*.attn.to_qkv_mlp_proj",
-    "single_transformer_blocks.*.attn.to_out",
-)
-_FEED_FORWARD = ("*.ff.linear_in", "*.ff.linear_out", "*.ff_context.linear_in", "*.ff_context.linear_out")
 
 
 class Flux2(PipelineFamily):
@@ -94,25 +84,7 @@ class Flux2(PipelineFamily):
             shipped="qwen3",
         ),
     )
-    targets: ClassVar[Mapping[str, TargetSet]] = {
-        "attention": TargetSet(
-            _ATTENTION,
-            "Attention; of single-stream blocks the layers that it shares with the feed-forward layers.",
-        ),
-        "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),
-        "all": TargetSet(
-            (
-                "transformer_blocks.*",
-                "single_transformer_blocks.*",
-                "*_modulation*.linear",
-                "x_embedder",
-                "context_embedder",
-                "proj_out",
-            ),
-            "Every layer of the blocks, the modulations that they share, and the first and last layer; not the "
-            "embeddings of time and guidance, nor the last modulation.",
-        ),
-    }
+    targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     export = ExportKeys(
         default="comfy",
         formats=("comfy", "diffusers"),
@@ -213,10 +185,7 @@ class Flux2(PipelineFamily):
 
     def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
         """Its own size, but of a megapixel at most, in whole tokens."""
-        scale = min(1.0, sqrt(REFERENCE_AREA / (height * width)))
-        multiple = self.latents.pixel_multiple
-        rows, columns = (max(int(length * scale) // multiple, 1) for length in (height, width))
-        return rows * multiple, columns * multiple
+        return shrunk(height, width, area=REFERENCE_AREA, multiple=self.latents.pixel_multiple)
 
     def encode_references(
         self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1

@@ -1,15 +1,17 @@
-"""FLUX.2's transformer in single files: the names of the release, and its config from shapes.
+"""FLUX.2's transformer: its names in single files, its config from shapes, and what of it is trained.
 
 After https://github.com/black-forest-labs/flux2 (`src/flux2/model.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from burnish.families.native import NativeNames, depth
 from burnish.families.slots import Config
 from burnish.families.weights import Layout
+from burnish.family import TargetSet
 
 _DOUBLE, _SINGLE = "double_blocks.#", "single_blocks.#"
 _OUR_DOUBLE, _OUR_SINGLE = "transformer_blocks.#", "single_transformer_blocks.#"
@@ -47,6 +49,34 @@ NAMES = NativeNames(
     kinds={"scale": "weight"},
     swapped=("norm_out.linear",),
 )
+_ATTENTION = (
+    "*.attn.to_[qkv]",
+    "*.attn.to_out.0",
+    "*.attn.add_[qkv]_proj",
+    "*.attn.to_add_out",
+    "single_transformer_blocks.*.attn.to_qkv_mlp_proj",
+    "single_transformer_blocks.*.attn.to_out",
+)
+_FEED_FORWARD = ("*.ff.linear_in", "*.ff.linear_out", "*.ff_context.linear_in", "*.ff_context.linear_out")
+TARGETS: Mapping[str, TargetSet] = {
+    "attention": TargetSet(
+        _ATTENTION,
+        "Attention; of single-stream blocks the layers that it shares with the feed-forward layers.",
+    ),
+    "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),
+    "all": TargetSet(
+        (
+            "transformer_blocks.*",
+            "single_transformer_blocks.*",
+            "*_modulation*.linear",
+            "x_embedder",
+            "context_embedder",
+            "proj_out",
+        ),
+        "Every layer of the blocks, the modulations that they share, and the first and last layer; not the "
+        "embeddings of time and guidance, nor the last modulation.",
+    ),
+}
 
 
 def find_transformer(layout: Layout) -> Layout | None:

@@ -23,6 +23,7 @@ from burnish.families.native import PREFIXES, depth
 from burnish.families.omnigen2_transformer import MAX_REFERENCES, OmniGen2Transformer, grid, patches_of
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
+from burnish.families.reference_sizes import shrunk
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.weights import Layout, below
 from burnish.family import (
@@ -167,10 +168,8 @@ class OmniGen2(PipelineFamily):
 
     def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
         """Its own size in whole patches, but of a megapixel and a side of 1024 pixels at most."""
-        scale = min(1.0, sqrt(REFERENCE_AREA / (height * width)), REFERENCE_SIDE / max(height, width))
         multiple = self.latents.pixel_multiple
-        rows, columns = (max(int(length * scale) // multiple, 1) for length in (height, width))
-        return rows * multiple, columns * multiple
+        return shrunk(height, width, area=REFERENCE_AREA, side=REFERENCE_SIDE, multiple=multiple)
 
     def encode_references(
         self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1

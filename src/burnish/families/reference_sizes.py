@@ -1,0 +1,12 @@
+"""At which size a reference picture is taken, where several families do alike; sizes are (height, width) in pixels."""
+
+from __future__ import annotations
+
+from math import inf, sqrt
+
+
+def shrunk(height: int, width: int, *, area: int, multiple: int, side: float = inf) -> tuple[int, int]:
+    """Its own size in whole multiples, but with no more pixels than `area` and no longer a side than `side`."""
+    scale = min(1.0, sqrt(area / (height * width)), side / max(height, width))
+    rows, columns = (max(int(length * scale) // multiple, 1) for length in (height, width))
+    return rows * multiple, columns * multiple
