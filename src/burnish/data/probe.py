@@ -136,11 +136,9 @@ class Probe:
         if entry is None:
             return None
         with suppress(OSError, ValueError, TypeError):  # not there, or torn: decode again
-            values = json.loads(entry.read_bytes())
-            sound = values.get("sound")
-            return _Found(
-                **{**values, "fixes": tuple(values["fixes"]), "sound": sound and (sound[0], sound[1])}
-            )
+            values = {"sound": None, **json.loads(entry.read_bytes())}
+            sound = values["sound"] and tuple(values["sound"])
+            return _Found(**{**values, "fixes": tuple(values["fixes"]), "sound": sound})
         return None
 
     def _remember(self, entry: Path | None, found: _Found) -> None:
