@@ -82,7 +82,7 @@ class BlockForward:
         self.plain = plain
         self.mode: Mode = "keep"
         self.compiled_by: Callable[[Forward], Forward] | None = None
-        self.bring_weights: Callable[[], None] | None = None  # before each forward, also to recompute
+        self.bring_weights: Callable[[], object] | None = None  # before each forward, also to recompute
         self.keepers: tuple[Keeper, ...] = ()
         self._inner = plain
 
@@ -151,11 +151,11 @@ def _checkpointed(forward: Forward, contexts: Callable[[], Contexts], *args: Any
     return checkpoint(by_position, *args, *kwargs.values(), use_reentrant=False, context_fn=contexts)
 
 
-def _recomputing(bring_weights: Callable[[], None] | None) -> Contexts:
+def _recomputing(bring_weights: Callable[[], object] | None) -> Contexts:
     return nullcontext(), nullcontext() if bring_weights is None else _brought(bring_weights)
 
 
-def _selecting(mode: Mode, bring_weights: Callable[[], None] | None) -> Contexts:
+def _selecting(mode: Mode, bring_weights: Callable[[], object] | None) -> Contexts:
     make: Callable[..., Contexts] = create_selective_checkpoint_contexts
     caching, cached = make(POLICIES[mode])
     return caching, cached if bring_weights is None else _brought(bring_weights, cached)
@@ -163,7 +163,7 @@ def _selecting(mode: Mode, bring_weights: Callable[[], None] | None) -> Contexts
 
 @contextmanager
 def _brought(
-    bring_weights: Callable[[], None], inside: AbstractContextManager[Any] | None = None
+    bring_weights: Callable[[], object], inside: AbstractContextManager[Any] | None = None
 ) -> Iterator[None]:
     """Copies of weights are made outside of what counts a block's operations."""
     bring_weights()
