@@ -413,8 +413,11 @@ class Shrinking(Protocol):
         """Those that are to be given to `take`; the others are there already."""
         ...
 
-    def take(self, weight_name: str, weight: Tensor) -> None:
-        """Keep a weight, which is on the device, in the smaller format."""
+    def take(self, weight_name: str, weight: Tensor, scales: Tensor | None = None) -> None:
+        """Keep a weight, which is on the device, in the smaller format.
+
+        `scales` are what the numbers of one in 8 bits are to be multiplied with, in its shape.
+        """
         ...
 
 

@@ -164,5 +164,5 @@ def test_weights_with_scales_beside_them_are_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.mlp.gate_proj.scale_weight"] = torch.ones(())
     save_file(tensors, tmp_path / "scaled.safetensors")
-    with pytest.raises(ModelError, match="8-bit weights with scales"):
+    with pytest.raises(ModelError, match="quantized weights with scales"):
         qwen.qwen3_slot().find(layout_of([tmp_path / "scaled.safetensors"]))

@@ -246,7 +246,7 @@ def test_what_would_load_wrongly_is_refused(tmp_path: Path, models: Models) -> N
     native = native_transformer(models.transformer)
     scale = {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(1)}
     scaled = written(tmp_path / "scaled.safetensors", native, scale)
-    assert "8-bit weights with scales" in refused(ModelSource(str(scaled)), "denoiser")
+    assert "quantized weights with scales" in refused(ModelSource(str(scaled)), "denoiser")
 
     narrow = native_transformer(transformer(guidance=True, head_dim=16))
     heads = written(tmp_path / "heads.safetensors", narrow)

@@ -104,7 +104,7 @@ class NativeNames:
             held = self.held_by(module) if module else self.held_by(name)
             for ours, part in zip(held, _parts(piece, held, rows or {}), strict=True):
                 if self.is_swapped(ours):
-                    part = HalvesSwapped(part.file, part.name, part.shape)
+                    part = HalvesSwapped(part.file, part.name, part.shape, scale=part.scale)
                 renamed[f"{ours}.{self.kinds.get(kind, kind)}" if module else ours] = part
         return renamed
 
@@ -156,7 +156,7 @@ def with_halves_swapped(layout: Layout, modules: Iterable[str]) -> Layout:
     """A layout in which the tensors of these modules have their halves traded (scale and shift)."""
     chosen = tuple(modules)
     return {
-        name: HalvesSwapped(piece.file, piece.name, piece.shape)
+        name: HalvesSwapped(piece.file, piece.name, piece.shape, scale=piece.scale)
         if name.rpartition(".")[0] in chosen
         else piece
         for name, piece in layout.items()
@@ -164,7 +164,7 @@ def with_halves_swapped(layout: Layout, modules: Iterable[str]) -> Layout:
 
 
 def refuse_scaled(layout: Layout) -> None:
-    """8-bit files that keep a scale beside each weight would load as noise.
+    """Files with scales of other kinds than `scales.py` reads would load as noise.
 
     Raises:
         ModelError: it is such a file.
@@ -172,9 +172,8 @@ def refuse_scaled(layout: Layout) -> None:
     scaled = [name for name in layout if _SCALED.search(name)]
     if scaled:
         raise ModelError(
-            f"{layout[scaled[0]].file} holds 8-bit weights with scales beside them ({scaled[0]}), "
-            "which are not read.",
-            remedy="Use the bfloat16 or float16 file, or the plain fp8_e4m3fn one, of the same model.",
+            f"{layout[scaled[0]].file} holds quantized weights with scales of a kind that is not read ({scaled[0]}).",
+            remedy="Use the bfloat16, float16, fp8_scaled or plain fp8_e4m3fn file of the same model.",
         )
 
 

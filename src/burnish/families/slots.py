@@ -24,6 +24,7 @@ from burnish.errors import ModelError
 from burnish.families import autoencoder
 from burnish.families.apart import files_behind, separate_file, separate_weights, tokenizer_in
 from burnish.families.fingerprints import fingerprint
+from burnish.families.scales import scales_in
 from burnish.families.sources import (
     index_file,
     locate,
@@ -189,7 +190,10 @@ class PipelineSource:
         if part == "vae" and self.source.vae is not None:
             return [layout_of_file(separate_file(self.source.vae))]
         named = [layout for layout in self._named_encoders.values() if layout]
-        return named if part == "text_encoders" and named else [layout_of_file(self.path)]
+        if part != "text_encoders" or not named:
+            return [layout_of_file(self.path)]
+        # What no named file holds can lie in the model's own, as a release's connectors do.
+        return named if self.index else [*named, layout_of_file(self.path)]
 
     def layout(self, slot: Slot) -> Layout:
         """Where the weights of a module lie, under the module's own names."""
@@ -321,7 +325,10 @@ def layout_of_file(path: Path) -> Layout:
 @cache
 def _cached_layout(path: Path, modified: int, size: int) -> Layout:
     """Headers of the same file are asked for by every family that might know it."""
-    return {name: Piece(path, name, info.shape) for name, info in read_header(path).items()}
+    header = read_header(path)
+    return {
+        name: Piece(path, name, header[name].shape, scale=scale) for name, scale in scales_in(header).items()
+    }
 
 
 def vae_slot(hint: str = "ae.safetensors", prefixes: Sequence[str] = ("vae.", "first_stage_model.")) -> Slot:

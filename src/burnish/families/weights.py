@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from burnish.errors import ModelError
 from burnish.families.fingerprints import fingerprint
+from burnish.families.scales import scales_in, spread, widened
 from burnish.families.sources import read_header
 from burnish.family import Shrink
 
@@ -32,13 +33,17 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A module's tensor inside a file: `rows` of tensor `name`, transposed if so, in `shape`."""
+    """A module's tensor inside a file: `rows` of tensor `name`, transposed if so, in `shape`.
+
+    `scale` names the tensor that an 8-bit one is to be multiplied with (`scales.py`).
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    scale: str | None = None
 
     def third(self, index: int) -> Piece:
         """Query, key or value (0, 1, 2) of a tensor that stacks the three."""
@@ -69,13 +74,14 @@ def layout_of(files: Iterable[Path]) -> Layout:
     """
     layout: Layout = {}
     for file in files:
-        for name, info in read_header(file).items():
+        header = read_header(file)
+        for name, scale in scales_in(header).items():
             if name in layout:
                 raise ModelError(
                     f"Both {layout[name].file} and {file} hold {name!r}.",
                     remedy="Remove the file that is too many.",
                 )
-            layout[name] = Piece(file, name, info.shape)
+            layout[name] = Piece(file, name, header[name].shape, scale=scale)
     return layout
 
 
@@ -133,10 +139,11 @@ def load_module(
         )
         names -= set(shrinking.weights) - set(shrinking.waiting)
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _read(layout, names, device):
+    for name, tensor, scales in _read(layout, names, device):
         if shrinking is not None and name in shrinking.weights:
-            shrinking.take(name, tensor)
+            shrinking.take(name, tensor, scales)
             continue
+        tensor = tensor if scales is None else widened(tensor, scales)
         keeps = any(fnmatch(name, rule) for rule in keep_float32)
         floating = wanted[name].is_floating_point()
         tensors[name] = (
@@ -167,7 +174,10 @@ def _content(layout: Layout, names: Collection[str]) -> str:
 
 def read_tensor(piece: Piece) -> Tensor:
     """One tensor of a layout, on the CPU."""
-    (found,) = [tensor for _, tensor in _read({"": piece}, [""], "cpu")]
+    (found,) = [
+        tensor if scales is None else widened(tensor, scales)
+        for _, tensor, scales in _read({"": piece}, [""], "cpu")
+    ]
     return found
 
 
@@ -184,8 +194,13 @@ def _check_shapes(wanted: Mapping[str, Tensor], layout: Layout, what: str) -> No
         )
 
 
-def _read(layout: Layout, names: Iterable[str], device: torch.device | str) -> Iterable[tuple[str, Tensor]]:
-    """Tensors of a layout, each file opened once."""
+def _read(
+    layout: Layout, names: Iterable[str], device: torch.device | str
+) -> Iterable[tuple[str, Tensor, Tensor | None]]:
+    """Tensors of a layout as they are stored, each with what its numbers are to be multiplied with, if anything.
+
+    Each file is opened once.
+    """
     by_file: dict[Path, list[str]] = {}
     for name in sorted(names):
         by_file.setdefault(layout[name].file, []).append(name)
@@ -194,6 +209,9 @@ def _read(layout: Layout, names: Iterable[str], device: torch.device | str) -> I
             with safe_open(file, framework="pt", device=str(device)) as stored:
                 for name in names_in_file:
                     piece = layout[name]
-                    yield name, piece.taken_from(stored.get_tensor(piece.name))
+                    whole, scales = stored.get_tensor(piece.name), None
+                    if piece.scale is not None:
+                        scales = piece.taken_from(spread(stored.get_tensor(piece.scale), whole.shape))
+                    yield name, piece.taken_from(whole), scales
         except SafetensorError as error:
             raise ModelError(f"{file} cannot be read: {error}.", remedy="Fetch the file again.") from error

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from burnish.atomic import atomic_write_bytes, free_bytes, readable_bytes, sweep
 from burnish.errors import DiskFull
+from burnish.families.scales import of_rows, widened
 from burnish.memory.formats import FORMAT_VERSION, FORMATS
 from burnish.memory.quantized import QuantizedLinear, large_linears, repeated_parts, replace_linears
+from burnish.memory.rounding import FP8
 
 _log = logging.getLogger(__name__)
 
@@ -96,14 +98,16 @@ class Shrinking:
     def weights(self) -> set[str]:
         return {f"{name}.weight" for name in self.layers}
 
-    def take(self, weight_name: str, weight: Tensor) -> None:
-        """Keep a layer's weight (N, K), which is on the device."""
+    def take(self, weight_name: str, weight: Tensor, scales: Tensor | None = None) -> None:
+        """Keep a layer's weight (N, K), which is on the device; see `family.Shrinking`."""
         name = weight_name.removesuffix(".weight")
         layer = self.layers[name]
-        codes, scales = layer.kept.pack(weight)
-        layer.take(codes, scales, dtype=self.dtype)
+        packed = _as_stored(layer, weight, scales)
+        if packed is None:
+            packed = layer.kept.pack(weight if scales is None else widened(weight, scales))
+        layer.take(*packed, dtype=self.dtype)
         self.filled.add(name)
-        self._store(name, codes, scales)
+        self._store(name, *packed)
 
     def read(self, folder: Path) -> None:
         """Fill the layers that are in `folder`; the others will be written there, if there is room."""
@@ -153,6 +157,14 @@ class Shrinking:
         """Without a place on disk the next load takes as long as this one, nothing else."""
         _log.warning("the smaller weights are not kept for the next time: %s", error)
         self.folder = None
+
+
+def _as_stored(layer: QuantizedLinear, weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Codes and scales of a weight that is stored in e4m3 already, and need not be rounded again; else None."""
+    if layer.kept_as != "fp8" or weight.dtype != FP8:
+        return None
+    rows = torch.ones(len(weight), 1, device=weight.device) if scales is None else of_rows(scales)
+    return None if rows is None else (weight.clone(), rows)
 
 
 def _stored(path: Path, device: torch.device) -> tuple[Tensor, Tensor] | None:
