@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from burnish.families import clip, flux_transformer
+from burnish.families import flux_transformer
 from burnish.families.flux_names import TARGETS
 from burnish.families.packing import unpack
 from burnish.families.pipeline import PipelineFamily
@@ -24,8 +24,6 @@ from burnish.families.weights import Layout
 from burnish.family import (
     Capabilities,
     Conditioning,
-    ExportKeys,
-    LatentShape,
     SamplerDefaults,
     TargetSet,
 )
@@ -44,15 +42,8 @@ class Flex2(PipelineFamily):
     pipelines = ("Flex2Pipeline", "FluxControlPipeline", "FluxPipeline")
     slots = flux_transformer.SLOTS
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
-    export = ExportKeys(
-        default="diffusers",
-        formats=("diffusers", "comfy"),
-        modelspec="flex-2-preview",
-        base_model_version="flex2",
-        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
-        native=flux_transformer.NAMES.native_module,
-    )
-    latents = LatentShape(channels=CHANNELS, compression=8, patch=2)
+    export = flux_transformer.export_keys("flex-2-preview", "flex2")
+    latents = flux_transformer.LATENTS
     defaults = SamplerDefaults(steps=28, guidance=3.5, size=(1024, 1024), negative_prompt=False)
 
     @classmethod
@@ -70,24 +61,15 @@ class Flex2(PipelineFamily):
     def example_conditioning(
         self, batch: int, latents: Sequence[int], generator: torch.Generator
     ) -> Conditioning:
-        config = self.denoiser.config
-        return flux_transformer.example_conditioning(config, batch, self.prompt_limit, generator)
+        return flux_transformer.example_conditioning(self, batch, generator)
 
     def count_tokens(self, prompt: str) -> int:
-        """Of T5, which reads the whole caption."""
-        return clip.count_tokens(self.tokenizer("text_encoder_2"), prompt)
+        return flux_transformer.count_tokens(self, prompt)
 
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
-        return flux_transformer.encode_prompts(
-            prompts,
-            self.module("text_encoder"),
-            self.tokenizer("text_encoder"),
-            self.module("text_encoder_2"),
-            self.tokenizer("text_encoder_2"),
-            self.prompt_limit,
-        )
+        return flux_transformer.encode_prompts(self, prompts)
 
     def encode_references(
         self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1

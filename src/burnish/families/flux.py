@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.errors import ModelError
-from burnish.families import autoencoder, clip, flux_transformer
+from burnish.families import autoencoder, flux_transformer
 from burnish.families.flux_names import TARGETS
 from burnish.families.packing import pack, patch_positions, unpack
 from burnish.families.pipeline import PipelineFamily
@@ -31,8 +31,6 @@ from burnish.families.weights import Layout
 from burnish.family import (
     Capabilities,
     Conditioning,
-    ExportKeys,
-    LatentShape,
     SamplerDefaults,
     Schedule,
     TargetSet,
@@ -92,15 +90,8 @@ class Flux(PipelineFamily):
     )
     slots = flux_transformer.SLOTS
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
-    export = ExportKeys(
-        default="diffusers",
-        formats=("diffusers", "comfy"),
-        modelspec="flux-1-dev",
-        base_model_version="flux1",
-        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
-        native=flux_transformer.NAMES.native_module,
-    )
-    latents = LatentShape(channels=16, compression=8, patch=2)
+    export = flux_transformer.export_keys("flux-1-dev", "flux1")
+    latents = flux_transformer.LATENTS
     variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
         "FLUX.1 Kontext": {"model_index": {"_class_name": "FluxKontextPipeline"}},
         "FLUX.1 Fill": {"transformer": {"in_channels": FILL[0], "out_channels": FILL[1]}},
@@ -163,24 +154,15 @@ class Flux(PipelineFamily):
     def example_conditioning(
         self, batch: int, latents: Sequence[int], generator: torch.Generator
     ) -> Conditioning:
-        config = self.denoiser.config
-        return flux_transformer.example_conditioning(config, batch, self.prompt_limit, generator)
+        return flux_transformer.example_conditioning(self, batch, generator)
 
     def count_tokens(self, prompt: str) -> int:
-        """Of T5, which reads the whole caption; CLIP's pooled embedding is of its beginning in any case."""
-        return clip.count_tokens(self.tokenizer("text_encoder_2"), prompt)
+        return flux_transformer.count_tokens(self, prompt)
 
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
-        return flux_transformer.encode_prompts(
-            prompts,
-            self.module("text_encoder"),
-            self.tokenizer("text_encoder"),
-            self.module("text_encoder_2"),
-            self.tokenizer("text_encoder_2"),
-            self.prompt_limit,
-        )
+        return flux_transformer.encode_prompts(self, prompts)
 
     def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
         """Kontext: of the sizes it was trained with the one nearest in shape, for targets of one megapixel.

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from burnish.errors import ModelError
 from burnish.families import clip, t5
@@ -22,11 +21,13 @@ from burnish.families.flux_embedding import TimeGuidanceText
 from burnish.families.flux_names import BLOCKS, KINDS, rows_of_stacks
 from burnish.families.native import NativeNames, depth
 from burnish.families.packing import pack, patch_positions
+from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning
+from burnish.family import Conditioning, ExportKeys, LatentShape
 
+LATENTS = LatentShape(channels=16, compression=8, patch=2)
 HEAD_DIM = 128  # of every released FLUX.1 and of those pruned from it
 PRUNED_DEPTH = 8  # two-stream blocks of the models pruned from it, which has 19
 FLEX2_CHANNELS = 196  # of a patch that Flex.2 takes
@@ -57,6 +58,18 @@ _OUR_SIGNS = {
     "transformer_blocks.0.attn.add_q_proj.weight",
     "transformer_blocks.0.norm1_context.linear.weight",
 }
+
+
+def export_keys(modelspec: str, version: str) -> ExportKeys:
+    """diffusers' names, which ComfyUI reads as well; those of the release only ComfyUI reads."""
+    return ExportKeys(
+        default="diffusers",
+        formats=("diffusers", "comfy"),
+        modelspec=modelspec,
+        base_model_version=version,
+        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        native=NAMES.native_module,
+    )
 
 
 def _find(layout: Layout) -> Layout | None:
@@ -129,31 +142,31 @@ def channels(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def encode_prompts(
-    prompts: Sequence[str],
-    clip_encoder: CLIPTextModel,
-    clip_tokenizer: CLIPTokenizer,
-    t5_encoder: T5EncoderModel,
-    t5_tokenizer: PreTrainedTokenizerBase,
-    length: int,
-) -> Conditioning:
-    """T5's last hidden state `tokens_BSD`, padding included, with S = `length`; CLIP's `pooled_BD`.
+def encode_prompts(family: PipelineFamily, prompts: Sequence[str]) -> Conditioning:
+    """T5's last hidden state `tokens_BSD`, padding included, as long as the family's limit; CLIP's `pooled_BD`.
 
-    CLIP reads the first 75 tokens of a caption, T5 the first `length` - 1.
+    CLIP reads the first 75 tokens of a caption, T5 as many as the limit less its end mark.
     """
-    clip_ids = clip.token_ids(clip_tokenizer, prompts).to(clip_encoder.device)
-    t5_ids = t5.token_ids(t5_tokenizer, prompts, length).to(t5_encoder.device)
+    clip_encoder, t5_encoder = family.module("text_encoder"), family.module("text_encoder_2")
+    clip_ids = clip.token_ids(family.tokenizer("text_encoder"), prompts).to(clip_encoder.device)
+    t5_ids = t5.token_ids(family.tokenizer("text_encoder_2"), prompts, family.prompt_limit).to(
+        t5_encoder.device
+    )
     pooled_BD = clip_encoder(clip_ids).pooler_output
     tokens_BSD = t5_encoder(t5_ids).last_hidden_state.to(pooled_BD.dtype)
     return Conditioning({"tokens_BSD": tokens_BSD, "pooled_BD": pooled_BD})
 
 
-def example_conditioning(
-    config: Mapping[str, Any], batch: int, length: int, generator: torch.Generator
-) -> Conditioning:
+def count_tokens(family: PipelineFamily, prompt: str) -> int:
+    """Of T5, which reads the whole caption; CLIP's pooled embedding is of its beginning in any case."""
+    return clip.count_tokens(family.tokenizer("text_encoder_2"), prompt)
+
+
+def example_conditioning(family: PipelineFamily, batch: int, generator: torch.Generator) -> Conditioning:
     """Random conditioning of the shapes of `encode_prompts`."""
-    tokens_BSD = torch.randn(batch, length, int(config["joint_attention_dim"]), generator=generator)
-    pooled_BD = torch.randn(batch, int(config["pooled_projection_dim"]), generator=generator)
+    config = family.denoiser.config
+    tokens_BSD = torch.randn(batch, family.prompt_limit, config.joint_attention_dim, generator=generator)
+    pooled_BD = torch.randn(batch, config.pooled_projection_dim, generator=generator)
     return Conditioning({"tokens_BSD": tokens_BSD, "pooled_BD": pooled_BD})
 
 
