@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 Prediction = Literal["velocity", "epsilon", "v"]
 Part = Literal["denoiser", "vae", "text_encoders"]
+DENOISER: frozenset[Part] = frozenset({"denoiser"})
 AdapterFormat = Literal["kohya", "diffusers", "comfy"]
 
 
@@ -70,12 +71,13 @@ class Conditioning(Mapping[str, Tensor]):
     def on_host(self, name: str) -> Tensor | None:
         """A tensor on the CPU, where possible without asking the device; None of one without values (meta device)."""
         tensor = self._tensors[name]
+        if name in self._on_host:
+            return self._on_host[name]
         if tensor.is_meta:
             return None
         if tensor.device.type == "cpu":
             return tensor
-        if name not in self._on_host:
-            self._on_host[name] = tensor.cpu()
+        self._on_host[name] = tensor.cpu()
         return self._on_host[name]
 
     def merged(self, other: Mapping[str, Tensor]) -> Conditioning:
@@ -492,8 +494,20 @@ class Family(Protocol):
         ...
 
     @classmethod
-    def skeleton(cls, depth: int | None = None) -> Self:
-        """The denoiser without weights (meta device) at the released width; `depth` repeats of each block."""
+    def skeleton(
+        cls,
+        depth: int | None = None,
+        *,
+        parts: frozenset[Part] = DENOISER,
+        of: Self | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Self:
+        """Modules without weights (meta device): what can be asked, traced and measured without loading anything.
+
+        Args:
+            depth: at most so many repeats of each of the denoiser's blocks; all if None.
+            of: a family from weights on disk, whose widths and depths these are; the released ones if None.
+        """
         ...
 
     @classmethod
@@ -510,6 +524,11 @@ class Family(Protocol):
     @property
     def denoisers(self) -> Mapping[str, nn.Module]:
         """By part name, as diffusers spells it (`unet`, `transformer`); empty where not loaded."""
+        ...
+
+    @property
+    def loaded(self) -> Mapping[str, nn.Module]:
+        """Every module of the parts that are there, by name."""
         ...
 
     def identity(self, part: Part) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,13 @@ def load_from_layout(
     return _load(config, layout, projection, dtype, device, "CLIP text encoder", shrink)
 
 
+def make(config: Mapping[str, Any], *, projection: bool) -> CLIPTextModel:
+    """A text encoder of this config, with weights as transformers draws them."""
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    told = {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
+    return kind(CLIPTextConfig(**told))
+
+
 def _load(
     config: Mapping[str, Any],
     layout: Layout,
@@ -152,15 +160,8 @@ def _load(
     what: str,
     shrink: Shrink | None,
 ) -> CLIPTextModel:
-    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
-
-    def make() -> CLIPTextModel:
-        return kind(
-            CLIPTextConfig(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
-        )
-
     return load_module(
-        make,
+        partial(make, config, projection=projection),
         as_transformers_spells(layout, projection),
         dtype=dtype,
         device=device,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from burnish.errors import ModelError, UserError
@@ -133,6 +133,15 @@ class Checkpoint:
             return int(read_json(path / "unet" / "config.json").get("in_channels", PLAIN))
         layout = below(self.single_file, UNET_PREFIX) or self.single_file
         return unet.diffusers_names(layout)["conv_in.weight"].shape[1]
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        """The UNet's config: beside the weights in a folder, else the released one adjusted by shapes."""
+        path = locate(self.source)
+        if path.is_dir():
+            return read_json(path / "unet" / "config.json")
+        layout = below(self.single_file, UNET_PREFIX) or self.single_file
+        return unet.config_from_shapes(self.layouts.config["unet"], unet.diffusers_names(layout))
 
     def load(
         self,
@@ -258,6 +267,28 @@ class Checkpoint:
             config["prediction_type"] = "v_prediction"
             config["rescale_betas_zero_snr"] = "ztsnr" in self.single_file
         return schedule_of(config, prediction)
+
+
+def without_weights(
+    layouts: Layouts, of: Checkpoint | None, parts: frozenset[Part], depth: int | None, dtype: torch.dtype
+) -> Parts:
+    """The modules on the meta device, frozen and in eval mode, with the configs of `of` or the released ones."""
+    made = Parts()
+    with torch.device("meta"):
+        if "denoiser" in parts:
+            config = unet.with_depth(layouts.config["unet"] if of is None else of.unet_config, depth)
+            made.unet = UNet2DConditionModel.from_config(config)
+        if "vae" in parts:
+            made.vae = AutoencoderKL.from_config(layouts.config["vae"])
+        if "text_encoders" in parts:
+            made.text_encoders = [
+                (clip.shipped_tokenizer(place.padding), clip.make(config, projection=place.projection))
+                for place, config in zip(layouts.text_encoders, layouts.config["text_encoders"], strict=True)
+            ]
+    for module in (made.unet, made.vae, *(encoder for _, encoder in made.text_encoders)):
+        if module is not None:
+            nn.Module.to(module, dtype).requires_grad_(False).eval()
+    return made
 
 
 def schedule_of(config: Mapping[str, Any], prediction: Prediction | None) -> Schedule:

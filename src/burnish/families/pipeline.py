@@ -22,6 +22,7 @@ from burnish.families.slots import Config, PipelineSource, Slot, layout_of_file,
 from burnish.families.sources import index_file, locate, read_json
 from burnish.families.weights import Layout
 from burnish.family import (
+    DENOISER,
     Audio,
     Capabilities,
     Conditioning,
@@ -211,21 +212,32 @@ class PipelineFamily(ABC):
             )
 
     @classmethod
-    def skeleton(cls, depth: int | None = None) -> Self:
+    def skeleton(
+        cls,
+        depth: int | None = None,
+        *,
+        parts: frozenset[Part] = DENOISER,
+        of: Self | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Self:
         shipped = shipped_configs(cls.name)
-        family = cls({**shipped, "model_index": {}}, torch.bfloat16, None)
-        for slot in cls.denoiser_slots():
-            if slot.optional:
+        family = cls(of.configs if of else {**shipped, "model_index": {}}, dtype, None)
+        for slot in cls.slots:
+            found = of.source if of else None
+            if slot.part not in parts or slot.folder in family.modules:
                 continue
-            config = dict(shipped[slot.folder])
-            if depth is not None:
+            # Of the released models: those that are never missing, and text encoders, the first of alternatives.
+            if not (found.has(slot) if found else slot.part == "text_encoders" or not slot.optional):
+                continue
+            config = found.config(slot) if found else dict(shipped[slot.shipped or slot.folder])
+            if depth is not None and slot.part == "denoiser":
                 config = cls.with_depth(config, depth)
             with torch.device("meta"):
                 module = slot.make(config)
             # nn.Module's own `to`: a model's may warn about float32 modules, of which there are none.
-            nn.Module.to(module, torch.bfloat16)
+            nn.Module.to(module, dtype)
             for name, parameter in module.named_parameters():
-                if any(fnmatch(name, rule) for rule in slot.keep_float32(torch.bfloat16)):
+                if any(fnmatch(name, rule) for rule in slot.keep_float32(dtype)):
                     parameter.data = parameter.data.float()
             family.modules[slot.folder] = module.requires_grad_(False).eval()
         return family
@@ -278,6 +290,10 @@ class PipelineFamily(ABC):
     @property
     def denoisers(self) -> Mapping[str, nn.Module]:
         return {s.folder: self.modules[s.folder] for s in self.denoiser_slots() if s.folder in self.modules}
+
+    @property
+    def loaded(self) -> Mapping[str, nn.Module]:
+        return dict(self.modules)
 
     @property
     def denoiser(self) -> Any:

@@ -251,15 +251,6 @@ def with_depth(config: Mapping[str, Any], depth: int | None) -> dict[str, Any]:
     }
 
 
-def without_weights(config: Mapping[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet on the meta device, frozen and in eval mode."""
-    with torch.device("meta"):
-        model = UNet2DConditionModel.from_config(dict(config)).requires_grad_(False).eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def repeated_blocks(unet: Any) -> list[nn.Module]:
     """Residual and transformer blocks in forward order; each takes and gives plain tensors."""
     blocks: list[nn.Module] = []

@@ -17,9 +17,18 @@ from torch import Tensor, nn
 
 from burnish.errors import ModelError
 from burnish.families import autoencoder, clip
-from burnish.families.latent_diffusion import INPAINTING, Checkpoint, Layouts, Parts, is_unet_of, schedule_of
-from burnish.families.unet import TARGETS, repeated_blocks, with_depth, without_weights
+from burnish.families.latent_diffusion import (
+    INPAINTING,
+    Checkpoint,
+    Layouts,
+    Parts,
+    is_unet_of,
+    schedule_of,
+    without_weights,
+)
+from burnish.families.unet import TARGETS, repeated_blocks
 from burnish.family import (
+    DENOISER,
     Audio,
     Capabilities,
     Conditioning,
@@ -109,10 +118,18 @@ class UNetFamily(ABC):
         return family
 
     @classmethod
-    def skeleton(cls, depth: int | None = None) -> Self:
-        config = cls.layouts.config
-        unet = without_weights(with_depth(config["unet"], depth), torch.bfloat16)
-        return cls(Parts(unet=unet), schedule_of(config["scheduler"], None), torch.bfloat16, None)
+    def skeleton(
+        cls,
+        depth: int | None = None,
+        *,
+        parts: frozenset[Part] = DENOISER,
+        of: Self | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Self:
+        checkpoint = of._checkpoint if of else None
+        made = without_weights(cls.layouts, checkpoint, parts, depth, dtype)
+        schedule = of.schedule if of else schedule_of(cls.layouts.config["scheduler"], None)
+        return cls(made, schedule, dtype, checkpoint)
 
     @classmethod
     def releases(cls) -> Mapping[str, Self]:
@@ -134,6 +151,12 @@ class UNetFamily(ABC):
     @property
     def denoisers(self) -> Mapping[str, nn.Module]:
         return {} if self._parts.unet is None else {"unet": self._parts.unet}
+
+    @property
+    def loaded(self) -> Mapping[str, nn.Module]:
+        vae = {} if self._parts.vae is None else {"vae": self._parts.vae}
+        places = zip(self.layouts.text_encoders, self._parts.text_encoders, strict=False)
+        return {**self.denoisers, **vae, **{place.folder: encoder for place, (_, encoder) in places}}
 
     def identity(self, part: Part) -> str:
         if self._checkpoint is None:

@@ -1,0 +1,131 @@
+"""Counting: bytes that are alive, and work that is done, while a step runs on tensors without data.
+
+Bytes are counted by storage, rounded as CUDA's caching allocator rounds (512 bytes); a storage ends when the last
+tensor on it does. Work is counted per operation: multiply-adds of matrix products and attention as two FLOP each
+(torch.utils.flop_counter's formulas), bytes read and written by everything else, and kernels.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, mm_flop
+
+ROUNDING = 512
+_ATTENTION = "scaled_dot_product"
+_EIGHT_BIT = ("_scaled_mm", "_int_mm")
+
+
+@dataclass(slots=True)
+class Work:
+    """What a stretch of a step computes."""
+
+    matmul_flop: float = 0.0
+    eight_bit_flop: float = 0.0  # matrix products of fp8 or int8 operands
+    attention_flop: float = 0.0
+    traffic: float = 0.0  # bytes read and written by operations that are neither
+    kernels: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.matmul_flop + other.matmul_flop,
+            self.eight_bit_flop + other.eight_bit_flop,
+            self.attention_flop + other.attention_flop,
+            self.traffic + other.traffic,
+            self.kernels + other.kernels,
+        )
+
+
+@dataclass(slots=True)
+class Stretch:
+    """A part of the step between two marks; bytes are of everything alive."""
+
+    name: str
+    block: int | None  # number of the repeated block it belongs to; None outside of them
+    entry: int
+    exit: int = 0
+    peak: int = 0
+    work: Work = field(default_factory=Work)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every tensor that appears while the mode is on; `mark` cuts the step into stretches."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.current = 0
+        self.peak = 0
+        self.stretches: list[Stretch] = []
+        self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._flop: Mapping[Any, Callable[..., int]] = {**flop_registry, torch.ops.aten._int_mm: mm_flop}
+        self.mark("before", None)
+
+    def mark(self, name: str, block: int | None) -> None:
+        """From here on a new stretch."""
+        if self.stretches:
+            self.stretches[-1].exit = self.current
+        self.stretches.append(Stretch(name, block, entry=self.current, exit=self.current, peak=self.current))
+
+    def follow(self, value: Any) -> None:
+        """Count the tensors in `value` as alive from now until their storage is gone."""
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        if key in self._alive or size == 0:
+            return
+
+        def gone(_: object) -> None:
+            if self._alive.pop(key, None) is not None:
+                self.current -= size
+
+        self._alive[key] = (size, weakref.ref(storage, gone))
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        stretch = self.stretches[-1]
+        stretch.peak = max(stretch.peak, self.current)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:
+            return result
+        self._count(func, args, kwargs, result)
+        self.follow(result)
+        return result
+
+    def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        work = self.stretches[-1].work
+        packet = func._overloadpacket
+        formula = self._flop.get(packet)
+        if formula is None:
+            if func.is_view:
+                return
+            work.kernels += 1
+            work.traffic += _bytes(args) + _bytes(kwargs) + _bytes(result)
+            return
+        work.kernels += 1
+        flop = formula(*args, **kwargs, out_val=result)
+        name = packet.__name__
+        if _ATTENTION in name:
+            work.attention_flop += flop
+        elif name in _EIGHT_BIT:
+            work.eight_bit_flop += flop
+        else:
+            work.matmul_flop += flop
+
+
+def _bytes(value: Any) -> int:
+    # What an operation touches is what it is given, not the whole storage behind it.
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -1,0 +1,73 @@
+"""What CUDA would run where the CPU runs something else, for traces of tensors without data.
+
+Fake tensors have to say that they are on the CPU: a CPU build of torch has no fake CUDA. Two operations are lowered
+differently there and keep other tensors for backward: attention and RMS norm. Here they go to CUDA's own operators,
+whose meta kernels save what CUDA saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@contextmanager
+def cuda_lowering() -> Iterator[None]:
+    """While it lasts, `F.scaled_dot_product_attention` and `F.rms_norm` are CUDA's.
+
+    Replaced by name: a TorchFunctionMode is off inside `torch.autograd.backward`, where blocks are recomputed.
+    """
+    replaced: tuple[tuple[Any, str, Any], ...] = (
+        (F, "scaled_dot_product_attention", _attention),
+        (F, "rms_norm", _rms_norm),
+        (torch, "rms_norm", _rms_norm),
+    )
+    before = [getattr(owner, name) for owner, name, _ in replaced]
+    for owner, name, ours in replaced:
+        setattr(owner, name, ours)
+    try:
+        yield
+    finally:
+        for (owner, name, _), original in zip(replaced, before, strict=True):
+            setattr(owner, name, original)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """(B, heads, S, D) each. Flash attention; with a mask the memory-efficient kernel, which takes a bias."""
+    if enable_gqa and key.shape[1] != query.shape[1]:
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    if attn_mask is None:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        flashed: Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        return flashed
+    bias = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+    bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    attended: Tensor = efficient(
+        query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+    )[0]
+    return attended
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    if weight is not None and weight.dtype != input.dtype:
+        weight = weight.to(input.dtype)
+    normed: Tensor = torch.ops.aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
+    return normed

@@ -1,0 +1,163 @@
+"""What one training step takes, block by block, and what steps of mixed settings come to.
+
+A trace is cut at the blocks' edges. Levels are bytes of everything alive. Forward, the level moves from block to block
+by `growth` (what backward will need); backward it moves by `change` (what is given up, less new gradients). Since both
+depend on the block's own setting alone, a step in which blocks differ is put together from the traces of steps in
+which all are alike: exact for those, and exact up to the allocator's rounding for a mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from burnish.planner.live_bytes import LiveBytes, Stretch, Work
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """Of one block in one setting; peaks are above the level at which the block begins."""
+
+    growth: int
+    forward_peak: int
+    change: int
+    backward_peak: int
+    forward: Work
+    backward: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One traced step. Bytes; `weights` of the frozen parameters and buffers, by block and outside of blocks."""
+
+    blocks: tuple[BlockCost, ...]
+    backward_order: tuple[int, ...]  # blocks as backward comes to them
+    weights: tuple[int, ...]
+    weights_outside: int
+    trained: tuple[int, ...]  # adapters, the optimizer's state and averages, by block; without gradients
+    trained_outside: int
+    first_level: int  # at the first block
+    head_peak: int  # before it
+    tail_change: int  # from the last block's forward to its backward
+    tail_peak: int  # in there, above the level after the last block
+    rest_peak: int  # after the first block's backward, above the level there
+    rest_change: int  # until the optimizer's turn
+    optimizer_peak: int  # above the level at which its turn begins
+    outside: Work
+    optimizer: Work
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Self:
+        blocks = tuple(
+            BlockCost(**{**one, "forward": Work(**one["forward"]), "backward": Work(**one["backward"])})
+            for one in stored["blocks"]
+        )
+        lists = {name: tuple(stored[name]) for name in ("backward_order", "weights", "trained")}
+        work = {name: Work(**stored[name]) for name in ("outside", "optimizer")}
+        return cls(**{**stored, **lists, **work, "blocks": blocks})
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Peak in bytes and work of a step."""
+
+    peak: int
+    work: Work
+
+
+def step_of(profiles: Sequence[Profile]) -> Step:
+    """The step in which block i is set as in `profiles[i]`; one profile per block, all of the same model and batch.
+
+    Its fixed parts (before the first block, after the last) are those of the first profile.
+    """
+    base = profiles[0]
+    level, peak = base.first_level, base.head_peak
+    work = base.outside + base.optimizer
+    costs = [profile.blocks[index] for index, profile in enumerate(profiles)]
+    for cost in costs:
+        peak = max(peak, level + cost.forward_peak)
+        level += cost.growth
+        work = work + cost.forward + cost.backward
+    peak = max(peak, level + base.tail_peak)
+    level += base.tail_change
+    for block in base.backward_order:
+        peak = max(peak, level + costs[block].backward_peak)
+        level += costs[block].change
+    peak = max(peak, level + base.rest_peak)
+    level += base.rest_change
+    return Step(max(peak, level + base.optimizer_peak), work)
+
+
+def profile_of(
+    counted: LiveBytes, weights: tuple[Sequence[int], int], trained: tuple[Sequence[int], int]
+) -> Profile:
+    """Cut a traced step at its blocks; `weights` and `trained` are bytes by block, and outside of blocks.
+
+    The stretches are named `forward` and `backward` of a block, `tail` between the two directions, `rest` and
+    `optimizer` after them; others lie before or between. A block that is not run, or from which nothing goes back
+    because nothing trains before it, costs nothing there.
+    """
+    stretches = counted.stretches
+    tail, rest, optimizer = (_first(stretches, name) for name in ("tail", "rest", "optimizer"))
+    ahead = _cuts(stretches, "forward", tail)
+    back = _cuts(stretches, "backward", rest)
+    costs = []
+    for block in range(len(weights[0])):
+        growth, forward_peak, forward = _spent(stretches, ahead.get(block))
+        change, backward_peak, backward = _spent(stretches, back.get(block))
+        costs.append(BlockCost(growth, forward_peak, change, backward_peak, forward, backward))
+    first_block = min((start for start, _ in ahead.values()), default=tail)
+    first_back = min((start for start, _ in back.values()), default=rest)
+    tail_change, tail_peak, tail_work = _spent(stretches, (tail, first_back))
+    rest_change, rest_peak, rest_work = _spent(stretches, (rest, optimizer))
+    head = stretches[:first_block]
+    return Profile(
+        blocks=tuple(costs),
+        backward_order=tuple(sorted(back, key=lambda block: back[block])),
+        weights=tuple(weights[0]),
+        weights_outside=weights[1],
+        trained=tuple(trained[0]),
+        trained_outside=trained[1],
+        first_level=stretches[first_block].entry,
+        head_peak=max(one.peak for one in head),
+        tail_change=tail_change,
+        tail_peak=tail_peak,
+        rest_peak=rest_peak,
+        rest_change=rest_change,
+        optimizer_peak=max(one.peak for one in stretches[optimizer:]) - stretches[optimizer].entry,
+        outside=_sum(head) + tail_work + rest_work,
+        optimizer=_sum(stretches[optimizer:]),
+    )
+
+
+def _first(stretches: Sequence[Stretch], name: str) -> int:
+    return next(index for index, one in enumerate(stretches) if one.name == name)
+
+
+def _cuts(stretches: Sequence[Stretch], name: str, end: int) -> dict[int, tuple[int, int]]:
+    """By block, from its first stretch of this name to the next block's, the last one's to `end`."""
+    starts: dict[int, int] = {}
+    for index, one in enumerate(stretches):
+        if one.name == name and one.block is not None:
+            starts.setdefault(one.block, index)
+    order = sorted(starts, key=lambda block: starts[block])
+    ends = [*(starts[block] for block in order[1:]), end]
+    return {block: (starts[block], stop) for block, stop in zip(order, ends, strict=True)}
+
+
+def _spent(stretches: Sequence[Stretch], cut: tuple[int, int] | None) -> tuple[int, int, Work]:
+    """How far the level moves, how far above its begin it reaches, and the work."""
+    if cut is None or cut[0] == cut[1]:
+        return 0, 0, Work()
+    start, stop = cut
+    inside = stretches[start:stop]
+    entry = inside[0].entry
+    return stretches[stop].entry - entry, max(one.peak for one in inside) - entry, _sum(inside)
+
+
+def _sum(stretches: Sequence[Stretch]) -> Work:
+    return sum((one.work for one in stretches), Work())
