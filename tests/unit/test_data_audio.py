@@ -58,6 +58,23 @@ def test_sound_is_sought_or_not_and_the_same(monkeypatch: pytest.MonkeyPatch) ->
     assert np.abs(sought).max() == pytest.approx(0.25, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("kind", "codec"), [("mp4", "aac"), ("matroska", "libopus"), ("matroska", "flac"), ("avi", "pcm_s16le")]
+)
+@pytest.mark.parametrize("start", [0.0, 4.0])
+def test_sound_of_every_codec_is_in_time(kind: str, codec: str, start: float) -> None:
+    """By a sweep, which is like itself at one lag only."""
+    times = np.arange(6 * 48000) / 48000
+    sweep = (0.25 * np.sin(2 * np.pi * (200 + 100 * times) * times)).astype(np.float32)
+    data = clip_with_sound(sweep[None], 48000, frames=144, kind=kind, codec=codec)
+    found, meant = heard(data, start, 1.5)[0], sweep[::3][round(start * RATE) :][: round(1.5 * RATE)]
+    lags = range(-160, 161)  # 10 ms
+    middle = meant[200:-200]
+    alike = [np.corrcoef(found[200 + lag : len(found) - 200 + lag], middle)[0, 1] for lag in lags]
+    assert max(alike) > 0.98
+    assert abs(lags[int(np.argmax(alike))]) <= 0.001 * RATE
+
+
 def test_mono_is_as_loud_on_both_sides() -> None:
     data = clip_with_sound(tone(440, 2, 48000)[None], 48000, frames=48)
     left, right = heard(data, 0.5, 1.0)

@@ -6,6 +6,7 @@ Times are in seconds after the first frame of the pictures, whatever the sound's
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import BinaryIO
@@ -80,7 +81,10 @@ def sound_at(file: BinaryIO, start: float, seconds: float, rate: int) -> Tensor:
         BadPicture: damaged.
     """
     began = _pictures_begin(file)
-    found = _taken(file, began + start, seconds, rate, seek=True) if start > _SEEK_S else None
+    found: Samples | None = None
+    if start > _SEEK_S:
+        with suppress(BadPicture):  # some decoders stumble after a jump, and not on their way there
+            found = _taken(file, began + start, seconds, rate, seek=True)
     if found is None:
         found = _taken(file, began + start, seconds, rate, seek=False)
     assert found is not None, "nothing is sought from the start"
