@@ -19,7 +19,7 @@ from tiny import wan
 
 from burnish.errors import ModelError, UserError
 from burnish.families.registry import detect_family, families, family_named
-from burnish.families.wan import NAMES
+from burnish.families.wan_names import NAMES
 from burnish.family import Conditioning, ModelSource, Part
 from burnish.model import ChosenModel
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
@@ -160,7 +160,7 @@ def test_a_single_file_of_a_pair_must_be_said_which(tiny_folder: TinyFolder, tmp
 def test_a_single_file_is_the_denoiser_that_the_config_names(
     tiny_folder: TinyFolder, tmp_path: Path, name: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("burnish.families.wan.HEAD_DIM", 12)
+    monkeypatch.setattr("burnish.families.wan_names.HEAD_DIM", 12)
     folder, file = tiny_folder(name), tmp_path / "expert.safetensors"
     save_file(native_weights(NAMES, folder_weights(folder, part)), file)
     source = ModelSource(str(file), denoisers=(part,))

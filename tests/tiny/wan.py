@@ -25,7 +25,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from burnish.data.prepare import pixels_of
-from burnish.families.wan import NAMES, VACE_NAMES
+from burnish.families.wan_names import NAMES, VACE_NAMES
 from burnish.family import Conditioning, Family
 from tiny import Case
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from burnish.families import clip_vision, video_vae, wan
+from burnish.families import clip_vision, video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.weights import Layout
@@ -38,7 +38,7 @@ class Wan21(PipelineFamily):
     pipelines = ("WanPipeline", "WanImageToVideoPipeline")
     spacing = "scheduler"
     slots = (wan.transformer_slot(), wan.vae_slot(), wan.text_slot(), clip_vision.vision_slot())
-    targets = wan.TARGETS
+    targets = wan_names.TARGETS
     capabilities = Capabilities(references=1, first_frame=True, video=True)  # of image to video
     variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
         "Wan 2.1 T2V": {"transformer": {"in_channels": CHANNELS, "image_dim": None}},
@@ -63,7 +63,7 @@ class Wan21(PipelineFamily):
 
     @classmethod
     def accepts_file(cls, denoiser: Layout) -> bool:
-        config = wan.config_from_shapes({}, denoiser)
+        config = wan_names.config_from_shapes({}, denoiser)
         return config["out_channels"] == CHANNELS and cls.accepts({}, config)
 
     def configure(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.errors import ModelError
-from burnish.families import video_vae, wan
+from burnish.families import video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.rows import by_kind
 from burnish.families.slots import Config, not_in_files
@@ -47,7 +47,7 @@ class Wan22(PipelineFamily):
         wan.either_vae_slot(),
         wan.text_slot(),
     )
-    targets = wan.TARGETS
+    targets = wan_names.TARGETS
     export = wan.keys("wan2.2", "wan2.2", labels={HIGH: "high_noise", LOW: "low_noise"})
     capabilities = Capabilities(references=1, first_frame=True, video=True)  # of image to video
     variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
@@ -70,7 +70,7 @@ class Wan22(PipelineFamily):
 
     @classmethod
     def accepts_file(cls, denoiser: Layout) -> bool:
-        config = wan.config_from_shapes({}, denoiser)
+        config = wan_names.config_from_shapes({}, denoiser)
         shapes = (config["in_channels"], config["out_channels"])
         return config["image_dim"] is None and shapes in (
             (WIDE_CHANNELS, WIDE_CHANNELS),

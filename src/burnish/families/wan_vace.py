@@ -18,7 +18,7 @@ import torch
 from diffusers import WanVACETransformer3DModel
 from torch import Tensor, nn
 
-from burnish.families import video_vae, wan
+from burnish.families import video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
 from burnish.family import Capabilities, Conditioning, LatentShape, SamplerDefaults
 
@@ -34,13 +34,13 @@ class WanVace(PipelineFamily):
     pipelines = ("WanVACEPipeline",)
     spacing = "scheduler"
     slots = (
-        wan.transformer_slot(make=WanVACETransformer3DModel.from_config, names=wan.VACE_NAMES),
+        wan.transformer_slot(make=WanVACETransformer3DModel.from_config, names=wan_names.VACE_NAMES),
         wan.vae_slot(),
         wan.text_slot(),
     )
-    targets = wan.TARGETS
+    targets = wan_names.TARGETS
     export = replace(
-        wan.keys("wan2.1-vace", "wan2.1_vace", wan.VACE_NAMES),
+        wan.keys("wan2.1-vace", "wan2.1_vace", wan_names.VACE_NAMES),
         unreadable={"comfy": ("vace_blocks.*",)},  # diffusers refuses a file with them
     )
     capabilities = Capabilities(references=1, video=True)
