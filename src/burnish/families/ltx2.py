@@ -14,7 +14,7 @@ of sound L moments and F bands of frequency.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from burnish.families import video_vae
 from burnish.families.gemma3 import gemma3_slot
 from burnish.families.ltx2_audio import AUDIO_SLOTS, LTX2Audio
+from burnish.families.ltx2_names import find_connectors, find_vae
 from burnish.families.native import NativeNames
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
@@ -93,15 +94,10 @@ def _find_transformer(layout: Layout) -> Layout | None:
     return None if found is None else {k: v for k, v in found.items() if "embeddings_connector" not in k}
 
 
-def _find_vae(layout: Layout) -> Layout | None:
-    """As diffusers names it."""
-    signs = {"latents_std", "encoder.down_blocks.0.downsamplers.0.conv.conv.weight"}
-    return layout if signs <= set(layout) else None
-
-
-def _find_connectors(layout: Layout) -> Layout | None:
-    """As diffusers names them."""
-    return layout if "video_connector.transformer_blocks.0.attn1.to_q.weight" in layout else None
+def _transformer_config(shipped: Config, layout: Layout) -> dict[str, Any]:
+    if "caption_projection.linear_1.weight" not in layout:
+        raise ValueError("LTX-2's projection of captions; 2.3 is read from its diffusers folder")
+    return dict(shipped)
 
 
 class LTX2(PipelineFamily):
@@ -112,10 +108,23 @@ class LTX2(PipelineFamily):
     title: ClassVar[str] = "LTX-2"
     pipelines = ("LTX2Pipeline",)
     slots = (
-        Slot("transformer", "denoiser", LTX2VideoTransformer3DModel.from_config, _find_transformer),
-        Slot("vae", "vae", AutoencoderKLLTX2Video.from_config, _find_vae),
+        Slot(
+            "transformer",
+            "denoiser",
+            LTX2VideoTransformer3DModel.from_config,
+            _find_transformer,
+            _transformer_config,
+        ),
+        Slot(
+            "vae",
+            "vae",
+            AutoencoderKLLTX2Video.from_config,
+            find_vae,
+            unused=("per_channel_statistics.*",),
+            file_hint="LTX2_video_vae_bf16.safetensors",
+        ),
         gemma3_slot("text_encoder", "tokenizer"),
-        Slot("connectors", "text_encoders", LTX2TextConnectors.from_config, _find_connectors),
+        Slot("connectors", "text_encoders", LTX2TextConnectors.from_config, find_connectors),
         *AUDIO_SLOTS,
     )
     capabilities = Capabilities(video=True, audio=True)

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLLTX2Audio
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 from torch import Tensor, nn
 
+from burnish.families.ltx2_names import find_audio_vae, find_vocoder
 from burnish.families.slots import Config, Slot
 from burnish.family import AudioShape, Conditioning
 
@@ -41,8 +42,15 @@ def _everything(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 AUDIO_SLOTS = (
-    Slot("audio_vae", "vae", AutoencoderKLLTX2Audio.from_config, keep_float32=_everything, audio=True),
-    Slot("vocoder", "vae", _vocoder, keep_float32=_everything, audio=True),
+    Slot(
+        "audio_vae",
+        "vae",
+        AutoencoderKLLTX2Audio.from_config,
+        find_audio_vae,
+        keep_float32=_everything,
+        audio=True,
+    ),
+    Slot("vocoder", "vae", _vocoder, find_vocoder, keep_float32=_everything, audio=True),
 )
 
 

@@ -27,7 +27,7 @@ _STATISTICS = {
 }
 _STAGE = re.compile(r"(encoder\.down_blocks|decoder\.up_blocks)\.(\d+)\.(.+)")
 _RESIDUAL_DOWN = "encoder.down_blocks.1.conv.conv.weight"  # the first release has a plain convolution there
-_TIME = "decoder.last_time_embedder.timestep_embedder.linear_1.weight"
+_EARLY_UP = "decoder.up_blocks.1.conv.conv.weight"  # there it has a stage of layers
 
 # By place in the flat list: what the release keeps there, in diffusers' blocks.
 _PLAIN_ENCODER = {
@@ -59,7 +59,7 @@ _PLAIN_DECODER = {
     8: "up_blocks.3.upsamplers.0",
     9: "up_blocks.3",
 }
-_DENOISING_DECODER = {
+_LATER_DECODER = {
     0: "mid_block",
     **{2 * stage + 1: f"up_blocks.{stage}.upsamplers.0" for stage in range(4)},
     **{2 * stage + 2: f"up_blocks.{stage}" for stage in range(4)},
@@ -92,7 +92,7 @@ def find_ltx_vae(layout: Layout) -> Layout | None:
 def diffusers_names(layout: Layout) -> Layout:
     """The layout of the release under diffusers' names."""
     encoder = _RESIDUAL_ENCODER if _RESIDUAL_DOWN in layout else _PLAIN_ENCODER
-    decoder = _DENOISING_DECODER if _TIME in layout else _PLAIN_DECODER
+    decoder = _LATER_DECODER if _EARLY_UP in layout else _PLAIN_DECODER
     return {_diffusers_name(name, encoder, decoder): piece for name, piece in layout.items()}
 
 

@@ -166,8 +166,16 @@ class PipelineSource:
         """Everything that the config names must be of use.
 
         Raises:
-            ModelError: an entry of `model.text_encoders` holds nothing that this model reads.
+            ModelError: `model.vae`, or an entry of `model.text_encoders`, holds nothing that this model reads.
         """
+        vae = layout_of_file(separate_file(self.source.vae)) if self.source.vae is not None else {}
+        slots = [slot for slot in self.slots if slot.part == "vae"]
+        if vae and not any(slot.find(vae) for slot in slots):
+            hint = f" ({slots[0].file_hint})" if slots[0].file_hint else ""
+            raise ModelError(
+                f"{self.source.vae} holds no vae of {self.title}.",
+                remedy=f"Name its file{hint} under `model.vae` in the config, or leave that out.",
+            )
         readers = [slot for slot in self.slots if "text_encoders" in (slot.part, slot.listed_under)]
         for path, layout in self._named_encoders.items():
             if layout and not any(slot.find(layout) is not None for slot in readers):
@@ -186,14 +194,18 @@ class PipelineSource:
         return bool(self.index) and not self.is_apart(slot)
 
     def _candidates(self, slot: Slot) -> list[Layout]:
-        part = slot.listed_under or slot.part
+        """Where to look for a module. What no named file holds can lie in the model's own, as connectors do."""
+        part, named = slot.listed_under or slot.part, list[Layout]()
         if part == "vae" and self.source.vae is not None:
-            return [layout_of_file(separate_file(self.source.vae))]
-        named = [layout for layout in self._named_encoders.values() if layout]
-        if part != "text_encoders" or not named:
-            return [layout_of_file(self.path)]
-        # What no named file holds can lie in the model's own, as a release's connectors do.
-        return named if self.index else [*named, layout_of_file(self.path)]
+            named = [layout_of_file(separate_file(self.source.vae))]
+        if part == "text_encoders":
+            named = [layout for layout in self._named_encoders.values() if layout]
+        return named if self.index and named else [*named, layout_of_file(self.path)]
+
+    def _lies_in_path(self, slot: Slot) -> bool:
+        """Of a single file: whether it holds a module that nothing named beside it does."""
+        *named, own = self._candidates(slot)
+        return all(slot.find(layout) is None for layout in named) and slot.find(own) is not None
 
     def layout(self, slot: Slot) -> Layout:
         """Where the weights of a module lie, under the module's own names."""
@@ -299,7 +311,11 @@ class PipelineSource:
     def identity(self, part: Part, settings: str) -> str:
         """Hash of the bytes behind a part, what else its numbers depend on, and the version of this code."""
         digest = hashlib.sha256(f"{ENCODING_VERSION} {part} {settings}".encode())
-        digest.update(fingerprint(files_behind(self.source, self.path, part, self.folders(part))).encode())
+        files = files_behind(self.source, self.path, part, self.folders(part))
+        slots = [slot for slot in self.slots if slot.part == part and self.has(slot)]
+        if not self.index and self.path not in files and any(self._lies_in_path(slot) for slot in slots):
+            files.append(self.path)
+        digest.update(fingerprint(files).encode())
         return digest.hexdigest()
 
 
