@@ -26,7 +26,7 @@ class Model(Section):
 
     path: str = Field(
         min_length=1,
-        description="A diffusers folder, a .safetensors file, a Hub id such as `owner/name`, or `demo` "
+        description="A diffusers folder, a .safetensors or .gguf file, a Hub id such as `owner/name`, or `demo` "
         "for the tiny model that ships with Burnish.",
     )
     family: str | None = Field(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from burnish.errors import ModelError
-from burnish.families.sources import STEMS, has_weights, locate, locate_parts, weight_files
+from burnish.families.sources import STEMS, SUFFIXES, has_weights, locate, locate_parts, weight_files
 from burnish.family import ModelSource, Part
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -95,7 +95,7 @@ def files_behind(source: ModelSource, path: Path, part: Part, folders: Sequence[
     """
     named = files_named(source, part)
     if path.is_file():
-        return named if any(file.suffix == ".safetensors" for file in named) else [path, *named]
+        return named if any(file.suffix.lower() in SUFFIXES for file in named) else [path, *named]
     if not folders:
         return named
     root = locate_parts(source, folders)

@@ -22,6 +22,7 @@ from burnish.family import ModelSource
 _WITHOUT_WEIGHTS = ("tokenizer", "processor")  # folders that are called so, `t5_tokenizer` among them
 CONFIG_FILES = ("*.json", "*/*.json")
 REFUSED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+SUFFIXES = (".safetensors", ".gguf")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # how diffusers and transformers name weights
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -66,13 +67,13 @@ def locate(source: ModelSource, wanted: Sequence[str] = CONFIG_FILES) -> Path:
     if path.suffix.lower() in REFUSED_SUFFIXES:
         raise _pickle_error(path)
     if path.is_file():
-        if path.suffix.lower() != ".safetensors":
+        if path.suffix.lower() not in SUFFIXES:
             raise ModelError(
-                f"{path} is neither a folder nor a .safetensors file.",
+                f"{path} is neither a folder nor a .safetensors file, nor a .gguf file.",
                 remedy="Give a diffusers folder, a .safetensors file, or a Hub id such as `owner/name`.",
             )
         return path
-    if path.suffix.lower() != ".safetensors" and _HUB_ID.fullmatch(source.path):
+    if path.suffix.lower() not in SUFFIXES and _HUB_ID.fullmatch(source.path):
         return _snapshot(source, wanted)
     raise ModelError(f"No such file or folder: {path}.", remedy=_neighbours(path))
 
@@ -245,11 +246,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, number types and shapes of the tensors in a .safetensors file; reads no weight.
+    """Names, number types and shapes of the tensors in a .safetensors or .gguf file; reads no weight.
 
     Raises:
         ModelError: the file is missing, damaged in any way its header can show, or of another kind.
     """
+    if path.suffix.lower() == ".gguf":
+        from burnish.families.gguf_files import open_gguf  # which needs what is below
+
+        return open_gguf(path).header
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from burnish.errors import ModelError
 from burnish.families.fingerprints import fingerprint
+from burnish.families.gguf_files import is_gguf, open_gguf
 from burnish.families.scales import scales_in, spread, widened
 from burnish.families.sources import read_header
 from burnish.family import Shrink
@@ -194,6 +196,14 @@ def _check_shapes(wanted: Mapping[str, Tensor], layout: Layout, what: str) -> No
         )
 
 
+def _opened(file: Path, device: torch.device | str) -> AbstractContextManager[Any]:
+    """Something with `get_tensor`."""
+    if is_gguf(file):
+        return nullcontext(open_gguf(file))
+    opened: AbstractContextManager[Any] = safe_open(file, framework="pt", device=str(device))
+    return opened
+
+
 def _read(
     layout: Layout, names: Iterable[str], device: torch.device | str
 ) -> Iterable[tuple[str, Tensor, Tensor | None]]:
@@ -206,10 +216,10 @@ def _read(
         by_file.setdefault(layout[name].file, []).append(name)
     for file, names_in_file in by_file.items():
         try:
-            with safe_open(file, framework="pt", device=str(device)) as stored:
+            with _opened(file, device) as stored:
                 for name in names_in_file:
                     piece = layout[name]
-                    whole, scales = stored.get_tensor(piece.name), None
+                    whole, scales = stored.get_tensor(piece.name).to(device), None
                     if piece.scale is not None:
                         scales = piece.taken_from(spread(stored.get_tensor(piece.scale), whole.shape))
                     yield name, piece.taken_from(whole), scales
