@@ -31,6 +31,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerBase,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -192,22 +193,25 @@ def _clip_config(
 
 
 def t5(tokenizer: T5TokenizerFast, width: int = 32) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=width,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-            tie_word_embeddings=False,
-        )
-    )
+    return T5EncoderModel(T5Config(**t5_settings(tokenizer, width)))
+
+
+def t5_settings(tokenizer: PreTrainedTokenizerBase, width: int) -> dict[str, Any]:
+    """Of T5's config, and of UMT5's."""
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "tie_word_embeddings": False,
+    }
 
 
 def clip_tokenizer(padding: str = "<|endoftext|>") -> CLIPTokenizer:
