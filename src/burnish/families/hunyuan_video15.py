@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-from burnish.families import qwen, siglip, video_vae
+from burnish.families import hunyuan_video15_parts, siglip, video_vae
 from burnish.families.hunyuan_first_frame import FIRST_FRAME, known_channels
 from burnish.families.masked import trimmed
 from burnish.families.pipeline import PipelineFamily
-from burnish.families.slots import Config, Slot
-from burnish.families.text_slots import language_model_slot, t5_slot
-from burnish.families.weights import Layout, below
+from burnish.families.slots import Config
+from burnish.families.text_slots import t5_slot
 from burnish.family import (
     Capabilities,
     Conditioning,
@@ -68,52 +65,6 @@ _FEED_FORWARD = (
 )
 
 
-class Time(nn.Module):
-    """In place of diffusers' HunyuanVideo15TimeEmbedding, with the same sub-modules: waves of time in float32.
-
-    Diffusers takes time itself in the number type of the weights, by which bfloat16 would confuse neighbouring steps.
-    """
-
-    def __init__(self, released: nn.Module) -> None:
-        super().__init__()
-        self.time_proj = released.get_submodule("time_proj")
-        self.timestep_embedder = released.get_submodule("timestep_embedder")
-
-    def forward(self, timestep_B: Tensor, timestep_r: Tensor | None = None) -> Tensor:
-        weight = self.timestep_embedder.get_submodule("linear_1").get_parameter("weight")
-        embedded_BD: Tensor = self.timestep_embedder(self.time_proj(timestep_B.float()).to(weight.dtype))
-        return embedded_BD
-
-
-def _make_transformer(config: Mapping[str, Any]) -> HunyuanVideo15Transformer3DModel:
-    transformer: HunyuanVideo15Transformer3DModel = HunyuanVideo15Transformer3DModel.from_config(dict(config))
-    transformer.time_embed = Time(transformer.time_embed)
-    return transformer
-
-
-def _make_vae(config: Mapping[str, Any]) -> AutoencoderKLHunyuanVideo15:
-    vae: AutoencoderKLHunyuanVideo15 = AutoencoderKLHunyuanVideo15.from_config(dict(config))
-    vae.use_slicing = True  # diffusers' mask of its attention is of one clip
-    return vae
-
-
-def _text_slot() -> Slot:
-    """Qwen2.5-VL's language model by itself, as the release keeps it."""
-
-    def tidy(layout: Layout) -> Layout:
-        return below(layout, "model.") or layout
-
-    return language_model_slot(
-        "text_encoder",
-        "tokenizer",
-        config=Qwen2_5_VLTextConfig,
-        model=Qwen2_5_VLTextModel,
-        signs=("layers.0.self_attn.q_proj.bias", "embed_tokens.weight"),
-        tidy=tidy,
-        ship_tokenizer=qwen.shipped_tokenizer,
-    )
-
-
 def _chat(prompt: str) -> list[dict[str, str]]:
     """A caption in the conversation that Qwen reads; what is empty is a blank."""
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt or " "}]
@@ -133,9 +84,9 @@ class HunyuanVideo15(PipelineFamily):
     title: ClassVar[str] = "HunyuanVideo 1.5"
     pipelines = ("HunyuanVideo15Pipeline", IMAGE_TO_VIDEO)
     slots = (
-        Slot("transformer", "denoiser", _make_transformer),
-        Slot("vae", "vae", _make_vae),
-        _text_slot(),
+        hunyuan_video15_parts.transformer_slot(),
+        hunyuan_video15_parts.vae_slot(),
+        hunyuan_video15_parts.text_slot(),
         t5_slot("text_encoder_2", "tokenizer_2"),
         siglip.vision_slot(),
     )
