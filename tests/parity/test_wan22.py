@@ -95,6 +95,14 @@ def test_5b_goes_on_where_the_user_says_so(tmp_path: Path) -> None:
             )
 
 
+def test_ltx_goes_on_where_the_user_says_so(tiny_folder: TinyFolder) -> None:
+    for asked in (False, True):
+        source = ModelSource(str(tiny_folder("ltx")), first_frame=asked)
+        family = ChosenModel(family_named("ltx"), source, None).load(dtype=torch.float32, device="cpu")
+        assert family.capabilities.first_frame == asked
+        assert family.capabilities.references == asked
+
+
 def test_a_model_that_does_not_go_on_refuses_to(tiny_folder: TinyFolder) -> None:
     source = ModelSource(str(tiny_folder("wan21")), first_frame=True)
     with pytest.raises(UserError, match="first_frame"):
