@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import string
+import struct
 from typing import Any
 
 from tiny_pipelines import CORPUS
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, PreTrainedTokenizerBase
+
+from burnish.families.sentencepiece import Kind
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 
@@ -35,6 +38,20 @@ def gemma_tokenizer() -> GemmaTokenizer:
         single="<bos>:0 $A:0", pair="<bos>:0 $A:0 <bos>:1 $B:1", special_tokens=[begin]
     )
     return gemma
+
+
+def sentencepiece_model(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Gemma's pieces as SentencePiece stores them: text, score (the sooner merged, the higher), kind."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merged = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(model["merges"])))}
+    kinds = {"<unk>": Kind.UNKNOWN, **dict.fromkeys(("<pad>", "<eos>", "<bos>"), Kind.CONTROL)}
+    message = b""
+    for text in sorted(model["vocab"], key=model["vocab"].get):
+        kind = Kind.BYTE if text.startswith("<0x") else kinds.get(text, Kind.NORMAL)
+        name, score = text.encode(), struct.pack("<f", merged.get(text, -1e6))
+        piece = b"\x0a" + bytes([len(name)]) + name + b"\x15" + score + b"\x18" + bytes([kind])
+        message += b"\x0a" + bytes([len(piece)]) + piece
+    return message
 
 
 def gemma2(tokenizer: GemmaTokenizer, width: int = 32) -> Gemma2Model:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
+from tiny_gemma import gemma_tokenizer, sentencepiece_model
 from torch import Tensor
 
 from burnish.errors import ModelError
@@ -174,13 +175,20 @@ def test_diffusers_reads_the_same_autoencoders(files: Files) -> None:
             assert torch.equal(found[name], tensor), name
 
 
-def test_captions_are_those_of_the_folder(files: Files) -> None:
+@pytest.mark.parametrize("tokenizer", ["in ComfyUI's file", "in a folder"])
+def test_captions_are_those_of_the_folder(files: Files, tokenizer: str) -> None:
     def captions(source: ModelSource) -> Conditioning:
         parts = frozenset(["text_encoders"])
         family = LTX2.load(source, parts, dtype=torch.float32, device="cpu")
         return family.encode_prompts(["a cat on a mat"])
 
-    found = captions(source_of(files, *ALL))
+    named = source_of(files, *ALL)
+    if tokenizer == "in ComfyUI's file":
+        pieces = sentencepiece_model(gemma_tokenizer())
+        tokens = {"spiece_model": torch.frombuffer(bytearray(pieces), dtype=torch.uint8)}
+        gemma = files.saved("gemma_3_12B_it", {**load_file(files.gemma), **tokens})
+        named = source_of(files, *ALL, text_encoders=(gemma,))
+    found = captions(named)
     wanted = captions(ModelSource(str(files.folder), audio=True))
     assert set(found) == set(wanted) == {"tokens_BSD", "tokens_audio_BSD"}
     for name, tensor in wanted.items():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from test_single_files import folder_weights, native_weights
-from transformers import PreTrainedTokenizerBase
+from tiny_gemma import sentencepiece_model
 
 from burnish.adapters.lora import AdapterSet, adaptable_modules
 from burnish.adapters.targeting import choose_modules
@@ -21,7 +19,6 @@ from burnish.errors import AdapterError, ExportError
 from burnish.export.adapter_file import write_adapter
 from burnish.families import pipeline
 from burnish.families.lumina2 import NAMES, Lumina2
-from burnish.families.sentencepiece import Kind
 from burnish.families.sources import read_json
 from burnish.family import ModelSource, Part
 
@@ -50,20 +47,6 @@ def test_a_layer_that_no_reader_would_find_is_refused(tiny_folder: TinyFolder, t
 def load(source: ModelSource) -> Lumina2:
     parts: frozenset[Part] = frozenset(("denoiser", "vae", "text_encoders"))
     return Lumina2.load(source, parts, dtype=torch.float32, device="cpu")
-
-
-def sentencepiece_model(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Gemma's pieces as SentencePiece stores them: text, score (the sooner merged, the higher), kind."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merged = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(model["merges"])))}
-    kinds = {"<unk>": Kind.UNKNOWN, **dict.fromkeys(("<pad>", "<eos>", "<bos>"), Kind.CONTROL)}
-    message = b""
-    for text in sorted(model["vocab"], key=model["vocab"].get):
-        kind = Kind.BYTE if text.startswith("<0x") else kinds.get(text, Kind.NORMAL)
-        name, score = text.encode(), struct.pack("<f", merged.get(text, -1e6))
-        piece = b"\x0a" + bytes([len(name)]) + name + b"\x15" + score + b"\x18" + bytes([kind])
-        message += b"\x0a" + bytes([len(piece)]) + piece
-    return message
 
 
 def test_files_of_comfyui_give_what_the_folder_gives(

@@ -26,7 +26,7 @@ from burnish.families.weights import Layout, below
 # As ComfyUI saves it, with the name of the module before it or not.
 _PREFIXES = ("model.", "text_encoders.gemma2_2b.transformer.model.", "gemma2_2b.transformer.model.")
 _SIGN = "layers.0.pre_feedforward_layernorm.weight"  # Llama and Qwen have two norms in a block, not four
-_TOKENIZER = "spiece_model"
+TOKENIZER = "spiece_model"
 
 
 def slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") -> Slot:
@@ -40,7 +40,7 @@ def slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") -> Slot:
         tidy=without_model,
         prefixes=_PREFIXES,
         config_of=config_from_shapes,
-        unused=("lm_head.*", "*rotary_emb.inv_freq", "logit_scale", _TOKENIZER),
+        unused=("lm_head.*", "*rotary_emb.inv_freq", "logit_scale", TOKENIZER),
         file_hint="gemma_2_2b_fp16.safetensors",
     )
     return replace(made, tokenizer_in_file=tokenizer_in_file)
@@ -58,7 +58,7 @@ def without_model(layout: Layout) -> Layout:
 
 def tokenizer_in_file(layout: Layout) -> PreTrainedTokenizerBase | None:
     """Gemma's tokenizer out of a file of ComfyUI, which holds a SentencePiece model; None if it holds none."""
-    held = [piece for name, piece in layout.items() if name.rpartition(".")[2] == _TOKENIZER]
+    held = [piece for name, piece in layout.items() if name.rpartition(".")[2] == TOKENIZER]
     if not held:
         return None
     with safe_open(held[0].file, framework="pt") as file:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
+from burnish.families import gemma
 from burnish.families.native import refuse_scaled
 from burnish.families.slots import Slot
 from burnish.families.text_slots import language_model_slot, settings_of
@@ -34,9 +35,16 @@ def gemma3_slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") -> S
         model=Gemma3TextModel,
         signs=_SIGNS,
         tidy=transformers_names,
-        unused=("lm_head.*", "*rotary_emb*inv_freq", "*vision_tower.*", "*multi_modal_projector.*"),
+        unused=(
+            "lm_head.*",
+            "*rotary_emb*inv_freq",
+            "*vision_tower.*",
+            "*multi_modal_projector.*",
+            gemma.TOKENIZER,
+        ),
+        file_hint="gemma_3_12B_it.safetensors",
     )
-    return replace(made, find=find_gemma3)
+    return replace(made, find=find_gemma3, tokenizer_in_file=gemma.tokenizer_in_file)
 
 
 def find_gemma3(layout: Layout) -> Layout | None:
