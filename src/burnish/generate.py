@@ -13,8 +13,8 @@ from burnish.export.adapter_file import read_adapter, read_metadata
 from burnish.export.metadata import PART
 from burnish.family import Family
 from burnish.model import DTYPES, choose_device, choose_model
-from burnish.sampling.outputs import next_number, write_picture
 from burnish.sampling.decoding import Drawn, decode_pictures
+from burnish.sampling.outputs import next_number, write_picture
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests, with_references
 
 _log = logging.getLogger(__name__)

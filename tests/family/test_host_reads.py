@@ -69,7 +69,7 @@ def told(family: Family, frames: int) -> Conditioning:
     own = can.masks or can.first_frame
     rows = []
     for number, prompt in enumerate(PROMPTS):
-        sides = [(SIDE, SIDE)] * min(1 if own else 2, can.references)
+        sides = [(SIDE, SIDE)] * min(2 if can.last_frame or not own else 1, can.references)
         if not own:
             sides = [family.reference_size(SIDE, SIDE * (1 + number), (SIDE, SIDE)) for _ in sides]
         pictures = [torch.zeros(3, *side, device=DEVICE) for side in sides]

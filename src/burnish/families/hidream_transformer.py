@@ -48,7 +48,8 @@ class RoutedExperts(nn.Module):
     def _shares(self, chosen_TK: Tensor) -> list[int]:
         """How many tokens each expert is called for: the one thing of a layer that is read back from the device."""
         experts = len(self.experts)
-        if chosen_TK.is_meta or isinstance(chosen_TK, FakeTensor):  # without weights nothing is known of the choice: an even share
+        if chosen_TK.is_meta or isinstance(chosen_TK, FakeTensor):
+            # Without weights nothing is known of the choice: an even share.
             whole, over = divmod(chosen_TK.numel(), experts)
             return [whole + (number < over) for number in range(experts)]
         numbers_E = torch.arange(experts, device=chosen_TK.device)

@@ -17,7 +17,7 @@ from typing import Any
 import ftfy
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from burnish.families import first_frame, video_vae
 from burnish.families.native import NativeNames
