@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pretend_transfer import PretendedTransfer
+from pretend_transfer import PretendedTransfer, Products
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.adapters.lora import AdapterSet, ModuleChoice
 from burnish.memory.activations import Mode, set_activations
@@ -79,16 +77,6 @@ class Model(nn.Module):
                     parameter -= parameter.grad
                     parameter.grad = None
         return seen
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    done = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.done += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return func(*args, **(kwargs or {}))
 
 
 def streamed(model: Model, share: float = 1.0, rooms: int = 3) -> tuple[WeightStream, PretendedTransfer]:

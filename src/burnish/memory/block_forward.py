@@ -143,12 +143,14 @@ def _unpack(saved: Tensor | Packed) -> Tensor:
 
 def _checkpointed(forward: Forward, contexts: Callable[[], Contexts], *args: Any, **kwargs: Any) -> Any:
     """Tensors given by name go by position: torch's checkpoint saves only those in the way that hooks can see."""
-
-    def by_position(*values: Any) -> Any:
-        named = zip(kwargs, values[len(args) :], strict=True)
-        return forward(*values[: len(args)], **dict(named))
-
+    by_position = partial(_named, forward, tuple(kwargs))
     return checkpoint(by_position, *args, *kwargs.values(), use_reentrant=False, context_fn=contexts)
+
+
+def _named(forward: Forward, names: tuple[str, ...], *values: Any) -> Any:
+    """A call whose last values go by these names; holds none of the values, as a closure would."""
+    first = len(values) - len(names)
+    return forward(*values[:first], **dict(zip(names, values[first:], strict=True)))
 
 
 def _recomputing(bring_weights: Callable[[], object] | None) -> Contexts:

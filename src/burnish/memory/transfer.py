@@ -130,3 +130,14 @@ def padded(size: int) -> int:
 def dense(tensor: Tensor) -> Tensor:
     """The same without weights (meta device), in an order that leaves no gaps: its own where that has none."""
     return torch.empty_like(tensor, device="meta")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its numbers fill their memory, each place once, in whatever order."""
+    step = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length != 1:
+            if stride != step:
+                return False
+            step *= length
+    return True
