@@ -26,8 +26,11 @@ from burnish.families.sources import user_cache_folder
 from burnish.family import Family, ResolutionShift, TokenShift
 from burnish.generate import attach_adapter, part_labels
 from burnish.loop import Training
+from burnish.memory.activation_offload import offload_activations
 from burnish.memory.activations import activation_modes, set_activations
 from burnish.memory.quantized import choose_products
+from burnish.memory.streaming import stream_weights
+from burnish.memory.transfer import transfer_to
 from burnish.objective import Denoising, Timesteps
 from burnish.optim.build import build_optimizer
 from burnish.optim.ema import Ema
@@ -91,6 +94,11 @@ def assemble(
         adapters[part] = AdapterSet.attach(denoiser, choices, dropout=config.method.dropout, seed=config.seed)
     blocks = family.blocks()
     set_activations(blocks, activation_modes(config.memory.activations, len(blocks)))
+    denoisers = list(family.denoisers.values())
+    if config.memory.stream:
+        stream_weights(denoisers, blocks, config.memory.stream, transfer_to(device), device)
+    if config.memory.offload_activations:
+        offload_activations(denoisers, blocks, transfer_to(device))
     training = build_training(config, family, adapters, prepared, device, dtype)
     attention = build_attention(config, training, prepared)
     compilation = None

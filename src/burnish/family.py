@@ -24,6 +24,8 @@ from torch import Tensor, nn
 Prediction = Literal["velocity", "epsilon", "v"]
 Part = Literal["denoiser", "vae", "text_encoders"]
 DENOISER: frozenset[Part] = frozenset({"denoiser"})
+Device = torch.device | str
+Places = Device | Mapping[Part, Device]  # one for all parts, or one for each that is loaded
 AdapterFormat = Literal["kohya", "diffusers", "comfy"]
 
 
@@ -105,6 +107,10 @@ class Conditioning(Mapping[str, Tensor]):
             if list(sample) != names and set(sample) != set(names):
                 raise ValueError(f"conditioning of different kinds: {sorted(names)} and {sorted(sample)}")
         return Conditioning({name: _join(name, [sample[name] for sample in samples]) for name in names})
+
+
+def place_of(part: Part, places: Places) -> Device:
+    return places[part] if isinstance(places, Mapping) else places
 
 
 def chosen_rows(tensor: Tensor, index: slice | Sequence[int]) -> Tensor:
@@ -479,7 +485,7 @@ class Family(Protocol):
         parts: frozenset[Part],
         *,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Places,
         prediction: Prediction | None = None,
         shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:

@@ -12,7 +12,7 @@ from burnish.config.schema import Memory, Model
 from burnish.errors import MachineError, UserError
 from burnish.families.registry import detect_family, family_named
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family, ModelSource, Part, Prediction, Shrink
+from burnish.family import Family, ModelSource, Part, Places, Prediction, Shrink
 from burnish.memory.shrinking import shrink_of
 
 EMBEDDED = "demo"  # `model.path` of the model inside the package
@@ -28,7 +28,7 @@ class ChosenModel:
     prediction: Prediction | None
     shrink: Mapping[Part, Shrink] = field(default_factory=dict)  # parts that are kept in fewer bits
 
-    def load(self, *parts: Part, dtype: torch.dtype, device: torch.device | str) -> Family:
+    def load(self, *parts: Part, dtype: torch.dtype, device: Places) -> Family:
         """Load the named parts; without any, schedule, shapes and identities are known all the same.
 
         Raises:

@@ -22,6 +22,7 @@ from burnish.config.schema import RunConfig
 from burnish.config.train import RollBackOnNonFinite
 from burnish.errors import BurnishError, Interrupted, NonFiniteLoss, OutOfMemory, UserError
 from burnish.events import Events, Listener, RunResult, StepReport
+from burnish.family import Places
 from burnish.generate import drawn_alone
 from burnish.loop import train
 from burnish.memory.formats import slow_because
@@ -92,7 +93,10 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
 
     events.phase("loading the denoiser", 0, 0)
     parts = ("denoiser", "vae") if prepared.requests else ("denoiser",)
-    family = prepared.model.load(*parts, dtype=dtype, device=device)
+    where: Places = device
+    if config.memory.stream:  # what is streamed never is on the device as a whole
+        where = {"denoiser": "cpu", "vae": device}
+    family = prepared.model.load(*parts, dtype=dtype, device=where)
     if prepared.requests and (alone := drawn_alone(family)):
         events.warned(f"samples: {alone}")
     assembled = assemble(config, resolved, family, prepared, folder, device, dtype, events, stop)

@@ -161,8 +161,19 @@ class Memory(Section):
         description="How the large layers of the denoiser's blocks are kept: in the number type of `train.precision`; "
         "in half of it, with 8-bit matrix products (fp8 from Ada and Hopper on, int8 before); in a quarter, slower.",
     )
-    text_encoder_weights: Literal["native", "fp8", "int8", "nf4", "int4"] = Field(
-        "native", description="The same for text encoders, which run once per caption."
+    text_encoder_weights: Literal["auto", "native", "fp8", "int8", "nf4", "int4"] = Field(
+        "auto", description="The same for text encoders, which run once per caption."
+    )
+    stream: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the denoiser's block weights that stay in host memory and come to the GPU while "
+        "other blocks compute: hardly slower where a step takes long, as with large pictures and clips.",
+    )
+    offload_activations: bool = Field(
+        False,
+        description="What blocks keep for backward waits in host memory; for clips, with `recompute`.",
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads for torch; its own choice if absent."

@@ -35,6 +35,7 @@ from burnish.family import (
     LatentShape,
     ModelSource,
     Part,
+    Places,
     Prediction,
     SamplerDefaults,
     Schedule,
@@ -107,7 +108,7 @@ class Flux2(PipelineFamily):
         parts: frozenset[Part],
         *,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Places,
         prediction: Prediction | None = None,
         shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:

@@ -19,7 +19,16 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.sources import locate
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ModelSource, Part, Prediction, SamplerDefaults, Shrink, TargetSet
+from burnish.family import (
+    Conditioning,
+    ModelSource,
+    Part,
+    Places,
+    Prediction,
+    SamplerDefaults,
+    Shrink,
+    TargetSet,
+)
 
 DEV_SHIFT = 6.0  # fast has 3, as full
 _DISTILLED = "FlowMatchLCMScheduler"  # that of dev and fast; full comes with UniPC
@@ -55,7 +64,7 @@ class HiDream(PipelineFamily):
         parts: frozenset[Part],
         *,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Places,
         prediction: Prediction | None = None,
         shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:

@@ -34,6 +34,7 @@ from burnish.family import (
     Conditioning,
     ModelSource,
     Part,
+    Places,
     Prediction,
     SamplerDefaults,
     Shrink,
@@ -108,7 +109,7 @@ class HiDreamE1(PipelineFamily):
         parts: frozenset[Part],
         *,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Places,
         prediction: Prediction | None = None,
         shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:

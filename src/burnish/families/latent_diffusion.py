@@ -27,7 +27,7 @@ from burnish.families.apart import files_behind, files_named, separate_file, sep
 from burnish.families.fingerprints import fingerprint
 from burnish.families.sources import locate, locate_parts, read_header, read_json
 from burnish.families.weights import Layout, below, layout_of
-from burnish.family import ModelSource, Part, Prediction, Schedule, Shrink
+from burnish.family import ModelSource, Part, Places, Prediction, Schedule, Shrink, place_of
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 PLAIN, INPAINTING = (
@@ -147,16 +147,17 @@ class Checkpoint:
         self,
         parts: frozenset[Part],
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Places,
         shrink: Mapping[Part, Shrink],
     ) -> Parts:
         loaded = Parts()
         if "denoiser" in parts:
-            loaded.unet = self._unet(dtype, device, shrink.get("denoiser"))
+            loaded.unet = self._unet(dtype, place_of("denoiser", device), shrink.get("denoiser"))
         if "vae" in parts:
-            loaded.vae = self._vae(dtype, device)
+            loaded.vae = self._vae(dtype, place_of("vae", device))
         if "text_encoders" in parts:
-            loaded.text_encoders = self._text_encoders(dtype, device, shrink.get("text_encoders"))
+            where = place_of("text_encoders", device)
+            loaded.text_encoders = self._text_encoders(dtype, where, shrink.get("text_encoders"))
         return loaded
 
     def _unet(

@@ -31,12 +31,14 @@ from burnish.family import (
     ModelSource,
     Part,
     PictureInfo,
+    Places,
     Prediction,
     ResolutionShift,
     SamplerDefaults,
     Schedule,
     Shrink,
     TargetSet,
+    place_of,
 )
 from burnish.randomness import torch_generator
 
@@ -160,7 +162,7 @@ class PipelineFamily(ABC):
         parts: frozenset[Part],
         *,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Places,
         prediction: Prediction | None = None,
         shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:
@@ -191,7 +193,9 @@ class PipelineFamily(ABC):
             if slot.part in parts and found.has(slot):
                 blocks = partial(family._blocks_with, slot.folder) if slot.part == "denoiser" else None
                 shrunk = family.shrink.get(slot.part) if slot.part != "vae" else None
-                family.modules[slot.folder] = found.load(slot, dtype, device, shrunk, blocks)
+                family.modules[slot.folder] = found.load(
+                    slot, dtype, place_of(slot.part, device), shrunk, blocks
+                )
                 if slot.tokenizer is not None:
                     family.tokenizers[slot.folder] = found.tokenizer(slot)
         return family

@@ -37,6 +37,7 @@ from burnish.family import (
     ModelSource,
     Part,
     PictureInfo,
+    Places,
     Prediction,
     SamplerDefaults,
     Schedule,
@@ -102,7 +103,7 @@ class UNetFamily(ABC):
         parts: frozenset[Part],
         *,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Places,
         prediction: Prediction | None = None,
         shrink: Mapping[Part, Shrink] | None = None,
     ) -> Self:
