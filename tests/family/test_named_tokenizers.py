@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from burnish.errors import ModelError
-from burnish.families import hunyuan_video, pipeline, t5
+from burnish.families import hunyuan_video_parts, pipeline, t5
 from burnish.families.registry import family_named
 from burnish.families.slots import shipped_configs
 from burnish.families.sources import read_json, weight_files
@@ -113,7 +113,7 @@ def parts(
     found = Parts(request.param, tiny_folder(request.param), tmp_path)
     # Of single files the shipped configs hold what shapes do not tell, such as the number of heads.
     monkeypatch.setattr(pipeline, "shipped_configs", lambda family: found.configs)
-    monkeypatch.setattr(hunyuan_video, "HEAD_DIM", 16)
+    monkeypatch.setattr(hunyuan_video_parts, "HEAD_DIM", 16)
     return found
 
 
