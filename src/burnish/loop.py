@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from burnish.data.batch import Batch
 from burnish.errors import NonFiniteLoss
@@ -21,6 +21,8 @@ from burnish.optim.ema import Ema
 from burnish.optim.schedule import apply_learning_rate
 from burnish.randomness import stable_seed
 
+# Of the limit: below it a gradient is its own clipped one to the bit, and need not be multiplied by one.
+CLIPPED_FROM = 1 - 1e-4
 MAX_OVERFLOWS = 20  # fp16: as many halvings of the loss scale in a row mean that the loss itself is broken
 
 
@@ -103,7 +105,7 @@ def train_from(
         samples = sum(len(batch.sample_ids) for batch in batches)  # a partial batch counts for less
         judged = [micro_step(run, batch, samples) for batch in batches]
         run.scaler.unscale_(run.optimizer)
-        grad_norm = clip_grad_norm_(parameters, run.max_grad_norm)
+        grad_norm = get_total_norm([one.grad for one in parameters if one.grad is not None])
         loss = torch.stack([(one.loss_B * one.batch.weight_B).sum() for one in judged]).sum() / samples
 
         loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one host sync of a step
@@ -117,6 +119,8 @@ def train_from(
             continue
 
         overflows = 0
+        if norm_value > CLIPPED_FROM * run.max_grad_norm:
+            clip_grads_with_norm_(parameters, run.max_grad_norm, grad_norm)
         run.updating = True
         run.scaler.step(run.optimizer)
         run.scaler.update()

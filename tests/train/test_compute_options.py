@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,11 +24,14 @@ STEPS = 4
 
 
 class Losses(Listener):
+    norms: ClassVar[list[float]] = []
+
     def __init__(self) -> None:
         self.seen: list[float] = []
 
     def stepped(self, report: StepReport) -> None:
         self.seen.append(report.loss)
+        self.norms.append(report.grad_norm)
 
     def warned(self, text: str) -> None:
         assert "compile" not in text, text
@@ -79,6 +82,32 @@ def test_compiled_and_resumed_a_run_learns_what_a_plain_one_does(
     rest, adapter, _ = train("halved", **{"memory.compile": True})
     assert rest == compiled[2:]
     assert all(torch.equal(tensor, whole[key]) for key, tensor in load_file(adapter).items())
+
+
+@pytest.mark.parametrize("limit", [3e-5, 1.0])
+def test_gradients_are_clipped_to_the_limit_and_not_touched_below_it(
+    train: Callable[..., tuple[list[float], Path, str]], monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    applied: list[float] = []
+    build = assembly.build_optimizer
+
+    def watched(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer = build(*arguments)
+
+        def watch(*_: object) -> None:
+            gradients = [one.grad for group in optimizer.param_groups for one in group["params"]]
+            applied.append(float(torch.cat([one.flatten() for one in gradients]).norm()))
+
+        optimizer.register_step_pre_hook(watch)
+        return optimizer
+
+    monkeypatch.setattr(assembly, "build_optimizer", watched)
+    train("clipped", **{"train.max_grad_norm": limit})
+    reported = Losses.norms[-STEPS:]
+    assert 4e-5 < min(reported) < max(reported) < 0.5
+    # torch.nn.utils.clip_grad_norm_: times limit / (norm + 1e-6), at most 1
+    expected = [norm * min(1.0, limit / (norm + 1e-6)) for norm in reported]
+    assert applied == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_chosen_kernel_computes_the_same_and_its_figures_are_in_the_log(

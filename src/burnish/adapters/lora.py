@@ -59,8 +59,9 @@ class LoraWeights:
 class LoraLayer(nn.Module):
     """Stands in for a linear or convolution layer: its output plus the adapter's.
 
-    The adapter's weights are float32 whatever the base is stored in. They are cast to the type of the input
-    once per call, so that gradients arrive in float32. `base` may be a LoraLayer itself: adapters stack.
+    The adapter's weights are float32 whatever the base is stored in. They are cast to the type of the input, once
+    per call or together for all layers (`casting.cast_once`), so that gradients arrive in float32. `base` may be a
+    LoraLayer itself: adapters stack.
     Dropout acts in training mode while gradients are recorded: never under `torch.no_grad()`, so that samples
     and held-out losses see the whole adapter although the frozen model stays in eval mode throughout.
     """
@@ -74,12 +75,12 @@ class LoraLayer(nn.Module):
         self.dropout = dropout
         self.multiplier = 1.0
         self.active = True
+        self.rank = down.shape[0]
+        self.cast: tuple[Tensor, Tensor] | None = (
+            None  # A and B in the type of the run, for forwards with gradients
+        )
         self._down, self._up = _products(innermost(base))
         innermost(base).requires_grad_(False)
-
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0]
 
     @property
     def scale(self) -> float:
@@ -89,11 +90,20 @@ class LoraLayer(nn.Module):
         output: Tensor = self.base(x)
         if not self.active:
             return output
-        down, up = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        down, up = self._matrices(x.dtype)
         if self.dropout and self.training and torch.is_grad_enabled():
             x = F.dropout(x, self.dropout)
-        # Scaling the thin middle touches `rank` numbers per token instead of the output's whole width.
-        return output + self._up(self._down(x, down) * (self.scale * self.multiplier), up)
+        middle, factor = self._down(x, down), self.scale * self.multiplier
+        if factor != 1.0:
+            # Scaling the thin middle touches `rank` numbers per token instead of the output's whole width.
+            middle = middle * factor
+        return output + self._up(middle, up)
+
+    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B in the type of the input."""
+        if self.cast is not None and self.cast[0].dtype == dtype and torch.is_grad_enabled():
+            return self.cast
+        return self.lora_A.to(dtype), self.lora_B.to(dtype)
 
     def weights(self) -> LoraWeights:
         """A float32 copy of the adapter on the CPU."""
