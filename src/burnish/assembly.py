@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from burnish.adapters.casting import cast_once
 from burnish.adapters.lora import AdapterSet
 from burnish.adapters.targeting import choose_modules
 from burnish.checkpoint.store import CheckpointStore
@@ -92,6 +93,8 @@ def assemble(
         choices = choose_modules(denoiser, targets, family.default_targets, config.method)
         resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
         adapters[part] = AdapterSet.attach(denoiser, choices, dropout=config.method.dropout, seed=config.seed)
+        cast_once(denoiser, list(adapters[part].layers.values()), dtype)
+    assert config.memory.activations != "auto" and config.memory.stream != "auto", "what is open is settled first"
     blocks = family.blocks()
     set_activations(blocks, activation_modes(config.memory.activations, len(blocks)))
     denoisers = list(family.denoisers.values())
