@@ -17,20 +17,20 @@ from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose
 from burnish.compute.compile import Compilation, compile_blocks
-from burnish.config.schema import RunConfig
+from burnish.config.schema import Memory, RunConfig
 from burnish.config.train import LogitNormalTimesteps, Objective, SigmoidTimesteps, UniformTimesteps
 from burnish.data.batch import Batch
 from burnish.events import Events
 from burnish.export.formats import resolve_format
 from burnish.export.metadata import Provenance, adapter_metadata
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family, ResolutionShift, TokenShift
+from burnish.family import Family, Places, ResolutionShift, Split, TokenShift
 from burnish.generate import attach_adapter, part_labels
 from burnish.loop import Training
 from burnish.memory.activation_offload import offload_activations
 from burnish.memory.activations import activation_modes, set_activations
 from burnish.memory.quantized import choose_products
-from burnish.memory.streaming import stream_weights
+from burnish.memory.streaming import stream_weights, streamed_blocks
 from burnish.memory.transfer import transfer_to
 from burnish.objective import Denoising, Timesteps
 from burnish.optim.build import build_optimizer
@@ -94,7 +94,9 @@ def assemble(
         resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
         adapters[part] = AdapterSet.attach(denoiser, choices, dropout=config.method.dropout, seed=config.seed)
         cast_once(denoiser, list(adapters[part].layers.values()), dtype)
-    assert config.memory.activations != "auto" and config.memory.stream != "auto", "what is open is settled first"
+    assert config.memory.activations != "auto" and config.memory.stream != "auto", (
+        "what is open is settled first"
+    )
     blocks = family.blocks()
     set_activations(blocks, activation_modes(config.memory.activations, len(blocks)))
     denoisers = list(family.denoisers.values())
@@ -115,6 +117,14 @@ def assemble(
         attention=attention,
         compilation=compilation,
     )
+
+
+def places(memory: Memory, device: torch.device) -> Places:
+    """Where what is trained is loaded to: streamed blocks are never on the device together."""
+    assert memory.stream != "auto", "what is open is settled first"
+    if not memory.stream:
+        return device
+    return {"denoiser": Split(device, partial(streamed_blocks, share=memory.stream)), "vae": device}
 
 
 def cache_folder(config: RunConfig) -> Path:

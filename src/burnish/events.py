@@ -44,6 +44,9 @@ class Listener:
     def phase(self, name: str, done: int, total: int) -> None:
         """A stage before or beside training: `done` of `total` items; `total` 0 where it is not known."""
 
+    def planned(self, text: str) -> None:
+        """What the plan chose and foresees, or how a step compared with it."""
+
     def started(self, step: int, steps: int) -> None:
         """Training begins, or goes on, with `step` steps done."""
 
@@ -70,6 +73,10 @@ class Events(Listener):
     def phase(self, name: str, done: int, total: int) -> None:
         for listener in self.listeners:
             listener.phase(name, done, total)
+
+    def planned(self, text: str) -> None:
+        for listener in self.listeners:
+            listener.planned(text)
 
     def started(self, step: int, steps: int) -> None:
         for listener in self.listeners:

@@ -78,10 +78,10 @@ def choose_model(model: Model, memory: Memory | None = None) -> ChosenModel:
 
 
 def shrink_by_part(memory: Memory) -> dict[Part, Shrink]:
-    """Of the parts whose large layers are kept in fewer bits."""
+    """Of the parts whose large layers are kept in fewer bits; what is `auto` and was not planned stays as it is."""
     words: dict[Part, str] = {"denoiser": memory.weights, "text_encoders": memory.text_encoder_weights}
     folder = memory.cache_folder or user_cache_folder()
-    chosen = {part: shrink_of(word, folder) for part, word in words.items()}
+    chosen = {part: shrink_of(word, folder) for part, word in words.items() if word != "auto"}
     return {part: shrink for part, shrink in chosen.items() if shrink is not None}
 
 

@@ -36,7 +36,7 @@ def drawn_folder(
     side = max(source.resolutions)
     recipe = source.model_dump(mode="json", include={"prompts", "count", "steps", "guidance", "seed"})
     recipe |= {"side": side, "identity": identity, "precision": precision}
-    if memory.weights != "native":
+    if memory.weights not in ("auto", "native"):
         recipe["weights"] = memory.weights
     text = json.dumps(recipe, sort_keys=True)
     folder = place / hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from burnish.assembly import Assembled, assemble
+from burnish.assembly import Assembled, assemble, places
 from burnish.atomic import atomic_write_text
 from burnish.checkpoint.space import check_space
 from burnish.checkpoint.store import Loaded
@@ -22,7 +22,6 @@ from burnish.config.schema import RunConfig
 from burnish.config.train import RollBackOnNonFinite
 from burnish.errors import BurnishError, Interrupted, NonFiniteLoss, OutOfMemory, UserError
 from burnish.events import Events, Listener, RunResult, StepReport
-from burnish.family import Places
 from burnish.generate import drawn_alone
 from burnish.loop import train
 from burnish.memory.formats import slow_because
@@ -31,6 +30,7 @@ from burnish.model import DTYPES, choose_device, choose_model
 from burnish.preparation import check_data, folders, prepare, split
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
+from burnish.settling import Compared, Settled, settle
 from burnish.signals import StopRequest
 
 _log = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     resolved = to_yaml(config)
     for line in announce_changes(config, folder):
         events.warned(line)
+    settled = settle(config, device, folder, events)
+    config = settled.config
     if why := slow_because(config.memory.weights, device):
         events.warned(f"memory.weights: {why}")
     prepared = prepare(config, hashlib.sha256(resolved.encode()).hexdigest(), folder, device, dtype, events)
@@ -93,10 +95,7 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
 
     events.phase("loading the denoiser", 0, 0)
     parts = ("denoiser", "vae") if prepared.requests else ("denoiser",)
-    where: Places = device
-    if config.memory.stream:  # what is streamed never is on the device as a whole
-        where = {"denoiser": "cpu", "vae": device}
-    family = prepared.model.load(*parts, dtype=dtype, device=where)
+    family = prepared.model.load(*parts, dtype=dtype, device=places(config.memory, device))
     if prepared.requests and (alone := drawn_alone(family)):
         events.warned(f"samples: {alone}")
     assembled = assemble(config, resolved, family, prepared, folder, device, dtype, events, stop)
@@ -109,12 +108,13 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     with assembled.attention.installed():
         if assembled.sample is not None and config.sample.at_start and assembled.training.step == 0:
             assembled.sample.draw(assembled.training)
-        return train_to_the_end(config, assembled, folder, events, stop)
+        return train_to_the_end(settled, assembled, folder, events, stop)
 
 
 def train_to_the_end(
-    config: RunConfig, assembled: Assembled, folder: RunFolder, events: Events, stop: StopRequest
+    settled: Settled, assembled: Assembled, folder: RunFolder, events: Events, stop: StopRequest
 ) -> RunResult:
+    config = settled.config
     run, validate = assembled.training, assembled.validate
     patience = config.train.validation.early_stop if config.train.validation else None
 
@@ -124,15 +124,22 @@ def train_to_the_end(
     stop.deferred = True
     if run.step == 0 and isinstance(config.train.on_nonfinite, RollBackOnNonFinite):
         assembled.save.checkpoint(run)  # something to roll back to
+    compared = Compared(settled.plan, folder)
     with saved_when_memory_runs_out(assembled):
         while True:
             try:
                 train(
-                    run, events, assembled.tasks, lambda: stop.requested is not None or no_longer_improves()
+                    run,
+                    events,
+                    [compared.after_step(events), *assembled.tasks],
+                    lambda: stop.requested is not None or no_longer_improves(),
                 )
                 break
             except NonFiniteLoss as error:
                 roll_back(config, assembled, error, events)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not (is_out_of_memory(error) and compared.step_down(run, events)):
+                    raise
     finished = run.step >= run.steps or no_longer_improves()
     assembled.save.finish(run, ended=finished)
     if finished and run.step < run.steps and assembled.sample is not None:
@@ -300,6 +307,9 @@ class RunLog(Listener):
 
     def saved(self, step: int, checkpoint: Path, adapter: Path, facts: Mapping[str, object]) -> None:
         _log.info("step %d: saved %s and %s %s", step, checkpoint.name, adapter.name, dict(facts))
+
+    def planned(self, text: str) -> None:
+        _log.info("plan: %s", text)
 
     def warned(self, text: str) -> None:
         _log.warning("%s", text)

@@ -2,6 +2,7 @@
 
 runs/NAME/
   config.yaml        the resolved config
+  plan.json          memory settings of the last start, predicted and measured peaks
   status.json        state, step, pid and its create time, heartbeat; replaced atomically
   metrics.sqlite     metrics(step, key, value)
   data_report.json   every picture skipped or fixed, buckets, captions
@@ -118,6 +119,11 @@ class RunFolder:
     @property
     def data_report(self) -> Path:
         return self.path / "data_report.json"
+
+    @property
+    def plan(self) -> Path:
+        """What the last start chose for memory, and what it foresaw."""
+        return self.path / "plan.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from burnish import __version__
-from burnish.cli import configs, demo, doctor, families, generate, runs, train
+from burnish.cli import configs, demo, doctor, families, generate, plan, runs, train
 from burnish.cli.edge import EXIT_CODES
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ def options(
 
 app.command("train", epilog=EXIT_CODES)(train.train)
 app.command("generate", epilog=EXIT_CODES)(generate.generate)
+app.command("plan", epilog=EXIT_CODES)(plan.plan)
 app.command("families")(families.show_families)
 app.command("doctor", epilog=EXIT_CODES)(doctor.doctor)
 app.command("demo", epilog=EXIT_CODES)(demo.demo)

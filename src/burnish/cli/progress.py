@@ -156,6 +156,10 @@ class TerminalProgress(Listener):
         self._end_phase()
         self._say(saved_line(step, adapter, facts))
 
+    def planned(self, text: str) -> None:
+        self._end_phase()
+        self._say(f"plan: {text}")
+
     def warned(self, text: str) -> None:
         self._say(f"note: {text}", style="yellow")
 
@@ -212,6 +216,9 @@ class PlainProgress(Listener):
 
     def saved(self, step: int, checkpoint: Path, adapter: Path, facts: Mapping[str, object]) -> None:
         self._say(saved_line(step, adapter, facts))
+
+    def planned(self, text: str) -> None:
+        self._say(f"plan: {text}")
 
     def warned(self, text: str) -> None:
         self._say(f"note: {text}")

@@ -136,16 +136,27 @@ class Memory(Section):
     cache_folder: Path | None = Field(
         None, description="Shared cache; by default `~/.cache/burnish`, or $BURNISH_CACHE."
     )
+    budget: str = Field(
+        "auto",
+        pattern=r"^(auto|\d+(\.\d+)?\s*GiB)$",
+        description="What the run may take of the GPU in all, such as `22GiB`; `auto` is what is free. Whatever is `auto` "
+        "below is chosen to fit it (`burnish plan`); on a CPU without a budget nothing has to.",
+    )
     activations: (
-        Literal["keep", "keep-matmul", "keep-attention", "recompute"] | Annotated[float, Field(ge=0, le=1)]
+        Literal["auto", "keep", "keep-matmul", "keep-attention", "recompute"]
+        | Annotated[float, Field(ge=0, le=1)]
+        | dict[
+            Literal["keep", "keep-matmul", "keep-attention", "recompute"],
+            Annotated[int, Field(ge=0, le=10000)],
+        ]
     ) = Field(
-        "keep",
+        "auto",
         description="What blocks keep for backward, from the fastest to the least memory: all; outputs of attention "
         "and matrix products; of attention alone; their inputs, about a third slower. A number is the share of blocks "
-        "to recompute.",
+        "to recompute, `{recompute: 20, keep: 37}` numbers of blocks; `auto` chooses block by block.",
     )
-    compile: bool = Field(
-        False,
+    compile: Literal["auto"] | bool = Field(
+        "auto",
         description="Compile the model's repeated blocks: faster steps after a few minutes of compiling, which the cache "
         "saves a second run.",
     )
@@ -156,18 +167,16 @@ class Memory(Section):
         description="The kernel for attention. `auto` measures those that are here at the run's own shapes and takes the "
         "fastest that is right, on a CPU torch's own; `sage` draws samples only.",
     )
-    weights: Literal["native", "fp8", "int8", "nf4", "int4"] = Field(
-        "native",
+    weights: Literal["auto", "native", "fp8", "int8", "nf4", "int4"] = Field(
+        "auto",
         description="How the large layers of the denoiser's blocks are kept: in the number type of `train.precision`; "
         "in half of it, with 8-bit matrix products (fp8 from Ada and Hopper on, int8 before); in a quarter, slower.",
     )
     text_encoder_weights: Literal["auto", "native", "fp8", "int8", "nf4", "int4"] = Field(
         "auto", description="The same for text encoders, which run once per caption."
     )
-    stream: float = Field(
-        0.0,
-        ge=0,
-        le=1,
+    stream: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto",
         description="Share of the denoiser's block weights that stay in host memory and come to the GPU while "
         "other blocks compute: hardly slower where a step takes long, as with large pictures and clips.",
     )

@@ -159,6 +159,13 @@ class StableDiffusion3(PipelineFamily):
         folder = "text_encoder_3" if "text_encoder_3" in self.modules else "text_encoder"
         return clip.count_tokens(self.tokenizer(folder), prompt)
 
+    @classmethod
+    def with_depth(cls, config: dict[str, Any], depth: int) -> dict[str, Any]:
+        """SD3.5 medium has two kinds of blocks in one list: those with a second attention come first."""
+        dual = len(config.get("dual_attention_layers") or ())
+        first, plain = min(depth, dual), min(depth, int(config["num_layers"]) - dual)
+        return {**config, "num_layers": first + plain, "dual_attention_layers": list(range(first))}
+
     @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()

@@ -7,25 +7,40 @@ Outside of compiled code the two in the middle cost a Python call per operation 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
+from burnish.errors import UserError
 from burnish.memory.block_forward import BlockForward, Mode, change_forward
 
-__all__ = ["Mode", "activation_modes", "set_activations"]
+__all__ = ["ORDER", "Mode", "activation_modes", "set_activations"]
 
 
-def activation_modes(option: Mode | float, blocks: int) -> list[Mode]:
-    """One mode per block, from the value of the option: a mode for all, or the share of blocks to recompute.
+ORDER: tuple[Mode, ...] = ("recompute", "keep-attention", "keep-matmul", "keep")  # from the least memory to the most
+
+
+def activation_modes(option: Mode | float | Mapping[Mode, int], blocks: int) -> list[Mode]:
+    """One mode per block, from the value of the option: a mode for all, the share of blocks to recompute, or so many
+    blocks of each mode, those that keep the least first.
 
     A share takes the first blocks. Backward goes from the last to the first, so by the time that it computes a block
     again, for which it needs that block's whole memory, all that the later ones kept is free. Were the last block
     among those computed again, its memory would come on top of all that is kept: one block more at the peak.
+
+    Raises:
+        UserError: counts that do not come to the number of blocks.
     """
     if isinstance(option, str):
         return [option] * blocks
+    if isinstance(option, Mapping):
+        if sum(option.values()) != blocks:
+            raise UserError(
+                f"memory.activations is for {sum(option.values())} blocks; this model has {blocks}",
+                remedy="Give counts that come to as many, one mode for all, or `auto`.",
+            )
+        return [mode for mode in ORDER for _ in range(option.get(mode, 0))]
     again = round(option * blocks)
     return ["recompute" if number < again else "keep" for number in range(blocks)]
 

@@ -68,9 +68,13 @@ class Card:
     from_host: float = 22.0  # PCIe 4.0 x16, pinned
     attention: float | None = None  # where it was measured
     unified: bool = False
+    measured: Rates | None = None  # in place of all the others
 
     @property
     def rates(self) -> Rates:
+        if self.measured is not None:
+            return self.measured
+
         def reached(rate: float | None) -> float | None:
             return None if rate is None else rate * MATMUL_REACHED * TERA
 

@@ -1,0 +1,386 @@
+"""From a config to a plan: what the run will take, and the settings that fit. Loads no weights and needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish.adapters.lora import ModuleChoice
+from burnish.adapters.targeting import choose_modules
+from burnish.assembly import build_objective
+from burnish.config.schema import Memory, RunConfig
+from burnish.data.buckets import buckets_for
+from burnish.errors import BurnishError, ModelError, UserError
+from burnish.families.registry import family_named
+from burnish.families.sources import user_cache_folder
+from burnish.family import Family, Part
+from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
+from burnish.model import DTYPES, choose_model
+from burnish.optim.build import build_optimizer
+from burnish.planner.choose import Beside, Choice, Limits, Profiles, choices, evaluate, smallest
+from burnish.planner.measure import Measure
+from burnish.planner.phases import (
+    VAE,
+    Phase,
+    caption_phase,
+    decoding_phase,
+    drawing_phase,
+    encoding_phase,
+)
+from burnish.planner.profile import Profile
+from burnish.planner.rates import GIB, Card, Rates, card_called, card_named
+from burnish.planner.store import ProfileStore
+from burnish.planner.trace import Recipe, Shape
+
+# Outside of what torch counts: CUDA's context and its libraries' workspaces, and what the allocator cannot hand out.
+CONTEXT = int(0.5 * GIB)
+FRAGMENTED = int(0.4 * GIB)
+WORTH_COMPILING = 300  # micro-steps
+TEXT_ENCODERS: frozenset[Part] = frozenset({"text_encoders"})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the plan's table."""
+
+    what: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Training steps at one size; seconds are of one optimizer step."""
+
+    shape: Shape
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run will take. Bytes on the device unless said otherwise."""
+
+    family: str
+    card: str
+    budget: int  # of what torch may allocate: the card's or the wanted memory less context and fragmentation
+    choice: Choice
+    compiled: bool
+    text_encoder_weights: str
+    rows: tuple[Row, ...]  # phases in the order of the run; the largest is the run's peak
+    times: tuple[Timed, ...]
+    steps: int
+    accumulate: int  # micro-steps, which a choice's seconds are of, per step
+    fallbacks: tuple[Choice, ...]  # with the same weights, from more memory to less: for a step that does not fit
+    cheaper: tuple[Choice, ...]  # the next settings that take less memory
+    faster: tuple[Choice, ...]  # those that would be faster with more
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        return max(row.bytes for row in self.rows)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, sizes taken in turn."""
+        return self.steps * sum(time.seconds for time in self.times) / len(self.times)
+
+
+def budget_of(option: str) -> int | None:
+    """Bytes of `memory.budget`; None for `auto`."""
+    return None if option == "auto" else int(float(option.removesuffix("GiB")) * GIB)
+
+
+def card_for(name: str | None) -> Card:
+    """A card of the table by name, or the one of this machine.
+
+    Raises:
+        UserError: no such card; or none is named and there is none here.
+    """
+    if name is not None:
+        return card_named(name)
+    if not torch.cuda.is_available():
+        raise UserError(
+            "there is no GPU here to plan for",
+            remedy="Name one: burnish plan CONFIG --gpu 4090. Any size works too: --gpu 24GiB.",
+        )
+    title = torch.cuda.get_device_name()
+    free, _ = torch.cuda.mem_get_info()
+    known = card_called(title) or card_named(f"{free / GIB:.1f}GiB")
+    return replace(known, title=title, gib=(free + torch.cuda.memory_reserved()) / GIB)
+
+
+def cache_of(memory: Memory) -> Path:
+    """Where traces and measured rates are kept."""
+    return (memory.cache_folder or user_cache_folder()) / "plans"
+
+
+def plan_run(
+    config: RunConfig, card: Card, *, budget: int | None = None, cuda: bool = True, can_compile: bool = True
+) -> RunPlan:
+    """Trace the run's phases and choose the fastest settings that fit.
+
+    Args:
+        card: whose memory and rates count.
+        budget: bytes that the run may take in all, context included; the card's memory if None.
+        cuda: the device is a GPU, whose kernels keep other tensors than those of a CPU.
+        can_compile: blocks may be compiled where the config leaves that open.
+
+    Raises:
+        ModelError: no such weights, and the config names no family whose released sizes could stand in.
+        UserError: nothing fits.
+    """
+    return _Planner(config, card, budget, cuda, can_compile).plan()
+
+
+class _Planner:
+    def __init__(
+        self, config: RunConfig, card: Card, budget: int | None, cuda: bool, can_compile: bool
+    ) -> None:
+        self.config, self.card = config, card
+        self.rates: Rates = card.rates
+        self.budget = (int(card.gib * GIB) if budget is None else budget) - CONTEXT - FRAGMENTED
+        self.dtype = DTYPES[config.train.precision]
+        self.cuda = cuda
+        wanted = config.memory.compile
+        self.compiled = (can_compile and self._is_long()) if wanted == "auto" else wanted
+        self.notes: list[str] = []
+        self.kind, self.of = self._model()
+        self.known = self.skeleton()
+        self.measure = Measure(self.skeleton, self.choose)
+        self.store = ProfileStore(cache_of(config.memory))
+
+    def _model(self) -> tuple[type[Family], Family | None]:
+        try:
+            chosen = choose_model(self.config.model)
+            return chosen.family, chosen.load(dtype=self.dtype, device="cpu")
+        except ModelError:
+            if self.config.model.family is None or Path(self.config.model.path).exists():
+                raise
+            self.notes.append(f"{self.config.model.path} is not here: sizes are those of the released model")
+            return family_named(self.config.model.family), None
+
+    def _is_long(self) -> bool:
+        """Compiling takes minutes and saves a part of each step: not worth it for a handful."""
+        return self.config.train.steps * self.config.train.accumulate >= WORTH_COMPILING
+
+    def skeleton(self, depth: int | None = None, parts: frozenset[Part] | None = None) -> Family:
+        told = {} if parts is None else {"parts": parts}
+        return self.kind.skeleton(depth, of=self.of, dtype=self.dtype, **told)
+
+    def shapes(self) -> list[Shape]:
+        """The largest bucket of every size that is trained, the most tokens first."""
+        found = set()
+        for source in self.config.data:
+            step = max(source.bucket_step, self.known.latents.pixel_multiple)
+            step = ceil(step / self.known.latents.pixel_multiple) * self.known.latents.pixel_multiple
+            for side in source.resolutions:
+                bucket = max(buckets_for(side, step, source.max_aspect), key=lambda one: one.area)
+                for frames in self._frames(source):
+                    found.add(Shape(bucket.height, bucket.width, frames, self.config.train.batch_size))
+        return sorted(found, key=self.tokens, reverse=True)
+
+    def _frames(self, source: Any) -> list[int]:
+        if not self.known.capabilities.video:
+            return [1]
+        return list(getattr(source, "frames", None) or [self.known.defaults.frames])
+
+    def tokens(self, shape: Shape) -> int:
+        return self.known.latents.tokens(self.known.latents.of(shape.height, shape.width, shape.frames))
+
+    def choose(self, family: Family) -> Mapping[str, Mapping[str, ModuleChoice]]:
+        method = self.config.method
+        return {
+            part: choose_modules(denoiser, family.targets, family.default_targets, method)
+            for part, denoiser in family.denoisers.items()
+        }
+
+    def profile(self, shape: Shape, kept_as: str, mode: str | float) -> Profile:
+        train, method = self.config.train, self.config.method
+
+        def keep(family: Family) -> None:
+            blocks = family.blocks()
+            set_activations(blocks, activation_modes(mode, len(blocks)))  # type: ignore[arg-type]
+
+        recipe = Recipe(
+            choices={},
+            objective=build_objective(train.objective, self.known),
+            optimizer=partial(build_optimizer, train.optimizer),
+            kept_as=None if kept_as == "native" else kept_as,
+            keep_activations=keep,
+            accumulates=train.accumulate > 1,
+            averages=train.ema is not None,
+            dropout=method.dropout,
+        )
+        facts = {
+            "family": self.kind.name,
+            "configs": getattr(self.of or self.known, "configs", None),
+            "identity": self.of.identity("denoiser") if self.of and not hasattr(self.of, "configs") else None,
+            "method": method.model_dump(mode="json"),
+            "optimizer": train.optimizer.model_dump(mode="json"),
+            "objective": train.objective.model_dump(mode="json"),
+            "recipe": [self.cuda, kept_as, mode, recipe.accumulates, recipe.averages, str(self.dtype)],
+            "shape": [shape.height, shape.width, shape.frames, shape.batch],
+        }
+        return self.store.profile(facts, lambda: self.measure.profile(shape, recipe, cuda=self.cuda))
+
+    def formats(self) -> list[tuple[str, ...]]:
+        """What to try, and what to try besides where that streams or does not fit: 4 bits are slower."""
+        wanted = self.config.memory.weights
+        if wanted != "auto":
+            return [(wanted,)]
+        first = ("native", "fp8" if self.rates.fp8 else "int8")
+        return [first, (*first, "nf4")]
+
+    def plan(self) -> RunPlan:
+        shapes = self.shapes()
+        largest = shapes[0]
+        modes = self._modes()
+        captions = self._captions()
+        pictures = encoding_phase(self.skeleton(parts=VAE), largest, cuda=self.cuda)
+        drawn = self._drawn(largest)
+        for formats in self.formats():
+            limits = Limits(weights=formats, modes=modes, stream=self._stream(), beside=drawn[0])
+            tried = set(modes) if modes is not None else ORDER
+            profiles: Profiles = {
+                kept_as: {mode: self.profile(largest, kept_as, mode) for mode in tried} for kept_as in formats
+            }
+            found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
+            if found and not found[0].host:
+                break
+        if not found or pictures.peak > self.budget or captions[1].peak > self.budget:
+            raise self._nothing_fits(profiles, limits, captions[1], pictures)
+        best = found[0]
+        rows = (
+            Row("captions", captions[1].peak, f"text encoders ({captions[0]}) and one caption"),
+            Row("pictures", pictures.peak, f"the VAE and one of {_size(largest)}"),
+            *self._training_rows(profiles, best, largest),
+            *drawn[1],
+        )
+        return RunPlan(
+            family=self.known.title,
+            card=self.card.title,
+            budget=self.budget,
+            choice=best,
+            compiled=self.compiled,
+            text_encoder_weights=captions[0],
+            rows=rows,
+            times=tuple(self._timed(shape, best) for shape in shapes),
+            steps=self.config.train.steps,
+            accumulate=self.config.train.accumulate,
+            fallbacks=self._fallbacks(profiles, best),
+            cheaper=self._cheaper(found, best),
+            faster=self._faster(profiles, limits, best),
+            notes=tuple(self.notes),
+        )
+
+    def _modes(self) -> tuple[Mode, ...] | None:
+        """One mode per block where they are pinned."""
+        wanted = self.config.memory.activations
+        return None if wanted == "auto" else tuple(activation_modes(wanted, len(self.known.blocks())))
+
+    def _stream(self) -> float | None:
+        wanted = self.config.memory.stream
+        return None if wanted == "auto" else float(wanted)
+
+    def _captions(self) -> tuple[str, Phase]:
+        """The first format of text encoders that fits, or the pinned one."""
+        wanted = self.config.memory.text_encoder_weights
+        tokens = self.known.prompt_limit
+        tried = ("native", "int8", "nf4") if wanted == "auto" else (wanted,)
+        for kept_as in tried:
+            family = self.skeleton(parts=TEXT_ENCODERS)
+            phase = caption_phase(family, None if kept_as == "native" else kept_as, tokens)
+            if phase.peak <= self.budget:
+                break
+        return kept_as, phase
+
+    def _drawn(self, largest: Shape) -> tuple[Beside, tuple[Row, ...]]:
+        """What samples take beside the denoiser, and their rows."""
+        sample = self.config.sample
+        if not sample.prompts:
+            return Beside(), ()
+        height, width = self.known.defaults.size
+        if sample.size is not None:
+            height, width = (sample.size, sample.size) if isinstance(sample.size, int) else sample.size
+        frames = (sample.frames or self.known.defaults.frames) if self.known.capabilities.video else 1
+        multiple = self.known.latents.pixel_multiple
+        shape = Shape(height // multiple * multiple, width // multiple * multiple, frames, sample.batch_size)
+        drawing = drawing_phase(self.skeleton(), shape, None, cuda=self.cuda)
+        decoding = decoding_phase(self.skeleton(parts=VAE), shape, cuda=self.cuda)
+        between = max(drawing.peak - drawing.weights, decoding.peak - decoding.weights)
+        beside = Beside(always=decoding.weights, between_steps=between)
+        row = Row("samples", between + decoding.weights, f"beside the denoiser, at {_size(shape)}")
+        return beside, (row,)
+
+    def _training_rows(self, profiles: Profiles, best: Choice, largest: Shape) -> tuple[Row, ...]:
+        settings = best.settings
+        used = profiles[settings.weights][settings.modes[0]]
+        kept = ", ".join(f"{count} x {mode}" for mode, count in settings.kept.items())
+        weights = sum(used.weights) + used.weights_outside
+        trained = sum(used.trained) + used.trained_outside
+        where = "" if not best.host else f"; {best.host / GIB:.1f} GiB of them in host memory"
+        return (
+            Row("  weights", weights - best.host, f"frozen, {settings.weights}{where}"),
+            Row("  trained", trained, "adapter, its optimizer state"),
+            Row(
+                "  activations",
+                max(0, best.peak - (weights - best.host) - trained),
+                f"{kept}; batch {largest.batch} of {_size(largest)}, gradients",
+            ),
+            Row("training", best.peak, "all of these at the step's peak"),
+        )
+
+    def _timed(self, shape: Shape, best: Choice) -> Timed:
+        settings = best.settings
+        profiles = {mode: self.profile(shape, settings.weights, mode) for mode in set(settings.modes)}
+        choice = evaluate(
+            profiles, settings.weights, settings.modes, settings.streamed, self.rates, compiled=self.compiled
+        )
+        return Timed(shape, self.tokens(shape), choice.seconds * self.config.train.accumulate)
+
+    def _fallbacks(self, profiles: Profiles, best: Choice) -> tuple[Choice, ...]:
+        """What a loaded model can still change to: other activations, the same weights in the same places."""
+        limits = Limits((best.settings.weights,), stream=best.settings.stream)
+        every = choices(profiles, self.rates, best.peak, limits, compiled=self.compiled)
+        found: list[Choice] = []
+        for share in (0.93, 0.85, 0.75):
+            fitting = next((one for one in every if one.peak <= share * best.peak), None)
+            if fitting is not None and fitting not in found:
+                found.append(fitting)
+        return tuple(found)
+
+    def _cheaper(self, found: list[Choice], best: Choice) -> tuple[Choice, ...]:
+        """The fastest that takes 10 % less, and the fastest that takes 30 % less."""
+        wanted = (next((one for one in found if one.peak <= share * best.peak), None) for share in (0.9, 0.7))
+        return tuple(dict.fromkeys(one for one in wanted if one is not None))
+
+    def _faster(self, profiles: Profiles, limits: Limits, best: Choice) -> tuple[Choice, ...]:
+        """The fastest of all, if memory were no limit, and of those at least 5 % faster the smallest."""
+        every = choices(profiles, self.rates, 1 << 62, limits, compiled=self.compiled)
+        faster = [one for one in every if one.seconds < 0.95 * best.seconds]
+        if not faster:
+            return ()
+        return tuple(dict.fromkeys([min(faster, key=lambda one: one.peak), faster[0]]))
+
+    def _nothing_fits(
+        self, profiles: Profiles, limits: Limits, captions: Phase, pictures: Phase
+    ) -> BurnishError:
+        least = smallest(profiles, self.rates, limits, compiled=self.compiled)
+        most = max((least.peak, "training"), (captions.peak, "text encoders"), (pictures.peak, "the VAE"))
+        return UserError(
+            f"nothing fits into {(self.budget + CONTEXT + FRAGMENTED) / GIB:.1f} GiB on {self.card.title}: {most[1]} "
+            f"take at least {(most[0] + CONTEXT + FRAGMENTED) / GIB:.1f} GiB at {_size(self.shapes()[0])}",
+            remedy="A smaller number in data.resolutions, train.batch_size: 1, fewer frames; or leave more of the "
+            "memory section to `auto`.",
+        )
+
+
+def _size(shape: Shape) -> str:
+    return f"{shape.height}x{shape.width}" + (f", {shape.frames} frames" if shape.frames > 1 else "")
