@@ -25,7 +25,6 @@ Prediction = Literal["velocity", "epsilon", "v"]
 Part = Literal["denoiser", "vae", "text_encoders"]
 DENOISER: frozenset[Part] = frozenset({"denoiser"})
 Device = torch.device | str
-Places = Device | Mapping[Part, Device]  # one for all parts, or one for each that is loaded
 AdapterFormat = Literal["kohya", "diffusers", "comfy"]
 
 
@@ -109,8 +108,24 @@ class Conditioning(Mapping[str, Tensor]):
         return Conditioning({name: _join(name, [sample[name] for sample in samples]) for name in names})
 
 
-def place_of(part: Part, places: Places) -> Device:
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A denoiser on a device but for some of its blocks, which stay in host memory as soon as they are read."""
+
+    device: Device
+    away: Callable[[Sequence[int]], Sequence[int]]  # bytes of each block -> numbers of those that stay
+
+
+Place = Device | Split
+Places = Place | Mapping[Part, Place]  # one for all parts, or one for each that is loaded
+
+
+def place_of(part: Part, places: Places) -> Place:
     return places[part] if isinstance(places, Mapping) else places
+
+
+def device_of(place: Place) -> Device:
+    return place.device if isinstance(place, Split) else place
 
 
 def chosen_rows(tensor: Tensor, index: slice | Sequence[int]) -> Tensor:
@@ -445,7 +460,8 @@ class Shrink(Protocol):
         *,
         spared: Sequence[str],
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Device,
+        away: tuple[str, ...],
     ) -> Shrinking:
         """Replace layers of a module that has no weights yet (meta device).
 
@@ -455,6 +471,7 @@ class Shrink(Protocol):
             spared: patterns of weights that are to stay as they are.
             dtype: the number type of the run.
             device: where weights arrive.
+            away: beginnings of the names of those that then stay in host memory.
         """
         ...
 

@@ -27,7 +27,7 @@ from burnish.families.apart import files_behind, files_named, separate_file, sep
 from burnish.families.fingerprints import fingerprint
 from burnish.families.sources import locate, locate_parts, read_header, read_json
 from burnish.families.weights import Layout, below, layout_of
-from burnish.family import ModelSource, Part, Places, Prediction, Schedule, Shrink, place_of
+from burnish.family import ModelSource, Part, Place, Places, Prediction, Schedule, Shrink, device_of, place_of
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 PLAIN, INPAINTING = (
@@ -154,15 +154,13 @@ class Checkpoint:
         if "denoiser" in parts:
             loaded.unet = self._unet(dtype, place_of("denoiser", device), shrink.get("denoiser"))
         if "vae" in parts:
-            loaded.vae = self._vae(dtype, place_of("vae", device))
+            loaded.vae = self._vae(dtype, device_of(place_of("vae", device)))
         if "text_encoders" in parts:
-            where = place_of("text_encoders", device)
+            where = device_of(place_of("text_encoders", device))
             loaded.text_encoders = self._text_encoders(dtype, where, shrink.get("text_encoders"))
         return loaded
 
-    def _unet(
-        self, dtype: torch.dtype, device: torch.device | str, shrink: Shrink | None
-    ) -> UNet2DConditionModel:
+    def _unet(self, dtype: torch.dtype, device: Place, shrink: Shrink | None) -> UNet2DConditionModel:
         if self.path.is_dir():
             return unet.load_from_folder(self.path / "unet", dtype=dtype, device=device, shrink=shrink)
         layout = below(self.single_file, UNET_PREFIX) or self.single_file

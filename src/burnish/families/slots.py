@@ -34,7 +34,7 @@ from burnish.families.sources import (
     weight_files,
 )
 from burnish.families.weights import Layout, Piece, layout_of, load_module
-from burnish.family import ModelSource, Part, Shrink
+from burnish.family import ModelSource, Part, Place, Shrink
 
 ENCODING_VERSION = 1  # raise when encoding gives other numbers for the same weights: caches then start anew
 
@@ -257,7 +257,7 @@ class PipelineSource:
         self,
         slot: Slot,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: Place,
         shrink: Shrink | None = None,
         blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None,
     ) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import nn
 from burnish.errors import ModelError
 from burnish.families.sources import TensorInfo, read_json, weight_files
 from burnish.families.weights import Layout, layout_of, load_module
-from burnish.family import Shrink, TargetSet
+from burnish.family import Place, Shrink, TargetSet
 
 _ATTENTION = ("*.attn[12].to_[qkv]", "*.attn[12].to_out.0")
 _FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")
@@ -69,7 +69,7 @@ _BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)")
 
 
 def load_from_folder(
-    folder: Path, *, dtype: torch.dtype, device: torch.device | str, shrink: Shrink | None = None
+    folder: Path, *, dtype: torch.dtype, device: Place, shrink: Shrink | None = None
 ) -> UNet2DConditionModel:
     """The UNet of a diffusers folder."""
     return _load(read_json(folder / "config.json"), layout_of(weight_files(folder)), dtype, device, shrink)
@@ -80,7 +80,7 @@ def load_from_layout(
     shipped: Mapping[str, Any],
     *,
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: Place,
     shrink: Shrink | None = None,
 ) -> UNet2DConditionModel:
     """The UNet of a single file, in original or diffusers names; widths and depths follow the weights."""
@@ -92,7 +92,7 @@ def _load(
     config: Mapping[str, Any],
     layout: Layout,
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: Place,
     shrink: Shrink | None,
 ) -> UNet2DConditionModel:
     return load_module(

@@ -27,7 +27,7 @@ from burnish.families.fingerprints import fingerprint
 from burnish.families.gguf_files import is_gguf, open_gguf
 from burnish.families.scales import scales_in, spread, widened
 from burnish.families.sources import read_header
-from burnish.family import Shrink
+from burnish.family import Place, Shrink, Split, device_of
 
 _log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
@@ -97,7 +97,7 @@ def load_module(
     layout: Layout,
     *,
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: Place,
     what: str,
     unused: Sequence[str] = (),
     keep_float32: Sequence[str] = (),
@@ -113,7 +113,7 @@ def load_module(
         unused: patterns of names that a module rightly does without.
         keep_float32: patterns of parameters that stay in float32 whatever `dtype` is.
         shrink: how large layers are kept in fewer bits, where they are.
-        blocks: the module -> where those layers are, of a denoiser.
+        blocks: the module -> where those layers are, of a denoiser; needed for a `Split` place, too.
 
     Raises:
         ModelError: tensors are missing or have other shapes than the module wants.
@@ -128,6 +128,8 @@ def load_module(
     if leftover:
         _log.warning("%s: %d tensors are not used, such as %s", what, len(leftover), ", ".join(leftover[:3]))
 
+    place, device = device, device_of(device)
+    away = _away(module, place, blocks)
     shrinking = None
     names = wanted.keys() & layout.keys()
     if shrink is not None:
@@ -138,6 +140,7 @@ def load_module(
             spared=keep_float32,
             dtype=dtype,
             device=device,
+            away=away,
         )
         names -= set(shrinking.weights) - set(shrinking.waiting)
     tensors: dict[str, Tensor] = {}
@@ -151,6 +154,8 @@ def load_module(
         tensors[name] = (
             tensor.to(torch.float32 if keeps else dtype, copy=True) if floating else tensor.clone()
         )
+        if name.startswith(away):
+            tensors[name] = tensors[name].cpu()
     module.load_state_dict(tensors, strict=False, assign=True)
     if isinstance(module, PreTrainedModel):
         module.tie_weights()  # T5 saves one of its two names for the embedding
@@ -161,7 +166,21 @@ def load_module(
             f"The {what} lacks {len(missing)} of {len(wanted)} tensors, such as {', '.join(missing[:3])}.",
             remedy="The weights are incomplete or of another family; fetch them again or set `model.family`.",
         )
-    return module.to(device).requires_grad_(False).eval()
+    if not away:  # else whoever splits a module brings together what belongs together
+        module.to(device)
+    return module.requires_grad_(False).eval()
+
+
+def _away(
+    module: nn.Module, place: Place, blocks: Callable[[nn.Module], Sequence[nn.Module]] | None
+) -> tuple[str, ...]:
+    """Beginnings of the names of what stays in host memory."""
+    if not isinstance(place, Split) or blocks is None:
+        return ()
+    parts = blocks(module)
+    sizes = [sum(one.numel() * one.element_size() for one in part.parameters()) for part in parts]
+    names = {part: name for name, part in module.named_modules()}
+    return tuple(f"{names[parts[number]]}." for number in place.away(sizes))
 
 
 def _content(layout: Layout, names: Collection[str]) -> str:

@@ -58,6 +58,7 @@ class Shrink:
         spared: Sequence[str],
         dtype: torch.dtype,
         device: torch.device | str,
+        away: tuple[str, ...] = (),
     ) -> Shrinking:
         """Replace the large layers of a module without weights, and fill those that are on disk."""
         chosen = large_linears(
@@ -71,7 +72,8 @@ class Shrink:
             for name, layer in chosen.items()
             if not any(fnmatch(f"{name}.weight", rule) for rule in spared)
         }
-        shrinking = Shrinking(replace_linears(module, layers, self.kept_as), dtype, torch.device(device))
+        made = replace_linears(module, layers, self.kept_as)
+        shrinking = Shrinking(made, dtype, torch.device(device), away)
         if self.folder is not None and layers:
             parts = {"content": content([f"{name}.weight" for name in layers]), "format": self.name}
             key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=24).hexdigest()
@@ -86,6 +88,7 @@ class Shrinking:
     layers: dict[str, QuantizedLinear]
     dtype: torch.dtype
     device: torch.device
+    away: tuple[str, ...] = ()  # beginnings of the names of layers that stay in host memory
     folder: Path | None = None
     filled: set[str] = field(default_factory=set)
 
@@ -105,6 +108,8 @@ class Shrinking:
         packed = _as_stored(layer, weight, scales)
         if packed is None:
             packed = layer.kept.pack(weight if scales is None else widened(weight, scales))
+        if name.startswith(self.away):
+            packed = packed[0].cpu(), packed[1].cpu()
         layer.take(*packed, dtype=self.dtype)
         self.filled.add(name)
         self._store(name, *packed)
@@ -112,7 +117,8 @@ class Shrinking:
     def read(self, folder: Path) -> None:
         """Fill the layers that are in `folder`; the others will be written there, if there is room."""
         for name, layer in self.layers.items():
-            found = _stored(folder / f"{name}.safetensors", self.device)
+            home = torch.device("cpu") if name.startswith(self.away) else self.device
+            found = _stored(folder / f"{name}.safetensors", home)
             if found is None:
                 continue
             try:
