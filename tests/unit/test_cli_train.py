@@ -278,4 +278,8 @@ def test_families_are_listed() -> None:
         for title, release in family.releases().items():
             (shown,) = [line for line in lines if line.strip().startswith(title)]
             can = release.capabilities
-            assert [word in shown for word in ("first frames", "masks")] == [can.first_frame, can.masks]
+            assert [word in shown for word in (" frames", "last frames", "masks")] == [
+                can.first_frame,
+                can.last_frame,
+                can.masks,
+            ]

@@ -48,7 +48,7 @@ REQUIRED = {
 }
 EXTRAS = {
     "ui": ("fastapi", "uvicorn", "nicegui", "sqlalchemy", "alembic"),
-    "quant": ("torchao", "bitsandbytes"),
+    "quant": ("torchao", "bitsandbytes", "gguf"),
     "track": ("tensorboard", "wandb", "trackio"),
     "cloud": ("skypilot",),
 }
