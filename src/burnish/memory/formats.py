@@ -9,7 +9,7 @@ Shape letters: M rows (tokens), N K output and input features; a weight is (N, K
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -59,8 +59,20 @@ class Format(ABC):
         return None
 
     @abstractmethod
+    def packed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of some rows of a weight, (N, K)."""
+
     def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales of a weight (N, K)."""
+        """Codes and scales of a weight (N, K), a portion at a time: all of a layer in float32 would be too much."""
+        codes, scales = (
+            torch.empty(shape, dtype=dtype, device=weight.device)
+            for shape, dtype in self.shapes(*weight.shape)
+        )
+        step = max(1, _ROUNDED_AT_ONCE // weight.shape[1])
+        for first in range(0, len(weight), step):
+            rows = slice(first, first + step)
+            codes[rows], scales[rows] = self.packed(weight[rows])
+        return codes, scales
 
     @abstractmethod
     def widened(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -95,10 +107,8 @@ class Int8(Format):
     def table(self, features: int, device: torch.device | str) -> Tensor:
         return mixing(features, device)
 
-    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        table = self.table(weight.shape[1], weight.device)
-        packed = [rounded_to_int8(rotated_back(rows.float(), table)) for rows in _portions(weight)]
-        return _joined(packed)
+    def packed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rounded_to_int8(rotated_back(rows.float(), self.table(rows.shape[1], rows.device)))
 
     def widened(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _scaled(codes, scales, dtype)
@@ -144,8 +154,8 @@ class Fp8(Format):
     def shapes(self, rows: int, features: int) -> tuple[Shape, Shape]:
         return ((rows, features), FP8), ((rows, 1), torch.float32)
 
-    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return _joined([rounded_to_fp8(rows.float()) for rows in _portions(weight)])
+    def packed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return rounded_to_fp8(rows.float())
 
     def widened(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
         return _scaled(codes, scales, dtype)
@@ -195,9 +205,8 @@ class FourBit(Format):
     def table(self, features: int, device: torch.device | str) -> Tensor:
         return pairs_of(self.numbers, device)
 
-    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        packed = packed_nf4 if self.numbers == NF4 else packed_int4
-        return _joined([packed(rows) for rows in _portions(weight)])
+    def packed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return packed_nf4(rows) if self.numbers == NF4 else packed_int4(rows)
 
     def widened(self, codes: Tensor, scales: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
         return unpacked(codes, scales, _there(table), dtype)
@@ -226,15 +235,6 @@ def _in_portions(product: Callable[[Tensor], Tensor], rows: Tensor, width: int) 
     for part, place in zip(torch.tensor_split(rows, parts), torch.tensor_split(output, parts), strict=True):
         place.copy_(product(part))
     return output
-
-
-def _portions(weight: Tensor) -> Sequence[Tensor]:
-    return torch.split(weight, max(1, _ROUNDED_AT_ONCE // weight.shape[1]))
-
-
-def _joined(packed: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    codes, scales = zip(*packed, strict=True)
-    return torch.cat(codes), torch.cat(scales)
 
 
 def _scaled(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
