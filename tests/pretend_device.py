@@ -166,7 +166,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif name in ("copy_", "index", "index_put", "index_put_", "_index_put_impl_"):
         far = own
     result = func(*_near(args), **_near(kwargs))
-    if name.endswith("_") and args and isinstance(args[0], Tensor):
+    in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_")
+    if in_place and args and isinstance(args[0], Tensor):
         return args[0]
     return tree_map(lambda one: Far(one) if isinstance(one, Tensor) else one, result) if far else result
 
@@ -200,7 +201,9 @@ def _made(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @contextmanager
 def pretended() -> Iterator[None]:
     with torch.device("cpu"):
-        torch.tensor([])  # at the first of these torch keeps, for good, what functions make tensors: not those below
+        torch.tensor(
+            []
+        )  # at the first of these torch notes, for good, which functions make tensors: not ours
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), _Mode():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch, "tensor", _made(torch.tensor))

@@ -94,9 +94,8 @@ def assemble(
         resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
         adapters[part] = AdapterSet.attach(denoiser, choices, dropout=config.method.dropout, seed=config.seed)
         cast_once(denoiser, list(adapters[part].layers.values()), dtype)
-    assert config.memory.activations != "auto" and config.memory.stream != "auto", (
-        "what is open is settled first"
-    )
+    assert config.memory.activations != "auto", "what is open is settled first"
+    assert config.memory.stream != "auto"
     blocks = family.blocks()
     set_activations(blocks, activation_modes(config.memory.activations, len(blocks)))
     denoisers = list(family.denoisers.values())

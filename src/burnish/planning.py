@@ -77,7 +77,9 @@ class RunPlan:
     times: tuple[Timed, ...]
     steps: int
     accumulate: int  # micro-steps, which a choice's seconds are of, per step
-    fallbacks: tuple[Choice, ...]  # with the same weights, from more memory to less: for a step that does not fit
+    fallbacks: tuple[
+        Choice, ...
+    ]  # of less and less memory, with the same weights: for a step that does not fit
     cheaper: tuple[Choice, ...]  # the next settings that take less memory
     faster: tuple[Choice, ...]  # those that would be faster with more
     notes: tuple[str, ...] = ()

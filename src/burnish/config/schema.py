@@ -45,8 +45,8 @@ class Model(Section):
     )
     audio: bool = Field(
         False,
-        description="Of a model that makes sound with its clips (LTX-2): train and draw it, too. Clips without sound, and "
-        "pictures, then train the frames alone.",
+        description="Of a model that makes sound with its clips (LTX-2): train and draw it, too. Clips without sound, "
+        "and pictures, then train the frames alone.",
     )
     first_frame: bool = Field(
         False,
@@ -139,8 +139,8 @@ class Memory(Section):
     budget: str = Field(
         "auto",
         pattern=r"^(auto|\d+(\.\d+)?\s*GiB)$",
-        description="What the run may take of the GPU in all, such as `22GiB`; `auto` is what is free. Whatever is `auto` "
-        "below is chosen to fit it (`burnish plan`); on a CPU without a budget nothing has to.",
+        description="What the run may take of the GPU in all, such as `22GiB`; `auto` is what is free. Whatever is "
+        "`auto` below is chosen to fit it (`burnish plan`); on a CPU without a budget nothing has to.",
     )
     activations: (
         Literal["auto", "keep", "keep-matmul", "keep-attention", "recompute"]
@@ -157,15 +157,15 @@ class Memory(Section):
     )
     compile: Literal["auto"] | bool = Field(
         "auto",
-        description="Compile the model's repeated blocks: faster steps after a few minutes of compiling, which the cache "
-        "saves a second run.",
+        description="Compile the model's repeated blocks: faster steps after a few minutes of compiling, which the "
+        "cache saves a second run.",
     )
     attention: Literal[
         "auto", "torch", "flash", "cudnn", "efficient", "flex", "math", "flash3", "flash4", "sage"
     ] = Field(
         "auto",
-        description="The kernel for attention. `auto` measures those that are here at the run's own shapes and takes the "
-        "fastest that is right, on a CPU torch's own; `sage` draws samples only.",
+        description="The kernel for attention. `auto` measures those that are here at the run's own shapes and takes "
+        "the fastest that is right, on a CPU torch's own; `sage` draws samples only.",
     )
     weights: Literal["auto", "native", "fp8", "int8", "nf4", "int4"] = Field(
         "auto",

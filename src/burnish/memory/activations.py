@@ -18,7 +18,8 @@ from burnish.memory.block_forward import BlockForward, Mode, change_forward
 __all__ = ["ORDER", "Mode", "activation_modes", "set_activations"]
 
 
-ORDER: tuple[Mode, ...] = ("recompute", "keep-attention", "keep-matmul", "keep")  # from the least memory to the most
+# From the least memory to the most.
+ORDER: tuple[Mode, ...] = ("recompute", "keep-attention", "keep-matmul", "keep")
 
 
 def activation_modes(option: Mode | float | Mapping[Mode, int], blocks: int) -> list[Mode]:

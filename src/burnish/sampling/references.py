@@ -55,7 +55,7 @@ def reference_pixels(family: Family, references: Sequence[Path], size: tuple[int
     """Each (3, H, W) in [-1, 1]: scaled to cover the size that the family wants, and cut in the middle.
 
     Args:
-        size: of what is to be drawn, (height, width). The picture to be filled, and first and last frames are taken at it.
+        size: of what is to be drawn, (height, width); the picture to be filled, first and last frames are taken at it.
 
     Raises:
         UserError: a file cannot be read.
