@@ -136,6 +136,14 @@ def test_a_row_that_is_not_finite_stays_so() -> None:
             assert not back.isfinite().any(), kept_as
 
 
+def test_the_largest_number_of_a_row_never_overflows() -> None:
+    rows = torch.cat([normal(4096, 16, seed=seed).abs() * 10.0 ** (seed - 4) for seed in range(8)])
+    for rounded, limit in ((rounded_to_fp8, 448.0), (rounded_to_int8, 127.0)):
+        codes, scales = rounded(rows)
+        assert torch.equal(codes.float().amax(1), torch.full((len(rows),), limit))
+        assert torch.allclose(codes.float().amax(1, keepdim=True) * scales, rows.amax(1, keepdim=True))
+
+
 def test_rows_of_zeros_stay_zeros() -> None:
     for kept_as in NAMES:
         layer = layer_of(torch.zeros(32, 64), kept_as)
