@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from burnish.hardware import sent
+
 Prediction = Literal["velocity", "epsilon", "v"]
 Part = Literal["denoiser", "vae", "text_encoders"]
 DENOISER: frozenset[Part] = frozenset({"denoiser"})
@@ -65,7 +67,7 @@ class Conditioning(Mapping[str, Tensor]):
             k: v for k, v in self._tensors.items() if v.device.type == "cpu" and not v.is_floating_point()
         }
         return Conditioning(
-            {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self._tensors.items()},
+            {k: sent(v, device, dtype if v.is_floating_point() else None) for k, v in self._tensors.items()},
             {**self._on_host, **here},
         )
 

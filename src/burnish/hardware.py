@@ -20,6 +20,7 @@ import psutil
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 GIB = 1024**3
 # By name, because some drivers tell a total for memory that is shared, and none tells what is coherent.
@@ -221,3 +222,14 @@ def free_bytes(device: torch.device) -> int:
     import torch
 
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def sent(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy on `device`, without waiting for what a GPU still has to compute.
+
+    From plain host memory that is safe: CUDA takes the bytes before it returns (CUDA Driver API, "API synchronization
+    behavior"). Copies back to the host are waited for, as ever.
+    """
+    import torch
+
+    return tensor.to(device, dtype, non_blocking=torch.device(device).type == "cuda")

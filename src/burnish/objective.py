@@ -15,6 +15,7 @@ from torch import Tensor
 
 from burnish.data.batch import Batch
 from burnish.family import Conditioning, Family, Schedule, TokenShift
+from burnish.hardware import sent
 from burnish.randomness import torch_generator
 
 TimestepLaw = Literal["uniform", "logit_normal"]
@@ -70,7 +71,7 @@ class Denoising:
         Times that are on the CPU stay there for all that is computed of them alone: no device is asked.
         """
         device = batch.latents_BCHW.device
-        data_BCHW, noise_BCHW = batch.latents_BCHW.float(), noise_BCHW.to(device)
+        data_BCHW, noise_BCHW = batch.latents_BCHW.float(), sent(noise_BCHW, device)
         conditioning = batch.conditioning
         if family.capabilities.guidance_embedding and self.guidance is not None:
             guidance_B = torch.full(t_B.shape, self.guidance, dtype=t_B.dtype, device=device)
@@ -84,14 +85,14 @@ class Denoising:
             assert audio_noise_BCLF is not None, "sound has noise of its own"
             # As LTX-2's trainer does: frames and sound at one time, as in sampling, and their errors added up.
             noisy_BCLF, target_BCLF = noisy_and_target(
-                self.schedule, batch.audio_BCLF.float(), audio_noise_BCLF.to(device), t_B
+                self.schedule, batch.audio_BCLF.float(), sent(audio_noise_BCLF, device), t_B
             )
-            both = family.audio.predict(noisy_BCHW, noisy_BCLF, t_B.to(device), conditioning)
+            both = family.audio.predict(noisy_BCHW, noisy_BCLF, sent(t_B, device), conditioning)
             loss_B = squared_error(both[0], target_BCHW) + squared_error(both[1], target_BCLF)
-            return loss_B * self.snr_weight(t_B).to(device)
-        predicted_BCHW = (predict or family.predict)(noisy_BCHW, t_B.to(device), conditioning)
-        loss_B = squared_error(predicted_BCHW, target_BCHW)
-        return loss_B * self.snr_weight(t_B).to(device)
+        else:
+            predicted_BCHW = (predict or family.predict)(noisy_BCHW, sent(t_B, device), conditioning)
+            loss_B = squared_error(predicted_BCHW, target_BCHW)
+        return loss_B if self.min_snr_gamma is None else loss_B * sent(self.snr_weight(t_B), device)
 
     def draw_noise(self, batch: Batch, seed: int) -> Tensor:
         """Standard normal noise (B, C, H, W) on the CPU, plus the offset that lets pictures turn dark or bright.
@@ -197,7 +198,7 @@ def noisy_and_target(
     The times may be on the CPU whatever the device of the data.
     """
     column = (-1,) + (1,) * (data_BCHW.dim() - 1)
-    signal, sigma = (factor_B.to(data_BCHW.device).view(column) for factor_B in _mixing(schedule, t_B))
+    signal, sigma = (sent(factor_B, data_BCHW.device).view(column) for factor_B in _mixing(schedule, t_B))
     noisy_BCHW = signal * data_BCHW + sigma * noise_BCHW
     match schedule.prediction:
         case "velocity":

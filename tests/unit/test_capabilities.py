@@ -57,8 +57,8 @@ def test_every_recommendation_is_a_valid_value_of_an_option(card: str) -> None:
     config = RunConfig.model_validate({"name": "a", "model": {"path": "b"}, "data": data, **values})
     given = {f"{section}.{key}" for section, options in values.items() for key in options}
     assert given == {one.option for one in recommendations(gpu(card, CARDS[card]), has_triton=True)}
-    expected = {"V100": "native", "T4": "native", "A100": "int8", "3090": "int8"}
-    assert config.memory.weights == expected.get(card, "fp8")
+    expected = {"V100": None, "T4": None, "A100": "int8", "3090": "int8"}.get(card, "fp8")
+    assert values["memory"].get("weights") == expected
     assert config.train.precision == ("fp16" if card in ("V100", "T4") else "bf16")
     assert config.memory.compile
 
@@ -122,3 +122,15 @@ def test_tf32_is_for_runs_that_are_not_exact_anyway(monkeypatch: pytest.MonkeyPa
     set_device(monkeypatch, "NVIDIA H200")
     assert use_tensor_cores(CUDA, "bf16")
     assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.parametrize(
+    ("device", "waits"), [("cuda", False), ("cuda:1", False), ("cpu", True), ("mps", True)]
+)
+def test_only_a_gpu_of_cuda_is_sent_to_without_waiting(
+    monkeypatch: pytest.MonkeyPatch, device: str, waits: bool
+) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **options: asked.append(options))
+    hardware.sent(torch.zeros(1), device)
+    assert asked == [{"non_blocking": not waits}]

@@ -142,7 +142,10 @@ def main() -> None:
             f"train.steps={(turns + 1) * TURN}",
             f"train.batch_size={arguments.batch_size}",
             "sample.prompts=[]",
-            "memory.threads=1",
+            "memory.activations=keep",
+            "memory.weights=native",
+            "memory.text_encoder_weights=native",
+            "memory.stream=0",
         ]
         config = load_config(ASSETS / "demo.yaml", overrides=overrides).config
         config = config.model_copy(update={"data": config.data[:1]})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from burnish.family import Conditioning
+from burnish.hardware import sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,8 @@ class Batch:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         return replace(
             self,
-            latents_BCHW=self.latents_BCHW.to(device, dtype, non_blocking=True),
+            latents_BCHW=sent(self.latents_BCHW, device, dtype),
             conditioning=self.conditioning.to(device, dtype),
-            weight_B=self.weight_B.to(device),
-            audio_BCLF=None
-            if self.audio_BCLF is None
-            else self.audio_BCLF.to(device, dtype, non_blocking=True),
+            weight_B=sent(self.weight_B, device),
+            audio_BCLF=None if self.audio_BCLF is None else sent(self.audio_BCLF, device, dtype),
         )
