@@ -81,22 +81,23 @@ def transfers(monkeypatch: pytest.MonkeyPatch) -> list[PretendedTransfer]:
     return made
 
 
-@pytest.mark.parametrize("name", ["flux", "sd15"])
+@pytest.mark.parametrize(("name", "precision"), [("flux", "fp32"), ("flux", "bf16"), ("sd15", "fp32")])
 def test_a_run_ends_in_the_same_bits_also_after_an_interruption(
     tiny_folder: Callable[[str], Path],
     pictures: Path,
     tmp_path: Path,
     transfers: list[PretendedTransfer],
     name: str,
+    precision: str,
 ) -> None:
-    model = tiny_folder(name)
+    model, common = tiny_folder(name), COMMON | {"train.precision": precision}
     plain = Losses()
-    train_run(run_config(model, pictures, tmp_path / "plain", COMMON), progress=plain)
+    train_run(run_config(model, pictures, tmp_path / "plain", common), progress=plain)
     assert len(plain.losses) == 6
     assert len(plain.held_out) == 2
 
     saving = Losses()
-    config = run_config(model, pictures, tmp_path / "saving", COMMON | SAVING)
+    config = run_config(model, pictures, tmp_path / "saving", common | SAVING)
     saving.stop_at = 2
     with pytest.raises(Interrupted):
         train_run(config, progress=saving)

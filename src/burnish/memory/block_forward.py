@@ -126,15 +126,14 @@ class BlockForward:
 
 def change_forward(block: nn.Module, change: Callable[[BlockForward], None]) -> None:
     """Ask for something around a block's forward; a block of which nothing is asked any more has its own again."""
-    forward = block.__dict__.get("forward")
-    if not isinstance(forward, BlockForward):
-        forward = BlockForward(block.forward)
+    present = block.__dict__.get("forward")
+    forward = present if isinstance(present, BlockForward) else BlockForward(block.forward)
     change(forward)
-    if forward.is_plain:
-        block.forward = forward.plain
-    else:
+    if not forward.is_plain:
         forward.arrange()
         block.forward = forward
+    elif present is forward:
+        block.forward = forward.plain
 
 
 def _unpack(saved: Tensor | Packed) -> Tensor:
