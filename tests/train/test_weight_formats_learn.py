@@ -67,6 +67,7 @@ def losses_of(folder: Path, seed: int, weights: str) -> Tensor:
     return torch.tensor([value for _, value in RunFolder(folder / config.name).metrics("loss")])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_layer")
 def test_the_demo_learns_in_8_bits_as_in_32(tmp_path: Path) -> None:
     """`tools/benchmarks/weight_formats.py` has the long curves, and what was learned."""
