@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from functools import partial
 
@@ -142,6 +143,29 @@ def test_a_forward_without_backward_gives_its_rooms_back() -> None:
     assert sum(map(len, offload.rooms.free.values())) == len(
         {room.data_ptr() for rooms in offload.rooms.free.values() for room in rooms}
     )
+
+
+def test_a_step_that_fails_lets_go_of_everything_and_the_next_one_is_right() -> None:
+    expected = Model().learn()
+    model = Model()
+    offload, transfer = offloaded(model, leaving=1 << 30)
+    handle = model.blocks[3].register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        model(torch.randn(2, TOKENS, WIDTH, requires_grad=True))
+    handle.remove()
+    gc.collect()  # what the error's traceback held
+    assert sum(map(len, offload.rooms.free.values())) == len(transfer.host_rooms) > 0
+    assert_equal(model.learn(), expected)
+
+
+def test_called_again_it_takes_the_place_of_before() -> None:
+    expected = Model().learn()
+    model = Model()
+    _, before = offloaded(model)
+    _, transfer = offloaded(model)
+    assert_equal(model.learn(), expected)
+    assert transfer.started
+    assert not before.started
 
 
 @pytest.mark.filterwarnings(DYNAMO)

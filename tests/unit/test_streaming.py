@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -232,6 +233,25 @@ def test_a_share_is_spread_evenly_and_by_size() -> None:
     uneven = [1, 1, 1, 1, 12, 1, 1, 1, 1, 12]
     for share in (0.25, 0.5, 0.75):
         assert sum(uneven[i] for i in streamed_blocks(uneven, share)) == pytest.approx(share * 32, abs=6)
+
+
+def test_called_again_it_takes_the_place_of_before() -> None:
+    expected = Model().learn()
+    model = Model()
+    blocks, before = list(model.blocks), PretendedTransfer()
+    stream_weights([model], blocks, 1.0, before, CPU, rooms=2)
+    model(torch.ones(1, WIDTH))
+    done = len(before.started)
+    transfer = PretendedTransfer()
+    stream = stream_weights([model], blocks, 0.5, transfer, CPU, rooms=2)
+    assert stream is not None
+    assert len(stream.blocks) == DEPTH // 2
+    transfer.hide()
+    assert_equal(model.learn(), expected)
+    assert len(before.started) == done
+    assert transfer.started
+    assert stream_weights([model], blocks, 0.0, PretendedTransfer(), CPU) is None
+    assert all(isinstance(block.forward, MethodType) for block in blocks)
 
 
 def test_nothing_to_stream() -> None:

@@ -7,7 +7,6 @@ that one computes. A tensor that is saved several times is copied once.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,7 +108,7 @@ class ActivationOffload:
         self._transfer = transfer
         self._stay = {tensor.untyped_storage()._cdata for tensor in stay}
         self._smallest, self._most_leaving = smallest, leaving
-        self._leaving: deque[Offloaded] = deque()
+        self._leaving: list[ref[Offloaded]] = []  # weak: a step that fails lets go of all of it
         self._stretches: list[tuple[int, list[ref[Offloaded]]]] = []  # number of the block, and what it saved
         self._back_at: int | None = None  # None in forward
         # The weak reference to its memory keeps another tensor from being found under the same key.
@@ -155,10 +154,17 @@ class ActivationOffload:
         numbers = tensor.detach().as_strided((tensor.numel(),), (1,))
         offloaded = Offloaded(numbers, self._transfer, self.rooms)
         self._known[key] = ref(offloaded), StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self._leaving.append(offloaded)
-        while len(self._leaving) > 1 and sum(one.size for one in self._leaving) > self._most_leaving:
-            self._leaving.popleft().leave()
+        self._leaving.append(ref(offloaded))
+        self._let_leave()
         return offloaded
+
+    def _let_leave(self) -> None:
+        leaving = [one for one in (found() for found in self._leaving) if one is not None]
+        size = sum(one.size for one in leaving)
+        while len(leaving) > 1 and size > self._most_leaving:
+            size -= leaving[0].size
+            leaving.pop(0).leave()
+        self._leaving = [ref(one) for one in leaving]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,8 @@ def offload_activations(
 ) -> ActivationOffload:
     """Keep what `blocks` save for backward on the host; the denoisers' own tensors stay where they are.
 
+    Called again, in place of before.
+
     Args:
         denoisers: on the device they compute on, but for what is streamed.
         transfer: not the one of `stream_weights`, whose copies go the other way meanwhile.
@@ -196,4 +204,5 @@ def offload_activations(
 
 
 def _offload(keeper: OfBlock, forward: BlockForward) -> None:
-    forward.keepers = (*forward.keepers, keeper)
+    others = (one for one in forward.keepers if not isinstance(one, OfBlock))
+    forward.keepers = (*others, keeper)

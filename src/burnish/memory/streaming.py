@@ -107,6 +107,14 @@ class WeightStream:
         offset = int(tensor.storage_offset())
         return PlaceInBlock(self, room.block, tensor.dtype, tensor.shape, tensor.stride(), offset)
 
+    def empty(self) -> None:
+        """Send all blocks home; what was saved in a room is gone."""
+        for room in self._rooms:
+            if room.block is not None:
+                self._point_home(room.block)
+            room.block = room.begun = None
+        self._now = None
+
     def _wanted(self, now: Moment) -> list[int]:
         """This block and those after it, as many as there are rooms."""
         wanted = [now[0]]
@@ -157,6 +165,8 @@ def stream_weights(
 ) -> WeightStream | None:
     """Keep `share` of the blocks' frozen weights on the host, in whole blocks; all else goes to `device`.
 
+    Called again, in place of before: what was streamed and no longer is goes to the device.
+
     Args:
         denoisers: with everything that they are to be given (adapters, activation modes); on the host or the device.
         blocks: parts of them, in forward order.
@@ -167,6 +177,7 @@ def stream_weights(
     """
     denoisers = list(denoisers)
     for block in blocks:
+        change_forward(block, _stop)
         _own_buffers(block)
     alone = tensors_by_block(denoisers, blocks)
     sizes = [sum(padded(tensor.numel() * tensor.element_size()) for tensor in own) for own in alone]
@@ -222,6 +233,14 @@ def _neighbour(moment: Moment) -> Moment:
     """What is needed next, as long as nothing is known."""
     block, backward = moment
     return block - 1 if backward else block + 1, backward
+
+
+def _stop(forward: BlockForward) -> None:
+    for stream in forward.keepers:
+        if isinstance(stream, WeightStream):
+            stream.empty()
+    forward.bring_weights = None
+    forward.keepers = tuple(one for one in forward.keepers if not isinstance(one, WeightStream))
 
 
 def _stream(stream: WeightStream, place: int, forward: BlockForward) -> None:
