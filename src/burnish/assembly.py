@@ -26,6 +26,7 @@ from burnish.export.metadata import Provenance, adapter_metadata
 from burnish.families.sources import user_cache_folder
 from burnish.family import Family, Places, ResolutionShift, Split, TokenShift
 from burnish.generate import attach_adapter, part_labels
+from burnish.hardware import shares_memory
 from burnish.loop import Training
 from burnish.memory.activation_offload import offload_activations
 from burnish.memory.activations import activation_modes, set_activations
@@ -116,6 +117,18 @@ def assemble(
         attention=attention,
         compilation=compilation,
     )
+
+
+def kept_together(config: RunConfig, device: torch.device, warn: Callable[[str], None]) -> RunConfig:
+    """The config without moves between the host and a GPU that have one memory, which would free nothing."""
+    memory = config.memory
+    moves = {"stream": 0.0} if memory.stream not in (0.0, "auto") else {}
+    moves |= {"offload_activations": False} if memory.offload_activations else {}
+    if not moves or device.type != "cuda" or not shares_memory(device):
+        return config
+    named = " and ".join(f"memory.{option}" for option in moves)
+    warn(f"{named} left off: the GPU shares the system's memory, so that moving to the host frees nothing")
+    return config.model_copy(update={"memory": memory.model_copy(update=moves)})
 
 
 def places(memory: Memory, device: torch.device) -> Places:

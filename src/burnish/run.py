@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from burnish.assembly import Assembled, assemble, places
+from burnish.assembly import Assembled, assemble, kept_together, places
 from burnish.atomic import atomic_write_text
 from burnish.checkpoint.space import check_space
 from burnish.checkpoint.store import Loaded
@@ -86,7 +86,7 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     resolved = to_yaml(config)
     for line in announce_changes(config, folder):
         events.warned(line)
-    settled = settle(config, device, folder, events)
+    settled = settle(kept_together(config, device, events.warned), device, folder, events)
     config = settled.config
     if why := slow_because(config.memory.weights, device):
         events.warned(f"memory.weights: {why}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from burnish import hardware
+from burnish.assembly import kept_together
 from burnish.compute.capabilities import features, notes, recommendations, use_tensor_cores
 from burnish.config.schema import RunConfig
 
@@ -102,6 +103,24 @@ def test_pinning_and_free_memory_by_device(monkeypatch: pytest.MonkeyPatch) -> N
     assert (hardware.shares_memory(CUDA), hardware.profits_from_pinning(CUDA)) == (True, False)
     assert hardware.free_bytes(CUDA) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
     assert hardware.shares_memory(torch.device("cpu"))
+
+
+def test_nothing_is_moved_between_parts_of_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [{"kind": "folder", "path": "here"}]
+    memory = {"stream": 0.5, "offload_activations": True}
+    asked = {"name": "a", "model": {"path": "b"}, "data": data, "memory": memory}
+    config = RunConfig.model_validate(asked)
+    warnings: list[str] = []
+    set_device(monkeypatch, "NVIDIA H200")
+    assert kept_together(config, CUDA, warnings.append) is config
+    assert kept_together(config, torch.device("cpu"), warnings.append) is config
+    assert not warnings
+    set_device(monkeypatch, "NVIDIA GB10", integrated=True)
+    found = kept_together(config, CUDA, warnings.append).memory
+    assert (found.stream, found.offload_activations) == (0.0, False)
+    assert "memory.stream and memory.offload_activations left off" in warnings[0]
+    plain = RunConfig.model_validate({**asked, "memory": {}})
+    assert kept_together(plain, CUDA, pytest.fail) is plain
 
 
 @pytest.fixture
