@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from burnish.families.hunyuan_names import NAMES, find_transformer
+from burnish.families.reading import Piece
 from burnish.families.sources import weight_files
-from burnish.families.weights import Piece, layout_of
+from burnish.families.weights import layout_of
 
 # Tencent's names -> ComfyUI's, after `HunyuanVideo.process_unet_state_dict` of its `supported_models.py`.
 RULES = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 from pretend_device import DEVICE, Far, pretended
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from burnish.families import weights
 from burnish.families.weights import layout_of, load_module
 from burnish.family import Split, device_of, place_of
 from burnish.memory import shrinking
@@ -42,22 +39,10 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """safetensors knows no pretended device; what reads from it moves tensors there in any case."""
-
-    def on_cpu(path: Path, device: object) -> AbstractContextManager[Any]:
-        found: AbstractContextManager[Any] = safe_open(path, framework="pt", device="cpu")
-        return found
-
-    monkeypatch.setattr(weights, "_opened", on_cpu)
-
-
 def tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-@pytest.mark.usefixtures("opened")
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_chosen_blocks_stay_on_the_host(file: Path, share: float) -> None:
     seen: list[Sequence[int]] = []
@@ -84,7 +69,6 @@ def test_chosen_blocks_stay_on_the_host(file: Path, share: float) -> None:
         assert tensor.dtype == torch.bfloat16
 
 
-@pytest.mark.usefixtures("opened")
 def test_weights_in_fewer_bits_stay_there_too_made_or_read(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

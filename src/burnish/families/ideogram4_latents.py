@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from burnish.families import flux2_vae
-from burnish.families.weights import Layout, Piece
+from burnish.families.reading import Piece
+from burnish.families.weights import Layout
 
 
 @dataclass(frozen=True, slots=True)
 class PlacesFirst(Piece):
     """Statistics of folded channels as this release keeps them, the place in the fold outermost; FLUX.2 innermost."""
 
-    def taken_from(self, stored: Tensor) -> Tensor:
-        return stored.reshape(flux2_vae.FOLD**2, -1).T.reshape(self.shape)
+    def turned_from(self, rows: Tensor) -> Tensor:
+        return rows.reshape(flux2_vae.FOLD**2, -1).T.reshape(self.shape)
 
 
 def tidy_vae(layout: Layout) -> Layout:

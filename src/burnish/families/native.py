@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from burnish.errors import ModelError
-from burnish.families.weights import Layout, Piece, below
+from burnish.families.reading import Piece
+from burnish.families.weights import Layout, below
 from burnish.family import NativeModule
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
@@ -29,8 +30,8 @@ _OTHER_PARTS = ("vae.", "first_stage_model.", "text_encoders.", "conditioner.", 
 class HalvesSwapped(Piece):
     """A tensor whose first and second half of rows trade places: shift and scale stand the other way round."""
 
-    def taken_from(self, stored: Tensor) -> Tensor:
-        first, second = stored.chunk(2)
+    def turned_from(self, rows: Tensor) -> Tensor:
+        first, second = rows.chunk(2)
         return torch.cat([second, first]).reshape(self.shape)
 
 

@@ -67,6 +67,12 @@ def of_rows(scales: Tensor) -> Tensor | None:
     return first.contiguous() if same else None
 
 
+def moved(scales: Tensor, device: torch.device | str) -> Tensor:
+    """Scales (N, K) on a device, still without copies where one serves a whole row."""
+    rows = of_rows(scales)
+    return scales.to(device) if rows is None else rows.to(device).expand(scales.shape)
+
+
 def widened(weight: Tensor, scales: Tensor) -> Tensor:
     """The weight in float32."""
     return weight.to(torch.float32) * scales

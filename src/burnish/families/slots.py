@@ -24,6 +24,7 @@ from burnish.errors import ModelError
 from burnish.families import autoencoder
 from burnish.families.apart import files_behind, separate_file, separate_weights, tokenizer_in
 from burnish.families.fingerprints import fingerprint
+from burnish.families.reading import Piece
 from burnish.families.scales import scales_in
 from burnish.families.sources import (
     index_file,
@@ -33,7 +34,7 @@ from burnish.families.sources import (
     read_json,
     weight_files,
 )
-from burnish.families.weights import Layout, Piece, layout_of, load_module
+from burnish.families.weights import Layout, layout_of, load_module
 from burnish.family import ModelSource, Part, Place, Shrink
 
 ENCODING_VERSION = 1  # raise when encoding gives other numbers for the same weights: caches then start anew

@@ -9,62 +9,28 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Lock
+from typing import TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from burnish.errors import ModelError
 from burnish.families.fingerprints import fingerprint
-from burnish.families.gguf_files import is_gguf, open_gguf
-from burnish.families.scales import scales_in, spread, widened
+from burnish.families.reading import Piece, fetched, read_each
+from burnish.families.scales import moved, scales_in, widened
 from burnish.families.sources import read_header
-from burnish.family import Place, Shrink, Split, device_of
+from burnish.family import Place, Shrink, Shrinking, Split, device_of
 
 _log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A module's tensor inside a file: `rows` of tensor `name`, transposed if so, in `shape`.
-
-    `scale` names the tensor that an 8-bit one is to be multiplied with (`scales.py`).
-    """
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-    scale: str | None = None
-
-    def third(self, index: int) -> Piece:
-        """Query, key or value (0, 1, 2) of a tensor that stacks the three."""
-        size = self.shape[0] // 3
-        return replace(self, rows=(index * size, (index + 1) * size), shape=(size, *self.shape[1:]))
-
-    def turned(self) -> Piece:
-        return replace(self, transposed=True, shape=self.shape[::-1])
-
-    def as_linear(self) -> Piece:
-        """A 1x1 convolution as the linear layer it is."""
-        return replace(self, shape=self.shape[:2])
-
-    def taken_from(self, stored: Tensor) -> Tensor:
-        if self.rows is not None:
-            stored = stored[slice(*self.rows)]
-        return (stored.T.contiguous() if self.transposed else stored).reshape(self.shape)
-
-
 Layout = dict[str, Piece]
 
 
@@ -143,19 +109,18 @@ def load_module(
             away=away,
         )
         names -= set(shrinking.weights) - set(shrinking.waiting)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor, scales in _read(layout, names, device):
-        if shrinking is not None and name in shrinking.weights:
-            shrinking.take(name, tensor, scales)
-            continue
-        tensor = tensor if scales is None else widened(tensor, scales)
-        keeps = any(fnmatch(name, rule) for rule in keep_float32)
-        floating = wanted[name].is_floating_point()
-        tensors[name] = (
-            tensor.to(torch.float32 if keeps else dtype, copy=True) if floating else tensor.clone()
-        )
-        if name.startswith(away):
-            tensors[name] = tensors[name].cpu()
+    if shrinking is not None:
+        shrunk = names & set(shrinking.weights)
+        _shrink(layout, shrunk, shrinking, torch.device(device))
+        names -= shrunk
+    tensors = read_each(
+        layout,
+        names,
+        torch.device(device),
+        partial(_kept, dtypes={name: _dtype(name, wanted[name], dtype, keep_float32) for name in names}),
+        on_host=lambda name: name.startswith(away),
+        whole=shrinking is None and not away,
+    )
     module.load_state_dict(tensors, strict=False, assign=True)
     if isinstance(module, PreTrainedModel):
         module.tie_weights()  # T5 saves one of its two names for the embedding
@@ -183,6 +148,39 @@ def _away(
     return tuple(f"{names[parts[number]]}." for number in place.away(sizes))
 
 
+def _dtype(name: str, wanted: Tensor, dtype: torch.dtype, keep_float32: Sequence[str]) -> torch.dtype | None:
+    """The number type in which a tensor is kept; None: as it is stored."""
+    if not wanted.is_floating_point():
+        return None
+    return torch.float32 if any(fnmatch(name, rule) for rule in keep_float32) else dtype
+
+
+def _kept(
+    name: str, stored: Tensor, scales: Tensor | None, dtypes: Mapping[str, torch.dtype | None] | None = None
+) -> Tensor:
+    """A tensor of the module's own, where `stored` is."""
+    wide = stored if scales is None else widened(stored, scales)
+    dtype = None if dtypes is None else dtypes[name]
+    is_view = wide is stored and stored.device.type == "cpu"
+    return wide.to(wide.dtype if dtype is None else dtype, copy=is_view)
+
+
+def _shrink(layout: Layout, names: Collection[str], shrinking: Shrinking, device: torch.device) -> None:
+    """Give the layers that are to be smaller their weights.
+
+    On a GPU one after the other, since several in both forms might not fit; the others are fetched from the disk
+    meanwhile.
+    """
+    turns = nullcontext() if device.type == "cpu" else Lock()
+
+    def take(name: str, stored: Tensor, scales: Tensor | None) -> None:
+        fetched(stored)
+        with turns:
+            shrinking.take(name, stored.to(device), None if scales is None else moved(scales, device))
+
+    read_each(layout, names, device, take, on_host=lambda name: True)
+
+
 def _content(layout: Layout, names: Collection[str]) -> str:
     """Hash of what the named tensors are made from: their places in files, and the bytes of those."""
     places = {name: layout[name] for name in sorted(names) if name in layout}
@@ -195,11 +193,7 @@ def _content(layout: Layout, names: Collection[str]) -> str:
 
 def read_tensor(piece: Piece) -> Tensor:
     """One tensor of a layout, on the CPU."""
-    (found,) = [
-        tensor if scales is None else widened(tensor, scales)
-        for _, tensor, scales in _read({"": piece}, [""], "cpu")
-    ]
-    return found
+    return read_each({"": piece}, [""], torch.device("cpu"), _kept)[""]
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], layout: Layout, what: str) -> None:
@@ -213,34 +207,3 @@ def _check_shapes(wanted: Mapping[str, Tensor], layout: Layout, what: str) -> No
             f"{layout[name].shape} in {layout[name].file.name}, expected {tuple(wanted[name].shape)}.",
             remedy="The weights are of another family, or the config beside them belongs to another model.",
         )
-
-
-def _opened(file: Path, device: torch.device | str) -> AbstractContextManager[Any]:
-    """Something with `get_tensor`."""
-    if is_gguf(file):
-        return nullcontext(open_gguf(file))
-    opened: AbstractContextManager[Any] = safe_open(file, framework="pt", device=str(device))
-    return opened
-
-
-def _read(
-    layout: Layout, names: Iterable[str], device: torch.device | str
-) -> Iterable[tuple[str, Tensor, Tensor | None]]:
-    """Tensors of a layout as they are stored, each with what its numbers are to be multiplied with, if anything.
-
-    Each file is opened once.
-    """
-    by_file: dict[Path, list[str]] = {}
-    for name in sorted(names):
-        by_file.setdefault(layout[name].file, []).append(name)
-    for file, names_in_file in by_file.items():
-        try:
-            with _opened(file, device) as stored:
-                for name in names_in_file:
-                    piece = layout[name]
-                    whole, scales = stored.get_tensor(piece.name).to(device), None
-                    if piece.scale is not None:
-                        scales = piece.taken_from(spread(stored.get_tensor(piece.scale), whole.shape))
-                    yield name, piece.taken_from(whole), scales
-        except SafetensorError as error:
-            raise ModelError(f"{file} cannot be read: {error}.", remedy="Fetch the file again.") from error
