@@ -536,6 +536,12 @@ class Family(Protocol):
         ...
 
     @classmethod
+    def released(cls, source: ModelSource) -> Self:
+        """The model as released where the weights of `source` are not here, no part of it loaded: of the size that the
+        source's Hub id tells, and for what the source asks of it."""
+        ...
+
+    @classmethod
     def releases(cls) -> Mapping[str, Self]:
         """By title, releases that take other data than the one of `skeleton`; no part of them is loaded."""
         ...

@@ -62,8 +62,15 @@ def choose_model(model: Model, memory: Memory | None = None) -> ChosenModel:
         ModelError: no such weights, or of no known family.
         UserError: no such family.
     """
+    source = source_of(model)
+    family = family_named(model.family) if model.family else detect_family(source)
+    return ChosenModel(family, source, model.prediction, shrink_by_part(memory or Memory()))
+
+
+def source_of(model: Model) -> ModelSource:
+    """What the section asks for, whether it is there or not."""
     path = str(Path(__file__).parent / "demo" / "assets" / "model") if model.path == EMBEDDED else model.path
-    source = ModelSource(
+    return ModelSource(
         path=path,
         vae=model.vae,
         text_encoders=tuple(model.text_encoders),
@@ -73,8 +80,6 @@ def choose_model(model: Model, memory: Memory | None = None) -> ChosenModel:
         audio=model.audio,
         first_frame=model.first_frame,
     )
-    family = family_named(model.family) if model.family else detect_family(source)
-    return ChosenModel(family, source, model.prediction, shrink_by_part(memory or Memory()))
 
 
 def shrink_by_part(memory: Memory) -> dict[Part, Shrink]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ from burnish.adapters.lora import ModuleChoice
 from burnish.adapters.targeting import choose_modules
 from burnish.assembly import build_objective
 from burnish.config.schema import Memory, RunConfig
-from burnish.data.buckets import buckets_for
 from burnish.errors import BurnishError, ModelError, UserError
 from burnish.families.registry import family_named
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family, Part
+from burnish.family import Conditioning, Family, Part
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
-from burnish.model import DTYPES, choose_model
+from burnish.model import DTYPES, choose_model, source_of
 from burnish.optim.build import build_optimizer
-from burnish.planner.choose import Beside, Choice, Limits, Profiles, choices, evaluate, smallest
+from burnish.planner.choose import Beside, Choice, Limits, Profiles, Settings, choices, evaluate, smallest
 from burnish.planner.measure import Measure
 from burnish.planner.phases import (
     VAE,
@@ -33,10 +31,12 @@ from burnish.planner.phases import (
     drawing_phase,
     encoding_phase,
 )
-from burnish.planner.profile import Profile
+from burnish.planner.profile import Profile, step_of
 from burnish.planner.rates import GIB, Card, Rates, card_called, card_named
+from burnish.planner.references import shown
 from burnish.planner.store import ProfileStore
 from burnish.planner.trace import Recipe, Shape
+from burnish.planning_shapes import sample_shape, shapes_of, tokens_of
 
 # Outside of what torch counts: CUDA's context and its libraries' workspaces, and what the allocator cannot hand out.
 CONTEXT = int(0.5 * GIB)
@@ -153,20 +153,29 @@ class _Planner:
         wanted = config.memory.compile
         self.compiled = (can_compile and self._is_long()) if wanted == "auto" else wanted
         self.notes: list[str] = []
-        self.kind, self.of = self._model()
+        self.kind, self.of, self.is_here = self._model()
         self.known = self.skeleton()
         self.measure = Measure(self.skeleton, self.choose)
         self.store = ProfileStore(cache_of(config.memory))
+        self._shown: dict[Shape, Conditioning] = {}
+        if not self.is_here:
+            count = sum(one.numel() for part in self.known.denoisers.values() for one in part.parameters())
+            self.notes.append(
+                f"{config.model.path} is not here: sizes are those of a released {self.known.title} of "
+                f"{count / 1e9:.1f} billion parameters"
+            )
 
-    def _model(self) -> tuple[type[Family], Family | None]:
+    def _model(self) -> tuple[type[Family], Family, bool]:
+        """The family, what is known of the weights, and whether they are here."""
+        model = self.config.model
         try:
-            chosen = choose_model(self.config.model)
-            return chosen.family, chosen.load(dtype=self.dtype, device="cpu")
+            chosen = choose_model(model)
+            return chosen.family, chosen.load(dtype=self.dtype, device="cpu"), True
         except ModelError:
-            if self.config.model.family is None or Path(self.config.model.path).exists():
+            if model.family is None or Path(model.path).exists():
                 raise
-            self.notes.append(f"{self.config.model.path} is not here: sizes are those of the released model")
-            return family_named(self.config.model.family), None
+            kind = family_named(model.family)
+            return kind, kind.released(source_of(model)), False
 
     def _is_long(self) -> bool:
         """Compiling takes minutes and saves a part of each step: not worth it for a handful."""
@@ -176,17 +185,11 @@ class _Planner:
         told = {} if parts is None else {"parts": parts}
         return self.kind.skeleton(depth, of=self.of, dtype=self.dtype, **told)
 
-    def shapes(self) -> list[Shape]:
-        """The largest bucket of every size that is trained, the most tokens first."""
-        found = set()
-        for source in self.config.data:
-            step = max(source.bucket_step, self.known.latents.pixel_multiple)
-            step = ceil(step / self.known.latents.pixel_multiple) * self.known.latents.pixel_multiple
-            for side in source.resolutions:
-                bucket = max(buckets_for(side, step, source.max_aspect), key=lambda one: one.area)
-                for frames in self._frames(source):
-                    found.add(Shape(bucket.height, bucket.width, frames, self.config.train.batch_size))
-        return sorted(found, key=self.tokens, reverse=True)
+    def _told(self, shape: Shape) -> Conditioning:
+        if shape not in self._shown:
+            seeing = self.skeleton(parts=VAE) if shape.references else self.known
+            self._shown[shape] = shown(seeing, shape, cuda=self.cuda)
+        return self._shown[shape]
 
     def _frames(self, source: Any) -> list[int]:
         if not self.known.capabilities.video:
@@ -219,17 +222,26 @@ class _Planner:
             accumulates=train.accumulate > 1,
             averages=train.ema is not None,
             dropout=method.dropout,
+            shown=self._told,
         )
         facts = {
             "family": self.kind.name,
-            "configs": getattr(self.of or self.known, "configs", None),
-            "identity": self.of.identity("denoiser") if self.of and not hasattr(self.of, "configs") else None,
+            "configs": getattr(self.of, "configs", None),
+            "identity": self.of.identity("denoiser")
+            if self.is_here and not hasattr(self.of, "configs")
+            else None,
             "method": method.model_dump(mode="json"),
             "optimizer": train.optimizer.model_dump(mode="json"),
             "objective": train.objective.model_dump(mode="json"),
             "recipe": [self.cuda, kept_as, mode, recipe.accumulates, recipe.averages, str(self.dtype)],
             "shape": [shape.height, shape.width, shape.frames, shape.batch],
         }
+        if shape.references:
+            facts["references"] = [shape.references, shape.masked]
+        if self.of.audio is not None:
+            facts["audio"] = True
+        if self.config.model.denoisers:
+            facts["denoisers"] = list(self.config.model.denoisers)
         return self.store.profile(facts, lambda: self.measure.profile(shape, recipe, cuda=self.cuda))
 
     def formats(self) -> list[tuple[str, ...]]:
@@ -241,12 +253,12 @@ class _Planner:
         return [first, (*first, "nf4")]
 
     def plan(self) -> RunPlan:
-        shapes = self.shapes()
+        shapes = shapes_of(self.config, self.of)
         largest = shapes[0]
         modes = self._modes()
         captions = self._captions()
         pictures = encoding_phase(self.skeleton(parts=VAE), largest, cuda=self.cuda)
-        drawn = self._drawn(largest)
+        drawn = self._drawn()
         for formats in self.formats():
             limits = Limits(weights=formats, modes=modes, stream=self._stream(), beside=drawn[0])
             tried = set(modes) if modes is not None else ORDER
@@ -262,8 +274,8 @@ class _Planner:
         rows = (
             Row("captions", captions[1].peak, f"text encoders ({captions[0]}) and one caption"),
             Row("pictures", pictures.peak, f"the VAE and one of {_size(largest)}"),
-            *self._training_rows(profiles, best, largest),
-            *drawn[1],
+            *self._training_rows(profiles, best, largest, drawn[0]),
+            *self._sample_rows(profiles, best, drawn),
         )
         return RunPlan(
             family=self.known.title,
@@ -303,27 +315,22 @@ class _Planner:
                 break
         return kept_as, phase
 
-    def _drawn(self, largest: Shape) -> tuple[Beside, tuple[Row, ...]]:
-        """What samples take beside the denoiser, and their rows."""
-        sample = self.config.sample
-        if not sample.prompts:
-            return Beside(), ()
-        height, width = self.known.defaults.size
-        if sample.size is not None:
-            height, width = (sample.size, sample.size) if isinstance(sample.size, int) else sample.size
-        frames = (sample.frames or self.known.defaults.frames) if self.known.capabilities.video else 1
-        multiple = self.known.latents.pixel_multiple
-        shape = Shape(height // multiple * multiple, width // multiple * multiple, frames, sample.batch_size)
-        drawing = drawing_phase(self.skeleton(), shape, None, cuda=self.cuda)
+    def _drawn(self) -> tuple[Beside, Shape | None]:
+        """What samples take beside the denoiser, and their shape."""
+        shape = sample_shape(self.config, self.of)
+        if shape is None:
+            return Beside(), None
+        drawing = drawing_phase(self.skeleton(), shape, self._told(shape), cuda=self.cuda)
         decoding = decoding_phase(self.skeleton(parts=VAE), shape, cuda=self.cuda)
         between = max(drawing.peak - drawing.weights, decoding.peak - decoding.weights)
-        beside = Beside(always=decoding.weights, between_steps=between)
-        row = Row("samples", between + decoding.weights, f"beside the denoiser, at {_size(shape)}")
-        return beside, (row,)
+        return Beside(always=decoding.weights, between_steps=between), shape
 
-    def _training_rows(self, profiles: Profiles, best: Choice, largest: Shape) -> tuple[Row, ...]:
+    def _training_rows(
+        self, profiles: Profiles, best: Choice, largest: Shape, beside: Beside
+    ) -> tuple[Row, ...]:
         settings = best.settings
         used = profiles[settings.weights][settings.modes[0]]
+        step = self._evaluated(profiles[settings.weights], settings, Beside(always=beside.always))
         kept = ", ".join(f"{count} x {mode}" for mode, count in settings.kept.items())
         weights = sum(used.weights) + used.weights_outside
         trained = sum(used.trained) + used.trained_outside
@@ -333,19 +340,44 @@ class _Planner:
             Row("  trained", trained, "adapter, its optimizer state"),
             Row(
                 "  activations",
-                max(0, best.peak - (weights - best.host) - trained),
+                max(0, step.peak - (weights - best.host) - trained - beside.always),
                 f"{kept}; batch {largest.batch} of {_size(largest)}, gradients",
             ),
-            Row("training", best.peak, "all of these at the step's peak"),
+            Row(
+                "training", step.peak, "all of these" + (" and the VAE, for samples" if beside.always else "")
+            ),
+        )
+
+    def _sample_rows(
+        self, profiles: Profiles, best: Choice, drawn: tuple[Beside, Shape | None]
+    ) -> tuple[Row, ...]:
+        """Samples are drawn between steps, when of a step only its fixed parts are there."""
+        beside, shape = drawn
+        if shape is None:
+            return ()
+        settings = best.settings
+        used = profiles[settings.weights][settings.modes[0]]
+        alone = self._evaluated(profiles[settings.weights], settings, Beside())
+        streamed = step_of([profiles[settings.weights][mode] for mode in settings.modes]).peak - alone.peak
+        level = used.first_level + beside.between_steps + beside.always - streamed
+        return (Row("samples", level, f"weights, the VAE and one of {_size(shape)}"),)
+
+    def _evaluated(self, profiles: Mapping[Mode, Profile], settings: Settings, beside: Beside) -> Choice:
+        return evaluate(
+            profiles,
+            settings.weights,
+            settings.modes,
+            settings.streamed,
+            self.rates,
+            compiled=self.compiled,
+            beside=beside,
         )
 
     def _timed(self, shape: Shape, best: Choice) -> Timed:
         settings = best.settings
         profiles = {mode: self.profile(shape, settings.weights, mode) for mode in set(settings.modes)}
-        choice = evaluate(
-            profiles, settings.weights, settings.modes, settings.streamed, self.rates, compiled=self.compiled
-        )
-        return Timed(shape, self.tokens(shape), choice.seconds * self.config.train.accumulate)
+        choice = self._evaluated(profiles, settings, Beside())
+        return Timed(shape, tokens_of(shape, self.of), choice.seconds * self.config.train.accumulate)
 
     def _fallbacks(self, profiles: Profiles, best: Choice) -> tuple[Choice, ...]:
         """What a loaded model can still change to: other activations, the same weights in the same places."""
@@ -376,9 +408,10 @@ class _Planner:
     ) -> BurnishError:
         least = smallest(profiles, self.rates, limits, compiled=self.compiled)
         most = max((least.peak, "training"), (captions.peak, "text encoders"), (pictures.peak, "the VAE"))
+        largest = shapes_of(self.config, self.of)[0]
         return UserError(
             f"nothing fits into {(self.budget + CONTEXT + FRAGMENTED) / GIB:.1f} GiB on {self.card.title}: {most[1]} "
-            f"take at least {(most[0] + CONTEXT + FRAGMENTED) / GIB:.1f} GiB at {_size(self.shapes()[0])}",
+            f"take at least {(most[0] + CONTEXT + FRAGMENTED) / GIB:.1f} GiB at {_size(largest)}",
             remedy="A smaller number in data.resolutions, train.batch_size: 1, fewer frames; or leave more of the "
             "memory section to `auto`.",
         )

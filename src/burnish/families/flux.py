@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -140,9 +141,9 @@ class Flux(PipelineFamily):
     def _is_kontext(self) -> bool:
         """From the pipeline's class; a single file of Kontext differs from FLUX.1-dev in its name alone."""
         kind = str(self.configs.get("model_index", {}).get("_class_name", ""))
-        if kind or self.source is None:
+        if kind:
             return kind.startswith("FluxKontext")
-        return "kontext" in self.source.path.name.lower()
+        return "kontext" in Path(self.asked.path).name.lower()
 
     def _longest_prompt(self, longest: int) -> int:
         if self.source is None or not self.source.index:

@@ -52,6 +52,17 @@ SYSTEM = (
 REFERENCES = 10
 REFERENCE_AREA = 1024 * 1024  # pixels; larger references are scaled down to it
 
+_KLEIN_4B: Mapping[str, Config] = {
+    "transformer": {
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
+    "model_index": {"text_encoder": ["transformers", "Qwen3ForCausalLM"]},
+}
+
 
 class Flux2(PipelineFamily):
     """Conditioning: `tokens_BSD` (B, 512, three times the text encoder's width); `guidance_B` (B,) of dev; and with
@@ -85,6 +96,13 @@ class Flux2(PipelineFamily):
             shipped="qwen3",
         ),
     )
+    sizes: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "black-forest-labs/FLUX.2-klein-base-4B": _KLEIN_4B,
+        "black-forest-labs/FLUX.2-klein-4B": {
+            **_KLEIN_4B,
+            "model_index": {**_KLEIN_4B["model_index"], "is_distilled": True},
+        },
+    }
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     export = ExportKeys(
         default="comfy",

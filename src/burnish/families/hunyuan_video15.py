@@ -215,7 +215,8 @@ class HunyuanVideo15(PipelineFamily):
         known = known_channels(told.get(FIRST_FRAME), noisy)
         seen_BSD = told.get(SEEN)
         if seen_BSD is None:
-            seen_BSD = noisy.new_zeros(len(noisy), 0, self.denoiser.config.image_embed_dim)
+            width = self.denoiser.config.image_embed_dim
+            seen_BSD = torch.zeros(len(noisy), 0, width, dtype=noisy.dtype, device=noisy.device)
         predicted: Tensor = self.denoiser(
             hidden_states=torch.cat([noisy, known], dim=1).to(self.dtype),
             timestep=t_B * 1000,

@@ -113,7 +113,7 @@ class Ideogram4(PipelineFamily):
     prompt_limit = LONGEST_PROMPT
 
     def configure(self) -> None:
-        chosen = self.source.source.denoisers if self.source is not None else ()
+        chosen = self.asked.denoisers
         if chosen and TRANSFORMER not in chosen:
             raise ModelError(
                 f"{self.title}'s {BLIND} is not trained; `model.denoisers` names it alone.",

@@ -124,8 +124,7 @@ class LTXVideo(PipelineFamily):
     def configure(self) -> None:
         """The same weights go on from a first frame when the user or the folder's model_index.json says so."""
         kind = self.configs["model_index"].get("_class_name")
-        asked = self.source is not None and self.source.source.first_frame
-        if asked or kind == "LTXImageToVideoPipeline":
+        if self.asked.first_frame or kind == "LTXImageToVideoPipeline":
             self.capabilities = Capabilities(references=1, first_frame=True, video=True)
         if kind == "LTXConditionPipeline":
             self.prompt_limit = T5_TOKENS_OF_CONDITION

@@ -173,7 +173,7 @@ class LTX2(PipelineFamily):
         return str((*index.get("text_encoder", ()), "", "")[1]).startswith("Gemma3")
 
     def configure(self) -> None:
-        if self.source is not None and self.source.source.audio:
+        if self.asked.audio:
             self.audio = LTX2Audio(self.configs, self.module, self.streams)
 
     def example_conditioning(

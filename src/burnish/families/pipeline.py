@@ -102,14 +102,22 @@ class PipelineFamily(ABC):
     latents: LatentShape
     # Releases that take other data than the shipped configs say, by title: what theirs say instead, by folder.
     variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {}
+    # Releases of other sizes than the shipped configs say, by Hub id: what theirs say instead, by folder.
+    sizes: ClassVar[Mapping[str, Mapping[str, Config]]] = {}
     audio: Audio | None = None
 
     def __init__(
-        self, configs: Mapping[str, Config], dtype: torch.dtype, source: PipelineSource | None
+        self,
+        configs: Mapping[str, Config],
+        dtype: torch.dtype,
+        source: PipelineSource | None,
+        asked: ModelSource | None = None,
     ) -> None:
         self.configs = configs  # by folder of a slot, and `scheduler`
         self.dtype = dtype
         self.source = source
+        # What the user asks for, whether its weights are here or not.
+        self.asked = source.source if source is not None else asked or ModelSource("")
         self.modules: dict[str, nn.Module] = {}
         self.shrink: Mapping[Part, Shrink] = {}
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
@@ -224,16 +232,15 @@ class PipelineFamily(ABC):
         of: Self | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> Self:
-        shipped = shipped_configs(cls.name)
-        family = cls(of.configs if of else {**shipped, "model_index": {}}, dtype, None)
+        of = of or cls.released(ModelSource(""))
+        family = cls(of.configs, dtype, None, of.asked)
         for slot in cls.slots:
-            found = of.source if of else None
+            found = of.source
             if slot.part not in parts or slot.folder in family.modules:
                 continue
-            # Of the released models: those that are never missing, and text encoders, the first of alternatives.
-            if not (found.has(slot) if found else slot.part == "text_encoders" or not slot.optional):
+            if not (found.has(slot) if found else of._is_released_with(slot)):
                 continue
-            config = found.config(slot) if found else dict(shipped[slot.shipped or slot.folder])
+            config = found.config(slot) if found else dict(of.configs[slot.shipped or slot.folder])
             if depth is not None and slot.part == "denoiser":
                 config = cls.with_depth(config, depth)
             with torch.device("meta"):
@@ -245,6 +252,21 @@ class PipelineFamily(ABC):
                     parameter.data = parameter.data.float()
             family.modules[slot.folder] = module.requires_grad_(False).eval()
         return family
+
+    def _is_released_with(self, slot: Slot) -> bool:
+        """Modules that are never missing, and text encoders, the first of alternatives; all as they are asked for."""
+        if slot.part == "denoiser" and self.asked.denoisers:
+            return slot.folder in self.asked.denoisers
+        kind = (*self.configs["model_index"].get(slot.folder, ()), None, None)[1]
+        if kind is not None and slot.kinds and kind not in slot.kinds:
+            return False
+        return (self.asked.audio or not slot.audio) and (slot.part == "text_encoders" or not slot.optional)
+
+    @classmethod
+    def released(cls, source: ModelSource) -> Self:
+        shipped: dict[str, Config] = {**shipped_configs(cls.name), "model_index": {}}
+        own = {folder: {**shipped[folder], **said} for folder, said in cls.sizes.get(source.path, {}).items()}
+        return cls({**shipped, **own}, torch.bfloat16, None, source)
 
     @classmethod
     def releases(cls) -> Mapping[str, Self]:

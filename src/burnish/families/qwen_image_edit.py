@@ -85,7 +85,7 @@ class QwenImageEdit(PipelineFamily):
         if index:
             self.sees_one = index["_class_name"] != "QwenImageEditPlusPipeline"
         else:
-            file = Path(self.source.source.path).name if self.source else ""
+            file = Path(self.asked.path).name
             self.sees_one = _FIRST_FILE.match(file) is not None
         if self.sees_one:
             self.capabilities = replace(self.capabilities, references=1)

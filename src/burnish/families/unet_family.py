@@ -133,8 +133,12 @@ class UNetFamily(ABC):
         return cls(made, schedule, dtype, checkpoint)
 
     @classmethod
+    def released(cls, source: ModelSource) -> Self:
+        return cls(Parts(), schedule_of(cls.layouts.config["scheduler"], None), torch.bfloat16, None)
+
+    @classmethod
     def releases(cls) -> Mapping[str, Self]:
-        family = cls(Parts(), schedule_of(cls.layouts.config["scheduler"], None), torch.bfloat16, None)
+        family = cls.released(ModelSource(""))
         family._fill_holes()
         return {f"{cls.title}, inpainting": family}
 

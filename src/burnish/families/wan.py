@@ -30,6 +30,7 @@ from burnish.families.weights import Layout, layout_of
 from burnish.family import Conditioning, ExportKeys, ModelSource
 
 PROMPT_TOKENS = 512
+SIZE_OF_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # of the denoiser
 IMAGE_TOKENS = 257  # CLIP's 16 x 16 patches and its summary
 
 

@@ -28,6 +28,8 @@ from burnish.family import Capabilities, Conditioning, LatentShape, ModelSource,
 CHANNELS = 16
 I2V_CHANNELS = 36  # noisy latents, which frames are known, latents of the first frame
 
+_TEXT_TO_VIDEO: Config = {"in_channels": CHANNELS, "image_dim": None, "added_kv_proj_dim": None}
+
 
 class Wan21(PipelineFamily):
     """Conditioning: `tokens_BSD` (B, 512, 4096); of image to video `first_frame_BCTHW` (B, 20, T, H, W) and
@@ -41,8 +43,12 @@ class Wan21(PipelineFamily):
     targets = wan_names.TARGETS
     capabilities = Capabilities(references=1, first_frame=True, video=True)  # of image to video
     variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
-        "Wan 2.1 T2V": {"transformer": {"in_channels": CHANNELS, "image_dim": None}},
+        "Wan 2.1 T2V": {"transformer": _TEXT_TO_VIDEO},
         "Wan 2.1 FLF2V": {"transformer": {"pos_embed_seq_len": 2 * wan.IMAGE_TOKENS}},
+    }
+    sizes: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"transformer": _TEXT_TO_VIDEO},
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"transformer": {**_TEXT_TO_VIDEO, **wan.SIZE_OF_1_3B}},
     }
     export = wan.keys("wan2.1", "wan2.1")
     latents = LatentShape(channels=CHANNELS, compression=8, patch=2, frame_compression=4)

@@ -87,13 +87,13 @@ class Wan22(PipelineFamily):
         return super().detect(source)
 
     def configure(self) -> None:
-        chosen = self.source.source.denoisers if self.source is not None else ()
+        chosen = self.asked.denoisers
         config = self.configs[chosen[0] if chosen else HIGH]
         self.index: Config = self.configs["model_index"]
         self.is_wide = config["out_channels"] == WIDE_CHANNELS
-        asked = self.source is not None and self.source.source.first_frame
         self.goes_on = config["in_channels"] == I2V_CHANNELS or (
-            self.is_wide and (asked or self.index.get("_class_name") == "WanImageToVideoPipeline")
+            self.is_wide
+            and (self.asked.first_frame or self.index.get("_class_name") == "WanImageToVideoPipeline")
         )
         if not self.goes_on:
             self.capabilities = Capabilities(video=True)

@@ -10,7 +10,7 @@ Shape letters: B batch, C channels, T frames, H W height and width of latents, S
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from burnish.families import video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
+from burnish.families.slots import Config
 from burnish.family import Capabilities, Conditioning, LatentShape, SamplerDefaults
 
 CONTROL = "control_BCTHW"
@@ -39,6 +40,11 @@ class WanVace(PipelineFamily):
         wan.text_slot(),
     )
     targets = wan_names.TARGETS
+    sizes: ClassVar[Mapping[str, Mapping[str, Config]]] = {
+        "Wan-AI/Wan2.1-VACE-1.3B-diffusers": {
+            "transformer": {**wan.SIZE_OF_1_3B, "vace_layers": list(range(0, 30, 2))}
+        }
+    }
     export = replace(
         wan.keys("wan2.1-vace", "wan2.1_vace", wan_names.VACE_NAMES),
         unreadable={"comfy": ("vace_blocks.*",)},  # diffusers refuses a file with them

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, mm_flop
 
+from burnish.planner.known_values import is_asked_of_unknown, with_places
+
 ROUNDING = 512
 _ATTENTION = "scaled_dot_product"
 _EIGHT_BIT = ("_scaled_mm", "_int_mm")
@@ -98,6 +100,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if is_asked_of_unknown(func, args):
+            return False
+        args = with_places(func, args)
         result = func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
             return result

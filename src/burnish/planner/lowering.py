@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDEST_OF_FLASH = 256  # numbers per head
+
 
 @contextmanager
 def cuda_lowering() -> Iterator[None]:
@@ -47,16 +49,23 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """(B, heads, S, D) each. Flash attention; with a mask the memory-efficient kernel, which takes a bias."""
+    """(B, heads, S, D) each, or (heads, S, D), as one sample's. Flash attention; the memory-efficient kernel with a
+    mask, which it takes as a bias, or with heads wider than flash attention's 256."""
+    if query.dim() == 3:
+        mask = attn_mask if attn_mask is None or attn_mask.dim() < 3 else attn_mask[None]
+        one = (query[None], key[None], value[None])
+        return _attention(*one, mask, dropout_p, is_causal, scale, enable_gqa)[0]
     if enable_gqa and key.shape[1] != query.shape[1]:
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    if attn_mask is None:
+    if attn_mask is None and query.shape[-1] <= WIDEST_OF_FLASH:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         flashed: Tensor = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
         return flashed
-    bias = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
-    bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    bias = None
+    if attn_mask is not None:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     attended: Tensor = efficient(
         query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale

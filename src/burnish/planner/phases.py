@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from burnish.family import Family, Part
+from burnish.family import Conditioning, Family, Part
 from burnish.memory.quantized import large_linears, repeated_parts, replace_linears
 from burnish.planner.live_bytes import LiveBytes
 from burnish.planner.lowering import cuda_lowering
-from burnish.planner.skeletons import keep_weights, modules_of, without_data
-from burnish.planner.trace import Shape, batch_without_data
+from burnish.planner.skeletons import modules_of, without_data
+from burnish.planner.trace import Shape, batch_without_data, sound_of
 
 VAE: frozenset[Part] = frozenset({"vae"})
 # A text encoder's layer, per token of a batch: hidden states, query, key, value, and the feed-forward's two halves,
@@ -67,20 +67,27 @@ def decoding_phase(family: Family, shape: Shape, *, cuda: bool = True) -> Phase:
     return _traced(family, latents, family.decode_latents, cuda=cuda)
 
 
-def drawing_phase(family: Family, shape: Shape, kept_as: str | None, *, cuda: bool = True) -> Phase:
-    """One prediction of the denoiser as the sampler asks for it. `family`: a skeleton with the denoiser."""
+def drawing_phase(family: Family, shape: Shape, told: Conditioning, *, cuda: bool = True) -> Phase:
+    """One prediction of the denoiser as the sampler asks for it, told of references as by `told`.
+
+    Args:
+        family: a skeleton with the denoiser.
+    """
     noisy, times_B, conditioning = family.example(shape.height, shape.width, shape.batch, shape.frames)
-    if kept_as is not None:
-        keep_weights(family, kept_as)
+    conditioning = conditioning.merged(told)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for denoiser in family.denoisers.values():
             without_data(denoiser)
-        batch = batch_without_data(noisy, conditioning)
+        batch = batch_without_data(noisy, conditioning, sound_of(family, shape))
     counted = LiveBytes()
     counted.follow([list(one.parameters()) + list(one.buffers()) for one in family.denoisers.values()])
     weights = counted.current
     with cuda_lowering() if cuda else nullcontext(), torch.no_grad(), counted:
-        family.predict(batch.latents_BCHW, torch.full(times_B.shape, 0.5), batch.conditioning)
+        times_B = torch.full(times_B.shape, 0.5)
+        if family.audio is not None and batch.audio_BCLF is not None:
+            family.audio.predict(batch.latents_BCHW, batch.audio_BCLF, times_B, batch.conditioning)
+        else:
+            family.predict(batch.latents_BCHW, times_B, batch.conditioning)
     return Phase(counted.peak, weights)
 
 

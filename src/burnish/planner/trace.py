@@ -37,6 +37,8 @@ class Shape:
     width: int
     frames: int = 1
     batch: int = 1
+    references: int = 0  # pictures that the model is shown beside the caption
+    masked: bool = False  # the first of them has a hole
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Recipe:
     accumulates: bool = False
     averages: bool = False
     dropout: float = 0.0
+    shown: Callable[[Shape], Conditioning] = lambda shape: Conditioning({})  # of the references
 
 
 def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, cuda: bool = True) -> Profile:
@@ -62,6 +65,7 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
     """
     family = skeleton()
     noisy, _, conditioning = family.example(shape.height, shape.width, shape.batch, shape.frames)
+    conditioning = conditioning.merged(recipe.shown(shape))
     if recipe.kept_as is not None:
         keep_weights(family, recipe.kept_as)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -76,14 +80,23 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
         parameters = [one for group in groups for one in group["params"]]
         optimizer = recipe.optimizer(groups)
         _touch_state(optimizer, parameters)
-        batch = batch_without_data(noisy, conditioning)
+        batch = batch_without_data(noisy, conditioning, sound_of(family, shape))
     # The mode is off from here on: fake tensors bring their own, and what code makes out of nothing (positions, masks)
     # keeps its values, so that it can be read on the host as in a real step.
     with cuda_lowering() if cuda else nullcontext():
         return _step(family, batch, recipe, parameters, optimizer)
 
 
-def batch_without_data(noisy: Tensor, conditioning: Conditioning) -> Batch:
+def sound_of(family: Family, shape: Shape) -> tuple[int, ...] | None:
+    """(C, L, F) of the sound of clips of this shape; None where there is none."""
+    if family.audio is None or shape.frames == 1:
+        return None
+    return family.audio.shape.of(shape.frames / family.defaults.fps)
+
+
+def batch_without_data(
+    noisy: Tensor, conditioning: Conditioning, sound: tuple[int, ...] | None = None
+) -> Batch:
     """A batch without data but in whole numbers and masks, which keep their values where they are known.
 
     Captions of several rows are not of one length. To be called under FakeTensorMode.
@@ -96,7 +109,8 @@ def batch_without_data(noisy: Tensor, conditioning: Conditioning) -> Batch:
     }
     ids = tuple(str(index) for index in range(len(noisy)))
     latents = torch.empty(noisy.shape, dtype=noisy.dtype)
-    return Batch(latents, Conditioning(told), torch.ones(len(noisy)), ids, ids, 0)
+    audio = None if sound is None else torch.empty(len(noisy), *sound, dtype=noisy.dtype)
+    return Batch(latents, Conditioning(told), torch.ones(len(noisy)), ids, ids, 0, audio)
 
 
 def _known(name: str, tensor: Tensor, conditioning: Conditioning) -> Tensor | None:
@@ -127,7 +141,7 @@ def _step(
     counted = LiveBytes()
     counted.follow([list(one.parameters()) + list(one.buffers()) for one in family.denoisers.values()])
     counted.follow([parameter.grad for parameter in parameters if parameter.grad is not None])
-    counted.follow([batch.latents_BCHW, list(batch.conditioning.values()), averages])
+    counted.follow([batch.latents_BCHW, batch.audio_BCLF, list(batch.conditioning.values()), averages])
     counted.follow(list(optimizer.state.values()))
     once_more = int(recipe.averages) + int(recipe.accumulates)
 
@@ -140,7 +154,9 @@ def _step(
     trained = _by_block(family, blocks, with_state)
     with counted, _marked(counted, blocks):
         noise = torch.empty_like(batch.latents_BCHW, dtype=torch.float32)
-        loss_B = recipe.objective.losses_at(family, batch, noise, times_B)
+        audio = batch.audio_BCLF
+        audio_noise = None if audio is None else torch.empty_like(audio, dtype=torch.float32)
+        loss_B = recipe.objective.losses_at(family, batch, noise, times_B, None, audio_noise)
         counted.mark("tail", None)
         torch.autograd.backward((loss_B * batch.weight_B).sum() / len(batch.sample_ids))
         counted.mark("rest", None)

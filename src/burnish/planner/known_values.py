@@ -1,0 +1,51 @@
+"""What a step asks of values, answered while most of its tensors have none.
+
+Masks and whole numbers of a traced batch are real tensors among fake ones (trace.py). torch takes their values away as
+soon as they meet a fake one, so that picking by a mask would have no known size: here its places are read first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_PICKING = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+)
+
+
+def with_places(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments in which masks that are known have become the places that they pick."""
+    if func not in _PICKING or not any(_is_known_mask(one) for one in args[1]):
+        return args
+    return (args[0], _places(args[1]), *args[2:])
+
+
+def is_asked_of_unknown(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the code asks yes or no of a tensor without values: is all of it zero, is nothing masked?
+
+    The answer is no, by which it goes the general way.
+    """
+    return (
+        func is torch.ops.aten._local_scalar_dense.default
+        and isinstance(args[0], FakeTensor)
+        and args[0].dtype == torch.bool
+    )
+
+
+def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    placed: list[Tensor | None] = []
+    for index in indices:
+        placed += index.nonzero().unbind(1) if index is not None and _is_known_mask(index) else [index]
+    return placed
+
+
+def _is_known_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)

@@ -1,0 +1,64 @@
+"""The sizes that a run trains and draws at, as its config tells them: what the plan counts."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from burnish.config.data import DataSource
+from burnish.config.schema import RunConfig, SamplePrompt
+from burnish.data.buckets import buckets_for
+from burnish.family import Family
+from burnish.planner.trace import Shape
+
+
+def shapes_of(config: RunConfig, family: Family) -> list[Shape]:
+    """The largest bucket of every size that is trained, the most tokens first."""
+    multiple = family.latents.pixel_multiple
+    found: set[Shape] = set()
+    for source in config.data:
+        step = ceil(max(source.bucket_step, multiple) / multiple) * multiple
+        for side in source.resolutions:
+            bucket = max(buckets_for(side, step, source.max_aspect), key=lambda one: one.area)
+            for frames in _frames(source, family):
+                size = (bucket.height, bucket.width, frames)
+                found.add(Shape(*size, config.train.batch_size, *_references(source, frames, family)))
+    return sorted(found, key=lambda one: (tokens_of(one, family), one.references), reverse=True)
+
+
+def _frames(source: DataSource, family: Family) -> list[int]:
+    if not family.capabilities.video:
+        return [1]
+    return list(getattr(source, "frames", None) or [family.defaults.frames])
+
+
+def _references(source: DataSource, frames: int, family: Family) -> tuple[int, bool]:
+    """How many a sample has, those that are named and those that it is itself, and whether the first has a hole."""
+    can = family.capabilities
+    named = len(getattr(source, "references", ()))
+    masked = can.masks and (getattr(source, "masks", None) is not None or can.references == 1)
+    own = can.own_references if masked or (can.first_frame and frames > 1) else 0
+    return min(named + own, can.references), masked
+
+
+def sample_shape(config: RunConfig, family: Family) -> Shape | None:
+    """Of the samples as the section says, without what single prompts say otherwise; None where none are drawn."""
+    sample = config.sample
+    if not sample.prompts:
+        return None
+    height, width = family.defaults.size
+    if sample.size is not None:
+        height, width = (sample.size, sample.size) if isinstance(sample.size, int) else sample.size
+    multiple = family.latents.pixel_multiple
+    told = [one for one in sample.prompts if isinstance(one, SamplePrompt)]
+    return Shape(
+        height // multiple * multiple,
+        width // multiple * multiple,
+        (sample.frames or family.defaults.frames) if family.capabilities.video else 1,
+        sample.batch_size,
+        max((len(one.references) for one in told), default=0),
+        any(one.mask is not None for one in told),
+    )
+
+
+def tokens_of(shape: Shape, family: Family) -> int:
+    return family.latents.tokens(family.latents.of(shape.height, shape.width, shape.frames))

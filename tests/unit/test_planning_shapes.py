@@ -1,0 +1,158 @@
+"""What the plan counts of a config: sizes, references and holes, sound, and releases that are not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from burnish.config.schema import RunConfig
+from burnish.families.registry import family_named
+from burnish.family import Family, ModelSource
+from burnish.planner.known_values import is_asked_of_unknown, with_places
+from burnish.planner.live_bytes import LiveBytes
+from burnish.planner.lowering import cuda_lowering
+from burnish.planner.references import shown
+from burnish.planner.trace import Shape, sound_of
+from burnish.planning_shapes import sample_shape, shapes_of
+
+
+def config(family: str, **sections: Any) -> RunConfig:
+    given = {"name": "x", "model": {"path": "owner/name", "family": family}, "data": [{"path": "pictures"}]}
+    return RunConfig.model_validate({**given, "method": {"kind": "lora"}, "train": {"steps": 10}, **sections})
+
+
+def released(family: str, path: str = "owner/name", **asked: Any) -> Family:
+    return family_named(family).released(ModelSource(path, **asked))
+
+
+def test_the_largest_bucket_of_each_resolution_counts_most_tokens_first() -> None:
+    data = [{"path": "pictures", "resolutions": [512, 1024]}]
+    found = shapes_of(config("flux", data=data), released("flux"))
+    assert [one.height * one.width for one in found] == [1024 * 1024, 512 * 512]
+    assert {(one.references, one.masked) for one in found} == {(0, False)}
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "source", "counted"),
+    [
+        ("flux", "owner/FLUX.1-Kontext-dev", {"references": ["before"]}, (1, False)),
+        ("flux2", "owner/name", {"references": ["one", "two"]}, (2, False)),
+        ("flex2", "owner/name", {"references": ["lines"]}, (1, False)),
+        ("flex2", "owner/name", {"references": ["lines"], "masks": "holes"}, (2, True)),
+        ("wan21", "owner/name", {"frames": [33]}, (1, False)),
+        ("wan21", "Wan-AI/Wan2.1-T2V-14B-Diffusers", {"frames": [33]}, (0, False)),
+        ("wan21", "owner/name", {"frames": [1]}, (0, False)),
+    ],
+)
+def test_references_that_are_named_and_those_that_a_sample_is_itself(
+    family: str, path: str, source: dict[str, Any], counted: tuple[int, bool]
+) -> None:
+    (shape,) = shapes_of(
+        config(family, data=[{"path": "clips", "resolutions": [512], **source}]), released(family, path)
+    )
+    assert (shape.references, shape.masked) == counted
+
+
+def test_samples_count_the_references_of_their_prompts() -> None:
+    prompts = ["a cat", {"prompt": "make it red", "references": ["a.png"]}]
+    shape = sample_shape(config("flux", sample={"prompts": prompts, "size": [500, 770]}), released("flux"))
+    assert shape == Shape(496, 768, references=1)
+    assert sample_shape(config("flux"), released("flux")) is None
+
+
+def parameters(family: Family) -> float:
+    return sum(one.numel() for part in family.denoisers.values() for one in part.parameters()) / 1e9
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "billions"),
+    [
+        ("wan21", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1.42),
+        ("wan21", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 14.29),
+        ("flux2", "black-forest-labs/FLUX.2-klein-base-4B", 3.88),
+        ("flux2", "black-forest-labs/FLUX.2-dev", 32.2),
+    ],
+)
+def test_a_release_that_is_not_here_has_the_size_that_its_id_tells(
+    family: str, path: str, billions: float
+) -> None:
+    kind = family_named(family)
+    assert parameters(kind.skeleton(of=kind.released(ModelSource(path)))) == pytest.approx(billions, rel=0.01)
+
+
+def test_klein_has_the_text_encoder_of_klein() -> None:
+    kind = family_named("flux2")
+    of = kind.released(ModelSource("black-forest-labs/FLUX.2-klein-base-4B"))
+    encoders = kind.skeleton(of=of, parts=frozenset({"text_encoders"})).loaded
+    assert [type(one).__name__ for one in encoders.values()] == ["Qwen3Model"]
+
+
+def test_sound_and_single_denoisers_are_there_where_they_are_asked_for() -> None:
+    ltx2 = family_named("ltx2")
+    loud = ltx2.skeleton(1, of=released("ltx2", audio=True))
+    assert sound_of(loud, Shape(512, 512, 49)) == (8, 51, 16)
+    assert sound_of(loud, Shape(512, 512)) is None
+    assert "tokens_audio_BSD" in loud.example(256, 256, 1, 9)[2]
+    assert sound_of(ltx2.skeleton(1, of=released("ltx2")), Shape(512, 512, 49)) is None
+    ideogram = family_named("ideogram4")
+    alone = ideogram.skeleton(1, of=released("ideogram4", denoisers=("transformer",)))
+    assert set(alone.denoisers) == {"transformer"}
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "name", "tokens"),
+    [
+        ("flux", "owner/FLUX.1-Kontext-dev", "tokens_reference_BND", 256),
+        ("qwen_image_edit", "owner/name", "tokens_reference_BND", None),
+        ("flux2", "owner/name", "tokens_reference_BND", 256),
+    ],
+)
+def test_references_are_as_many_tokens_as_the_family_makes_of_them(
+    family: str, path: str, name: str, tokens: int | None
+) -> None:
+    kind = family_named(family)
+    seeing = kind.skeleton(of=kind.released(ModelSource(path)), parts=frozenset({"vae"}))
+    one = shown(seeing, Shape(256, 256, batch=2, references=1))
+    assert one[name].is_meta
+    assert one[name].shape[0] == 2
+    if tokens is not None:
+        assert one[name].shape[1] == tokens
+    assert all(value.is_meta for value in one.values() if value.is_floating_point())
+
+
+def test_a_mask_that_is_known_picks_as_many_of_what_is_not() -> None:
+    mask = torch.tensor([True, False, True])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unknown = torch.empty(3, 4)
+    with LiveBytes():
+        assert unknown[mask].shape == (2, 4)
+        assert not torch.all(unknown == 0)
+    assert with_places(torch.ops.aten.add.Tensor, (unknown, mask)) == (unknown, mask)
+    assert not is_asked_of_unknown(torch.ops.aten._local_scalar_dense.default, (mask[0],))
+
+
+@pytest.mark.parametrize("width", [64, 512])
+def test_attention_of_one_sample_or_of_wide_heads_is_lowered_too(width: int) -> None:
+    with FakeTensorMode():
+        query = torch.empty(2, 16, width, dtype=torch.bfloat16)
+    with cuda_lowering():
+        assert torch.nn.functional.scaled_dot_product_attention(query, query, query).shape == query.shape
+
+
+def test_no_file_of_the_repository_is_needed_for_a_plan_of_what_is_not_here(tmp_path: Path) -> None:
+    from burnish.planner.rates import card_named
+    from burnish.planning import plan_run
+
+    run = config(
+        "wan21",
+        model={"path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "family": "wan21", "offline": True},
+        data=[{"path": "pictures", "resolutions": [256], "frames": [5]}],
+        memory={"cache_folder": tmp_path, "weights": "native", "activations": "recompute"},
+    )
+    plan = plan_run(run, card_named("24GiB"))
+    assert any("1.4 billion" in note for note in plan.notes)
+    assert plan.peak == max(row.bytes for row in plan.rows) <= plan.budget
