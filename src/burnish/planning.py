@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,16 @@ class _Planner:
             facts["denoisers"] = list(self.config.model.denoisers)
         return self.store.profile(facts, lambda: self.measure.profile(shape, recipe, cuda=self.cuda))
 
+    def _phase(self, what: str, family: Family, shape: Shape, trace: Callable[[], Phase]) -> Phase:
+        """What is kept of an earlier plan, of modules with the same tensors."""
+        tensors = [
+            (name, str(tuple(one.shape)), str(one.dtype))
+            for module in family.loaded.values()
+            for name, one in module.named_parameters()
+        ]
+        facts = {"phase": what, "family": self.kind.name, "tensors": tensors, "cuda": self.cuda}
+        return self.store.phase({**facts, "shape": asdict(shape), "audio": family.audio is not None}, trace)
+
     def formats(self) -> list[tuple[str, ...]]:
         """What to try, and what to try besides where that streams or does not fit: 4 bits are slower."""
         wanted = self.config.memory.weights
@@ -257,7 +267,10 @@ class _Planner:
         largest = shapes[0]
         modes = self._modes()
         captions = self._captions()
-        pictures = encoding_phase(self.skeleton(parts=VAE), largest, cuda=self.cuda)
+        vae = self.skeleton(parts=VAE)
+        pictures = self._phase(
+            "encoding", vae, largest, partial(encoding_phase, vae, largest, cuda=self.cuda)
+        )
         drawn = self._drawn()
         for formats in self.formats():
             limits = Limits(weights=formats, modes=modes, stream=self._stream(), beside=drawn[0])
@@ -320,8 +333,14 @@ class _Planner:
         shape = sample_shape(self.config, self.of)
         if shape is None:
             return Beside(), None
-        drawing = drawing_phase(self.skeleton(), shape, self._told(shape), cuda=self.cuda)
-        decoding = decoding_phase(self.skeleton(parts=VAE), shape, cuda=self.cuda)
+        known, vae = self.known, self.skeleton(parts=VAE)
+        drawing = self._phase(
+            "drawing",
+            known,
+            shape,
+            lambda: drawing_phase(self.skeleton(), shape, self._told(shape), cuda=self.cuda),
+        )
+        decoding = self._phase("decoding", vae, shape, partial(decoding_phase, vae, shape, cuda=self.cuda))
         between = max(drawing.peak - drawing.weights, decoding.peak - decoding.weights)
         return Beside(always=decoding.weights, between_steps=between), shape
 

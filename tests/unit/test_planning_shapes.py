@@ -156,3 +156,26 @@ def test_no_file_of_the_repository_is_needed_for_a_plan_of_what_is_not_here(tmp_
     plan = plan_run(run, card_named("24GiB"))
     assert any("1.4 billion" in note for note in plan.notes)
     assert plan.peak == max(row.bytes for row in plan.rows) <= plan.budget
+
+
+def test_a_second_plan_traces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from burnish import planning
+    from burnish.planner.rates import card_named
+
+    run = config(
+        "sd15",
+        model={"path": "owner/name", "family": "sd15", "offline": True},
+        data=[{"path": "pictures", "resolutions": [64]}],
+        sample={"prompts": ["a cat"], "size": 64},
+        memory={"cache_folder": tmp_path, "weights": "native", "activations": "recompute"},
+    )
+    first = planning.plan_run(run, card_named("24GiB"))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("traced again")
+
+    for name in ("encoding_phase", "decoding_phase", "drawing_phase"):
+        monkeypatch.setattr(planning, name, never)
+    monkeypatch.setattr("burnish.planner.measure.trace_step", never)
+    assert planning.plan_run(run, card_named("24GiB")) == first
+    assert [row.what for row in first.rows][-1] == "samples"
