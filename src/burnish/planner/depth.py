@@ -83,6 +83,7 @@ def deepened(profile: Profile, shallow: Sequence[Run], deep: Sequence[Run]) -> P
         backward_order=tuple(order),
         weights=weights,
         trained=trained,
+        resident=profile.resident + after_bytes - before_bytes,
         first_level=profile.first_level + after_bytes - before_bytes,
         head_peak=profile.head_peak + after_bytes - before_bytes,
         optimizer_peak=int(profile.optimizer_peak * ratio),

@@ -58,15 +58,25 @@ class Stretch:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every tensor that appears while the mode is on; `mark` cuts the step into stretches."""
+    """Follows every tensor that appears while the mode is on; `mark` cuts the step into stretches.
 
-    def __init__(self) -> None:
+    Args:
+        rounding: bytes that an allocation is a multiple of.
+    """
+
+    def __init__(self, *, rounding: int = ROUNDING) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._rounding = rounding
         self.current = 0
         self.peak = 0
         self.stretches: list[Stretch] = []
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._flop: Mapping[Any, Callable[..., int]] = {**flop_registry, torch.ops.aten._int_mm: mm_flop}
+        self.mark("before", None)
+
+    def begin(self) -> None:
+        """What is followed so far was there before; the first stretch begins here."""
+        self.stretches = []
         self.mark("before", None)
 
     def mark(self, name: str, block: int | None) -> None:
@@ -84,7 +94,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        size = -(-storage.nbytes() // self._rounding) * self._rounding
         if key in self._alive or size == 0:
             return
 

@@ -37,6 +37,7 @@ class Profile:
     weights_outside: int
     trained: tuple[int, ...]  # adapters, the optimizer's state and averages, by block; without gradients
     trained_outside: int
+    resident: int  # before the step begins: weights, what is trained, the batch
     first_level: int  # at the first block
     head_peak: int  # before it
     tail_change: int  # from the last block's forward to its backward
@@ -122,6 +123,7 @@ def profile_of(
         weights_outside=weights[1],
         trained=tuple(trained[0]),
         trained_outside=trained[1],
+        resident=stretches[0].entry,
         first_level=stretches[first_block].entry,
         head_peak=max(one.peak for one in head),
         tail_change=tail_change,

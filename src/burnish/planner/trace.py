@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 
+from burnish.adapters.casting import cast_once
 from burnish.adapters.lora import AdapterSet, ModuleChoice
 from burnish.data.batch import Batch
 from burnish.family import Conditioning, Family
@@ -75,6 +76,8 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
             AdapterSet.attach(family.denoisers[part], chosen, dropout=recipe.dropout, seed=0)
             for part, chosen in recipe.choices.items()
         ]
+        for part, adapter in zip(recipe.choices, adapters, strict=True):
+            cast_once(family.denoisers[part], list(adapter.layers.values()), noisy.dtype)
         recipe.keep_activations(family)
         groups = [group for adapter in adapters for group in adapter.parameter_groups(1e-4)]
         parameters = [one for group in groups for one in group["params"]]
@@ -84,7 +87,8 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
     # The mode is off from here on: fake tensors bring their own, and what code makes out of nothing (positions, masks)
     # keeps its values, so that it can be read on the host as in a real step.
     with cuda_lowering() if cuda else nullcontext():
-        return _step(family, batch, recipe, parameters, optimizer)
+        counted = LiveBytes() if cuda else LiveBytes(rounding=1)
+        return _step(family, batch, recipe, parameters, optimizer, counted)
 
 
 def sound_of(family: Family, shape: Shape) -> tuple[int, ...] | None:
@@ -129,6 +133,7 @@ def _step(
     recipe: Recipe,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    counted: LiveBytes,
 ) -> Profile:
     times_B = torch.full((len(batch.sample_ids),), 0.5)
     averages = [parameter.detach().clone() for parameter in parameters] if recipe.averages else []
@@ -138,7 +143,6 @@ def _step(
 
     blocks = family.blocks()
     frozen = _by_block(family, blocks, lambda one: 0 if one.requires_grad else _size(one))
-    counted = LiveBytes()
     counted.follow([list(one.parameters()) + list(one.buffers()) for one in family.denoisers.values()])
     counted.follow([parameter.grad for parameter in parameters if parameter.grad is not None])
     counted.follow([batch.latents_BCHW, batch.audio_BCLF, list(batch.conditioning.values()), averages])
@@ -152,6 +156,7 @@ def _step(
         return _size(one) * (1 + once_more) + sum(_size(leaf) for leaf in state)
 
     trained = _by_block(family, blocks, with_state)
+    counted.begin()
     with counted, _marked(counted, blocks):
         noise = torch.empty_like(batch.latents_BCHW, dtype=torch.float32)
         audio = batch.audio_BCLF
