@@ -15,6 +15,7 @@ from burnish.family import Family, ModelSource
 from burnish.planner.known_values import is_asked_of_unknown, with_places
 from burnish.planner.live_bytes import LiveBytes
 from burnish.planner.lowering import cuda_lowering
+from burnish.planner.phases import caption_phase
 from burnish.planner.references import shown
 from burnish.planner.trace import Shape, sound_of
 from burnish.planning_shapes import sample_shape, shapes_of
@@ -179,3 +180,16 @@ def test_a_second_plan_traces_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("burnish.planner.measure.trace_step", never)
     assert planning.plan_run(run, card_named("24GiB")) == first
     assert [row.what for row in first.rows][-1] == "samples"
+
+
+def test_text_encoders_that_end_in_a_wide_projection_take_their_weights_and_little_more() -> None:
+    kind = family_named("ltx2")
+    phases = {
+        kept_as: caption_phase(kind.skeleton(parts=frozenset({"text_encoders"})), kept_as, 1024)
+        for kept_as in (None, "int8")
+    }
+    # Gemma 3 12B's released files hold 24.4 GB, of which its eyes are 0.9.
+    assert 22 < phases[None].weights / 2**30 < 26
+    assert phases["int8"].weights < 0.6 * phases[None].weights
+    for phase in phases.values():
+        assert phase.peak - phase.weights < 3 * 2**30

@@ -47,7 +47,8 @@ def caption_phase(family: Family, kept_as: str | None, tokens: int) -> Phase:
             replace_linears(encoder, layers, kept_as)
         weights += held(encoder)
         widest = max((one.numel() for one in encoder.parameters()), default=0) if kept_as else 0
-        width = max((one.shape[-1] for one in encoder.parameters() if one.dim() == 2), default=0)
+        # The narrow side of a layer: the wide one is inside of a feed-forward, or all layers' outputs side by side.
+        width = max((min(one.shape) for one in encoder.parameters() if one.dim() == 2), default=0)
         depth = max((len(one) for one in encoder.modules() if isinstance(one, nn.ModuleList)), default=1)
         activations = max(activations, tokens * width * (LAYER_WIDTHS + depth) * 2 + 2 * widest)
     return Phase(weights + activations, weights)
