@@ -75,7 +75,7 @@ def test_what_a_family_makes_is_made_where_its_modules_are(tiny_folder: TinyFold
         assert isinstance(family.decode_latents(latents), Far)
 
         own = can.masks or can.first_frame
-        references = [torch.zeros(3, SIDE, SIDE)] * min(1 if own else 2, can.references)
+        references = [torch.zeros(3, SIDE, SIDE)] * min(2 if can.last_frame or not own else 1, can.references)
         seen = [references] * len(PROMPTS) if can.prompts_see_references else ()
         told = family.encode_prompts(PROMPTS, seen)
         told = told.merged(family.describe_pictures([PictureInfo.whole(SIDE, SIDE)] * len(PROMPTS)))
