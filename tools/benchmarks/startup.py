@@ -3,9 +3,9 @@
     python -m tools.benchmarks.startup flux.yaml
     python -m tools.benchmarks.startup            # the embedded demo's own pictures
 
-The run is made twice, each in a new process that is told to stop after its first step, without samples; the first fills the caches (latents,
-captions, plans, smaller weights, kernels), the second finds them. `until` has seconds since the process began at which
-each phase began and the step was done.
+The run is made twice, each in a new process that is told to stop after its first step, without samples. The first
+fills the caches (latents, captions, plans, smaller weights, kernels), the second finds them. `until` has seconds since
+the process began at which each phase began and the step was done.
 """
 
 from __future__ import annotations
