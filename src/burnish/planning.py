@@ -31,7 +31,7 @@ from burnish.planner.phases import (
     drawing_phase,
     encoding_phase,
 )
-from burnish.planner.profile import Profile, step_of
+from burnish.planner.profile import Profile, offloaded, step_of
 from burnish.planner.rates import GIB, Card, Rates, card_called, card_named
 from burnish.planner.references import shown
 from burnish.planner.store import ProfileStore
@@ -158,6 +158,8 @@ class _Planner:
         self.measure = Measure(self.skeleton, self.choose)
         self.store = ProfileStore(cache_of(config.memory))
         self._shown: dict[Shape, Conditioning] = {}
+        if config.memory.offload_activations:
+            self.notes.append("the time that activations take to the host and back is not counted")
         if not self.is_here:
             count = sum(one.numel() for part in self.known.denoisers.values() for one in part.parameters())
             self.notes.append(
@@ -242,7 +244,10 @@ class _Planner:
             facts["audio"] = True
         if self.config.model.denoisers:
             facts["denoisers"] = list(self.config.model.denoisers)
-        return self.store.profile(facts, lambda: self.measure.profile(shape, recipe, cuda=self.cuda))
+        profile = self.store.profile(facts, lambda: self.measure.profile(shape, recipe, cuda=self.cuda))
+        # Of the modes in the middle little more than the inputs can move.
+        moves = self.config.memory.offload_activations and mode in ("recompute", "keep")
+        return offloaded(profile) if moves else profile
 
     def _phase(self, what: str, family: Family, shape: Shape, trace: Callable[[], Phase]) -> Phase:
         """What is kept of an earlier plan, of modules with the same tensors."""
@@ -431,8 +436,8 @@ class _Planner:
         return UserError(
             f"nothing fits into {(self.budget + CONTEXT + FRAGMENTED) / GIB:.1f} GiB on {self.card.title}: {most[1]} "
             f"take at least {(most[0] + CONTEXT + FRAGMENTED) / GIB:.1f} GiB at {_size(largest)}",
-            remedy="A smaller number in data.resolutions, train.batch_size: 1, fewer frames; or leave more of the "
-            "memory section to `auto`.",
+            remedy="A smaller number in data.resolutions, train.batch_size: 1, fewer frames; of clips "
+            "memory.offload_activations: true; or leave more of the memory section to `auto`.",
         )
 
 

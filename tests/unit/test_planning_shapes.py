@@ -13,9 +13,10 @@ from burnish.config.schema import RunConfig
 from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource
 from burnish.planner.known_values import is_asked_of_unknown, with_places
-from burnish.planner.live_bytes import LiveBytes
+from burnish.planner.live_bytes import LiveBytes, Work
 from burnish.planner.lowering import cuda_lowering
 from burnish.planner.phases import caption_phase
+from burnish.planner.profile import BlockCost, Profile, offloaded, step_of
 from burnish.planner.references import shown
 from burnish.planner.trace import Shape, sound_of
 from burnish.planning_shapes import sample_shape, shapes_of
@@ -193,3 +194,25 @@ def test_text_encoders_that_end_in_a_wide_projection_take_their_weights_and_litt
     assert phases["int8"].weights < 0.6 * phases[None].weights
     for phase in phases.values():
         assert phase.peak - phase.weights < 3 * 2**30
+
+
+def test_what_waits_on_the_host_does_not_pile_up() -> None:
+    gib = 2**30
+    block = BlockCost(4 * gib, 5 * gib, -4 * gib, 3 * gib, Work(), Work())
+    fixed = {"weights": (0,) * 10, "trained": (0,) * 10, "weights_outside": 0, "trained_outside": 0}
+    levels = dict.fromkeys(("tail_change", "rest_peak", "rest_change", "optimizer_peak"), 0)
+    step = Profile(
+        blocks=(block,) * 10,
+        backward_order=tuple(reversed(range(10))),
+        resident=gib,
+        first_level=gib,
+        head_peak=gib,
+        tail_peak=2 * gib,
+        outside=Work(),
+        optimizer=Work(),
+        **fixed,
+        **levels,
+    )
+    assert step_of([step] * 10).peak == (1 + 40 + 3) * gib
+    # Two blocks' own on the way, beside what one takes while it runs.
+    assert step_of([offloaded(step)] * 10).peak == (1 + 5 + 8) * gib

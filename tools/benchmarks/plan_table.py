@@ -47,8 +47,12 @@ def main() -> None:
     print(markdown(rows, given.cards) if given.markdown else json.dumps(rows, indent=2))
 
 
-def config_of(model: str) -> RunConfig:
-    """A LoRA of rank 16 on attention and feed-forward layers, batch 1, AdamW, bf16, without samples."""
+def config_of(model: str, *, offload: bool = False) -> RunConfig:
+    """A LoRA of rank 16 on attention and feed-forward layers, batch 1, AdamW, bf16, without samples.
+
+    Args:
+        offload: activations wait on the host, which no plan chooses by itself.
+    """
     family, path, resolution, frames = MODELS[model]
     return RunConfig.model_validate(
         {
@@ -64,18 +68,20 @@ def config_of(model: str) -> RunConfig:
                 }
             ],
             "train": {"steps": 2000},
+            "memory": {"offload_activations": offload},
         }
     )
 
 
-def planned(model: str, card: str) -> dict[str, Any]:
+def planned(model: str, card: str, *, offload: bool = False) -> dict[str, Any]:
     row = {"model": model, "card": card_named(card).title}
     try:
-        plan = plan_run(config_of(model), card_named(card))
+        plan = plan_run(config_of(model, offload=offload), card_named(card))
     except UserError as error:
-        return {**row, "error": error.message}
+        return {**row, "error": error.message} if offload else planned(model, card, offload=True)
     return {
         **row,
+        "offload_activations": offload,
         "size": list(MODELS[model][2:]),
         "weights": plan.choice.settings.weights,
         "activations": plan.choice.settings.kept,
@@ -85,7 +91,7 @@ def planned(model: str, card: str) -> dict[str, Any]:
         "peak_gib": round(plan.peak / GIB, 2),
         "host_gib": round(plan.choice.host / GIB, 2),
         "seconds_per_step": round(plan.times[0].seconds, 2),
-        "settings": in_words(plan.choice),
+        "settings": in_words(plan.choice) + (", activations offloaded" if offload else ""),
     }
 
 

@@ -9,9 +9,10 @@ which all are alike: exact for those, and exact up to the allocator's rounding f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+from burnish.memory.activation_offload import LEAVING
 from burnish.planner.live_bytes import LiveBytes, Stretch, Work
 
 
@@ -91,6 +92,26 @@ def step_of(profiles: Sequence[Profile]) -> Step:
     peak = max(peak, level + base.rest_peak)
     level += base.rest_change
     return Step(max(peak, level + base.optimizer_peak), work)
+
+
+def offloaded(profile: Profile) -> Profile:
+    """The step whose blocks' kept tensors wait on the host (memory/activation_offload.py).
+
+    On the device are those on their way there, and in backward those of a block and of the one before it.
+    """
+    largest = max((cost.growth for cost in profile.blocks), default=0)
+    moving = min(sum(cost.growth for cost in profile.blocks), max(LEAVING, 2 * largest))
+    blocks = tuple(
+        replace(
+            cost,
+            growth=0,
+            forward_peak=cost.forward_peak + moving,
+            change=cost.change + cost.growth,
+            backward_peak=cost.backward_peak + moving,
+        )
+        for cost in profile.blocks
+    )
+    return replace(profile, blocks=blocks, tail_peak=profile.tail_peak + moving)
 
 
 def profile_of(
