@@ -439,7 +439,7 @@ class Shrinking(Protocol):
         ...
 
     def take(self, weight_name: str, weight: Tensor, scales: Tensor | None = None) -> None:
-        """Keep a weight, which is on the device, in the smaller format.
+        """Keep a weight, which is on the device, in the smaller format. Several threads may do so at a time.
 
         `scales` are what the numbers of one in 8 bits are to be multiplied with, in its shape.
         """

@@ -1,8 +1,8 @@
 """Large linear layers of a module put into a smaller format while it loads, and kept on disk for the next time.
 
-Layer by layer: what is in memory at any moment is the smaller module and one layer as it was. Kept layers are files of
-their own, `weights/KEY/LAYER.safetensors`, whose key is a hash of all that their numbers depend on (law L3): a load
-that was cut off goes on where it stopped.
+Layer by layer: what is on a GPU at any moment is the smaller module and one layer as it was, on a CPU as many layers as
+there are threads. Kept layers are files of their own, `weights/KEY/LAYER.safetensors`, whose key is a hash of all that
+their numbers depend on (law L3): a load that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -151,11 +151,12 @@ class Shrinking:
             self._give_up(error)
 
     def _store(self, name: str, codes: Tensor, scales: Tensor) -> None:
-        if self.folder is None:
+        folder = self.folder  # another thread may give it up meanwhile
+        if folder is None:
             return
         data = save({"codes": codes.cpu().contiguous(), "scales": scales.cpu().contiguous()})
         try:
-            atomic_write_bytes(self.folder / f"{name}.safetensors", data)
+            atomic_write_bytes(folder / f"{name}.safetensors", data)
         except DiskFull as error:
             self._give_up(error)
 
