@@ -143,6 +143,22 @@ def test_the_whole_file_reader_reads_the_same(files: list[Path]) -> None:
         assert found[name].untyped_storage().nbytes() == tensor.nbytes  # not all of the file
 
 
+def test_what_fastsafetensors_cannot_read_is_mapped(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(file: Path, device: torch.device) -> None:
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(reading, "has_fastsafetensors", lambda: True)
+    monkeypatch.setattr(reading, "free_bytes", lambda device: 1 << 40)
+    monkeypatch.setattr(reading, "opened_whole", refuses)
+    pieces = [piece for piece in layout_of(files).values() if piece.file == files[1]]
+    with reading._opened(files[1], torch.device("cuda"), pieces, whole=True) as stored:
+        found = stored.get_tensor("blocks.0.weight").clone()
+    assert torch.equal(found, load_file(files[1])["blocks.0.weight"])
+    assert "no driver" in caplog.text
+
+
 def test_files_are_read_whole_where_there_is_room(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     layout, gpu = layout_of(files), torch.device("cuda")
     pieces = [piece for piece in layout.values() if piece.file == files[1]]

@@ -11,10 +11,10 @@ import logging
 import mmap
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -152,20 +152,31 @@ def fetched(tensor: Tensor) -> None:
         tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
-def _opened(
-    file: Path, device: torch.device, pieces: Collection[Piece], *, whole: bool
-) -> AbstractContextManager[Stored]:
-    if is_gguf(file):
-        return nullcontext(open_gguf(file))
-    if whole and device.type == "cuda" and has_fastsafetensors() and _fills(file, pieces, device):
-        return opened_whole(file, device)
-    opened: AbstractContextManager[Stored] = safe_open(file, framework="pt", device="cpu")
-    return opened
+@contextmanager
+def _opened(file: Path, device: torch.device, pieces: Collection[Piece], *, whole: bool) -> Iterator[Stored]:
+    with ExitStack() as scope:
+        if is_gguf(file):
+            yield open_gguf(file)
+            return
+        if whole and device.type == "cuda" and has_fastsafetensors() and _fills(file, pieces, device):
+            try:
+                stored = scope.enter_context(opened_whole(file, device))
+            except (RuntimeError, OSError, ValueError) as error:  # out of memory among them
+                _log.warning("fastsafetensors does not read %s, which is mapped instead: %s", file, error)
+            else:
+                yield stored
+                return
+        yield scope.enter_context(safe_open(file, framework="pt", device="cpu"))
 
 
 @cache
 def has_fastsafetensors() -> bool:
-    return find_spec("fastsafetensors") is not None
+    """Whether the package is there, in a version whose names are known."""
+    try:
+        major, minor = version("fastsafetensors").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (0, 5)
 
 
 def _fills(file: Path, pieces: Collection[Piece], device: torch.device) -> bool:
