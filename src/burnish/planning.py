@@ -279,11 +279,14 @@ class _Planner:
         drawn = self._drawn()
         for formats in self.formats():
             limits = Limits(weights=formats, modes=modes, stream=self._stream(), beside=drawn[0])
-            tried = set(modes) if modes is not None else ORDER
-            profiles: Profiles = {
-                kept_as: {mode: self.profile(largest, kept_as, mode) for mode in tried} for kept_as in formats
-            }
-            found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
+            for tried in self._tried(modes):
+                profiles: Profiles = {
+                    kept_as: {mode: self.profile(largest, kept_as, mode) for mode in tried}
+                    for kept_as in formats
+                }
+                found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
+                if found and set(found[0].settings.modes) == {"keep"}:
+                    break
             if found and not found[0].host:
                 break
         if not found or pictures.peak > self.budget or captions[1].peak > self.budget:
@@ -311,6 +314,13 @@ class _Planner:
             faster=self._faster(profiles, limits, best),
             notes=tuple(self.notes),
         )
+
+    @staticmethod
+    def _tried(modes: tuple[Mode, ...] | None) -> list[tuple[Mode, ...]]:
+        """Settings to trace; those in the middle only where all cannot be kept."""
+        if modes is not None:
+            return [tuple(dict.fromkeys(modes))]
+        return [("recompute", "keep"), ORDER]
 
     def _modes(self) -> tuple[Mode, ...] | None:
         """One mode per block where they are pinned."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +15,7 @@ from burnish.cli.edge import guarded
 from burnish.cli.train import Overrides
 
 if TYPE_CHECKING:
+    from burnish.config.load import LoadedConfig
     from burnish.planner.choose import Choice
     from burnish.planning import RunPlan
 
@@ -34,67 +39,99 @@ def plan(
     Needs no GPU and no weights. Times are estimates; memory is counted from the run's own code.
     """
     from burnish.config.load import load_config
+
+    loaded = load_config(config, overrides=overrides)
+    told = _planned(loaded, gpu)
+    if as_json:
+        rows = [{**row, "what": row["what"].strip()} for row in told["rows"]]
+        typer.echo(json.dumps({**told, "rows": rows}, indent=2))
+    else:
+        _show(told)
+
+
+def _planned(loaded: LoadedConfig, gpu: str | None) -> dict[str, Any]:
+    """The plan, or the same answer as last time: a plan for a named card depends on nothing but files and versions."""
+    kept = _answer_file(loaded, gpu) if gpu is not None else None
+    if kept is not None and kept.is_file():
+        with suppress(ValueError, OSError):
+            told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+            return told
+    from burnish.atomic import atomic_write_text
     from burnish.planning import budget_of, card_for, plan_run
 
-    loaded = load_config(config, overrides=overrides).config
-    card = card_for(gpu)
-    planned = plan_run(loaded, card, budget=budget_of(loaded.memory.budget))
-    if as_json:
-        typer.echo(json.dumps(_as_json(planned), indent=2))
-    else:
-        _show(planned)
+    config = loaded.config
+    told = _as_json(plan_run(config, card_for(gpu), budget=budget_of(config.memory.budget)))
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(kept, json.dumps(told))
+    return told
 
 
-def _show(plan: RunPlan) -> None:
+def _answer_file(loaded: LoadedConfig, gpu: str) -> Path:
+    from burnish.planner.version import planner_version
+
+    model = loaded.config.model
+    named = [Path(model.path), *([model.vae] if model.vae else []), *model.text_encoders]
+    facts = [loaded.text, gpu, planner_version(), [_state(path) for path in named]]
+    name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=20).hexdigest()
+    folder = loaded.config.memory.cache_folder or Path(
+        os.environ.get("BURNISH_CACHE") or Path.home() / ".cache" / "burnish"
+    )
+    return folder.expanduser() / "plans" / "answers" / f"{name}.json"
+
+
+def _state(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files there; none where nothing is."""
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    return [(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.is_file()]
+
+
+def _show(told: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(
-        f"{plan.family} on {plan.card}: {_settings(plan.choice)}{', compiled' if plan.compiled else ''}"
-    )
+    compiled = ", compiled" if told["compiled"] else ""
+    console.print(f"{told['family']} on {told['card']}: {_settings(told['settings'])}{compiled}")
     memory = Table(box=None)
     memory.add_column("what", no_wrap=True)
     memory.add_column("GiB", justify="right")
     memory.add_column("why")
-    for row in plan.rows:
-        memory.add_row(row.what, f"{row.bytes / GIB:.2f}", row.why)
-    memory.add_row(
-        "peak", f"{plan.peak / GIB:.2f}", f"of {plan.budget / GIB:.2f} that torch may use here", style="bold"
-    )
-    if plan.choice.host:
-        memory.add_row("host", f"{plan.choice.host / GIB:.2f}", "streamed weights, in pinned memory")
+    for row in told["rows"]:
+        memory.add_row(row["what"], f"{row['gib']:.2f}", row["why"])
+    room = f"of {told['budget_gib']:.2f} that torch may use here"
+    memory.add_row("peak", f"{told['peak_gib']:.2f}", room, style="bold")
+    if told["settings"]["host_gib"]:
+        memory.add_row("host", f"{told['settings']['host_gib']:.2f}", "streamed weights, in pinned memory")
     console.print(memory)
     times = Table(box=None)
     for heading in ("size", "tokens", "s/step"):
         times.add_column(heading, justify="right")
-    for time in plan.times:
-        shape = time.shape
-        size = f"{shape.height}x{shape.width}" + (f" x{shape.frames}" if shape.frames > 1 else "")
-        times.add_row(size, str(time.tokens), f"{time.seconds:.2f}")
+    for time in told["times"]:
+        size = "x".join(str(side) for side in time["size"])
+        size += f" x{time['frames']}" if time["frames"] > 1 else ""
+        times.add_row(size, str(time["tokens"]), f"{time['seconds']:.2f}")
     console.print(times)
-    console.print(f"{plan.steps} steps: about {_duration(plan.seconds)}, without samples and the first start")
+    whole = _duration(told["run_seconds"])
+    console.print(f"{told['steps']} steps: about {whole}, without samples and the first start")
     others = Table(box=None, title="Other settings", title_justify="left", title_style="")
     for heading in ("", "GiB", "s/step", "settings"):
         others.add_column(heading, justify="right" if heading in ("GiB", "s/step") else "left")
-    for word, choices in (("cheaper", plan.cheaper), ("faster", plan.faster)):
-        for choice in choices:
-            others.add_row(
-                word, f"{choice.peak / GIB:.2f}", f"{choice.seconds * plan.accumulate:.2f}", _settings(choice)
-            )
+    for word in ("cheaper", "faster"):
+        for choice in told[word]:
+            row = (f"{choice['peak_gib']:.2f}", f"{choice['seconds']:.2f}", _settings(choice))
+            others.add_row(word, *row)
     if others.row_count:
         console.print(others)
-    for note in plan.notes:
+    for note in told["notes"]:
         console.print(f"Note: {note}.")
 
 
-def _settings(choice: Choice) -> str:
-    settings = choice.settings
-    blocks = ", ".join(
-        mode if len(settings.kept) == 1 else f"{count} blocks {mode}" for mode, count in settings.kept.items()
-    )
-    streamed = f", {settings.stream:.0%} of block weights streamed" if settings.stream else ""
-    return f"weights {settings.weights}, {blocks}{streamed}"
+def _settings(choice: dict[str, Any]) -> str:
+    kept = choice["activations"]
+    blocks = ", ".join(mode if len(kept) == 1 else f"{count} blocks {mode}" for mode, count in kept.items())
+    streamed = f", {choice['stream']:.0%} of block weights streamed" if choice["stream"] else ""
+    return f"weights {choice['weights']}, {blocks}{streamed}"
 
 
 def _duration(seconds: float) -> str:
@@ -125,7 +162,8 @@ def _as_json(plan: RunPlan) -> dict[str, Any]:
         "compiled": plan.compiled,
         "text_encoder_weights": plan.text_encoder_weights,
         "settings": told(plan.choice),
-        "rows": [{"what": row.what.strip(), "gib": row.bytes / GIB, "why": row.why} for row in plan.rows],
+        "steps": plan.steps,
+        "rows": [{"what": row.what, "gib": row.bytes / GIB, "why": row.why} for row in plan.rows],
         "times": [
             {
                 "size": [time.shape.height, time.shape.width],

@@ -7,16 +7,14 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from burnish import __version__
 from burnish.atomic import atomic_write_text
 from burnish.planner.phases import Phase
 from burnish.planner.profile import Profile
+from burnish.planner.version import planner_version
 
-PLANNER_VERSION = 1  # raise when the same step would be counted otherwise
 Kept = TypeVar("Kept")
 
 
@@ -41,11 +39,7 @@ class ProfileStore:
         write: Callable[[Kept], dict[str, Any]],
         read: Callable[[dict[str, Any]], Kept],
     ) -> Kept:
-        versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-        versions["burnish"] = __version__
-        told = json.dumps(
-            {"facts": facts, "planner": PLANNER_VERSION, **versions}, sort_keys=True, default=str
-        )
+        told = json.dumps({"facts": facts, **planner_version()}, sort_keys=True, default=str)
         name = hashlib.blake2b(told.encode(), digest_size=20).hexdigest()
         path = self.folder / f"{name}.json" if self.folder is not None else None
         if path is not None:

@@ -1,0 +1,81 @@
+"""`burnish plan`: what it prints, what it keeps, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from burnish.cli.main import app
+
+TinyFolder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    path = folder / "run.yaml"
+    path.write_text(
+        f"name: tiny\nmodel: {{path: {tiny_folder('sd3')}}}\nmethod: {{rank: 4}}\n"
+        f"data: [{{path: {folder}, resolutions: [256, 128], bucket_step: 16}}]\ntrain: {{steps: 10}}\n"
+        f"sample: {{prompts: [a cat], size: 64}}\nmemory: {{cache_folder: {folder / 'cache'}}}\n"
+    )
+    return path
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "140"})
+    return result.exit_code, result.output
+
+
+def test_phases_sizes_and_settings_are_shown(config: Path) -> None:
+    code, text = invoke(str(config), "--gpu", "4090")
+    assert code == 0, text
+    first = text.splitlines()[0]
+    assert first.startswith("Stable Diffusion 3 on GeForce RTX 4090: weights native, keep")
+    for what in ("captions", "pictures", "weights", "trained", "activations", "training", "samples", "peak"):
+        assert any(line.split()[:1] == [what] for line in text.splitlines()), what
+    sizes = {line.split()[0] for line in text.splitlines() if line.strip()}
+    assert {"256x256", "128x128"} <= sizes
+    assert "10 steps: about" in text
+
+
+def test_the_answer_for_a_named_card_is_kept_and_given_without_torch(config: Path) -> None:
+    _, first = invoke(str(config), "--gpu", "12GiB", "--json")
+    code = (
+        "import sys; from typer.testing import CliRunner; from burnish.cli.main import app; "
+        f"print(CliRunner().invoke(app, ['plan', {str(config)!r}, '--gpu', '12GiB', '--json']).output); "
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert again.stderr.strip() == "False"
+    assert json.loads(again.stdout) == json.loads(first)
+
+
+def test_other_weights_are_planned_anew(config: Path, tiny_folder: TinyFolder) -> None:
+    invoke(str(config), "--gpu", "16GiB")
+    answers = config.parent / "cache" / "plans" / "answers"
+    before = set(answers.iterdir())
+    file = next(tiny_folder("sd3").rglob("*.safetensors"))
+    file.touch()
+    invoke(str(config), "--gpu", "16GiB")
+    assert len(set(answers.iterdir()) - before) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--gpu", "gtx"), "no card is called 'gtx'"),
+        (("--gpu", "24GiB", "--set", "memory.budget=0.9GiB"), "nothing fits into 0.9 GiB"),
+        (("--gpu", "24GiB", "--set", "memory.budget=lots"), "memory.budget"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(config: Path, arguments: tuple[str, ...], said: str) -> None:
+    code, text = invoke(str(config), *arguments)
+    assert code == 2
+    assert said in text
