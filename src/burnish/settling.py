@@ -12,6 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from torch.utils._triton import has_triton
 
 from burnish.atomic import atomic_write_text
@@ -34,6 +39,13 @@ UNPLANNED: dict[str, Any] = {
     "stream": 0.0,
     "compile": False,
 }
+# What a trace says of model code that asks for numbers, where there are none.
+UNTRACEABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
 CPU = Card("CPU", 0, 0.2, None, None, 20, from_host=20, unified=True)
 
 
@@ -46,7 +58,7 @@ class Settled:
 
 
 def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: Listener) -> Settled:
-    """Choose what the config leaves open.
+    """Choose what the config leaves open. A model that cannot be traced runs with what takes little, and says so.
 
     Raises:
         UserError: nothing fits.
@@ -58,9 +70,15 @@ def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: L
     card = here(device, memory)
     config = with_memory(config, memory, {})
     on_cuda = device.type == "cuda"
-    plan = plan_run(
-        config, card, budget=budget_of(memory.budget), cuda=on_cuda, can_compile=on_cuda and has_triton()
-    )
+    try:
+        plan = plan_run(
+            config, card, budget=budget_of(memory.budget), cuda=on_cuda, can_compile=on_cuda and has_triton()
+        )
+    except UNTRACEABLE as error:
+        events.warned(
+            f"this run cannot be planned ({error}); going on with recomputed activations and weights as they come"
+        )
+        return Settled(with_memory(config, memory, UNPLANNED | {"activations": "recompute"}), None)
     chosen = values_of(plan.choice) | {
         "text_encoder_weights": plan.text_encoder_weights,
         "compile": plan.compiled,

@@ -14,6 +14,7 @@ from burnish import settling
 from burnish.config.schema import RunConfig
 from burnish.errors import OutOfMemory, UserError
 from burnish.events import Listener
+from burnish.families.flux import Flux
 from burnish.objective import Denoising
 from burnish.run import train_run
 from burnish.run_folder import RunFolder
@@ -142,3 +143,20 @@ def test_a_resumed_run_keeps_the_weights_it_began_with(
     said = Said()
     train_run(longer, progress=said)
     assert "weights int8" in said.plans[0]
+
+
+def test_a_model_that_cannot_be_traced_trains_all_the_same(
+    tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = Flux.predict
+
+    def reads_a_number(family: Flux, noisy: torch.Tensor, *others: Any) -> torch.Tensor:
+        assert noisy.sum().item() is not None
+        return predict(family, noisy, *others)
+
+    monkeypatch.setattr(Flux, "predict", reads_a_number)
+    said = Said()
+    cache = {"memory.cache_folder": tmp_path / "cache"}  # nothing traced before
+    config = run_config(tiny_flux, pictures, tmp_path, SHORT | {"memory.budget": "2GiB"} | cache)
+    assert train_run(config, progress=said).step == 3
+    assert any("cannot be planned" in text for text in said.warnings)
