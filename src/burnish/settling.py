@@ -28,8 +28,9 @@ from burnish.memory.out_of_memory import release_cached_memory
 from burnish.planner.choose import Choice
 from burnish.planner.probe import measured_rates
 from burnish.planner.rates import GIB, Card
-from burnish.planning import RunPlan, budget_of, cache_of, card_for, plan_run
+from burnish.planning import plan_run
 from burnish.run_folder import RunFolder
+from burnish.run_plan import RunPlan, budget_of, cache_of, card_for
 
 # What is taken where nothing is planned: as the model comes, everything on the device, nothing computed twice.
 UNPLANNED: dict[str, Any] = {

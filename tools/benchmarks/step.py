@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from burnish.planner.trace import Shape
-from burnish.planning import budget_of
+from burnish.run_plan import budget_of
 from tools.benchmarks import harness
 from tools.benchmarks.harness import Model, Settings
 

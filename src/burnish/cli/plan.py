@@ -17,7 +17,7 @@ from burnish.cli.train import Overrides
 if TYPE_CHECKING:
     from burnish.config.load import LoadedConfig
     from burnish.planner.choose import Choice
-    from burnish.planning import RunPlan
+    from burnish.run_plan import RunPlan
 
 GIB = 1024**3
 
@@ -57,7 +57,8 @@ def _planned(loaded: LoadedConfig, gpu: str | None) -> dict[str, Any]:
             told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
             return told
     from burnish.atomic import atomic_write_text
-    from burnish.planning import budget_of, card_for, plan_run
+    from burnish.planning import plan_run
+    from burnish.run_plan import budget_of, card_for
 
     config = loaded.config
     told = _as_json(plan_run(config, card_for(gpu), budget=budget_of(config.memory.budget)))
