@@ -97,8 +97,8 @@ class Sample(Section):
         None,
         ge=0,
         le=50,
-        description="How closely a picture keeps to its references, for a family that has such a scale (HiDream-E1); "
-        "its default if absent.",
+        description="How closely a picture keeps to its references, for a family that has such a scale; its default if "
+        "absent.",
     )
     size: Size | None = Field(None, description="Height and width; the family's default if absent.")
     frames: int | None = Field(
