@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from burnish.data.batch import Batch
 from burnish.errors import NonFiniteLoss
@@ -105,7 +105,7 @@ def train_from(
         samples = sum(len(batch.sample_ids) for batch in batches)  # a partial batch counts for less
         judged = [micro_step(run, batch, samples) for batch in batches]
         run.scaler.unscale_(run.optimizer)
-        grad_norm = get_total_norm([one.grad for one in parameters if one.grad is not None])
+        grad_norm = total_norm([one.grad for one in parameters if one.grad is not None])
         loss = torch.stack([(one.loss_B * one.batch.weight_B).sum() for one in judged]).sum() / samples
 
         loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one host sync of a step
@@ -161,6 +161,18 @@ def seed_dropout(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients as one vector, float32.
+
+    What torch.nn.utils.get_total_norm does on one device, in three quarters of its time for an adapter's hundreds of
+    small tensors: it sorts them by device first.
+    """
+    if not gradients:
+        return torch.zeros(())
+    norms: list[Tensor] = torch._foreach_norm(list(gradients), 2, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def report(run: Training, loss: float, grad_norm: float, seconds: float) -> StepReport:
