@@ -171,8 +171,9 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """
     if not gradients:
         return torch.zeros(())
-    norms: list[Tensor] = torch._foreach_norm(list(gradients), 2, torch.float32)
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norms = torch.stack(torch._foreach_norm(list(gradients), 2, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    return norm
 
 
 def report(run: Training, loss: float, grad_norm: float, seconds: float) -> StepReport:
