@@ -125,7 +125,7 @@ def read_adapter(path: Path, modules: Mapping[str, Adaptable], *, part: str, key
     if unknown:
         raise _unknown_keys(path, unknown, len(tensors), modules)
 
-    alphas = _metadata_alphas(path, metadata, part, [target.name for target in found])
+    alphas = metadata_alphas(path, metadata, part, [target.name for target in found])
     # Files in these spellings carry no alpha by rule: it is folded into the weights.
     folds = tuple(
         key_prefix(format, part, keys) for format in ("diffusers", "comfy") if format in keys.formats
@@ -227,7 +227,7 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
-def _metadata_alphas(
+def metadata_alphas(
     path: Path, metadata: Mapping[str, str], part: str, names: Iterable[str]
 ) -> dict[str, float]:
     """Alpha per module from the peft config that diffusers keeps in the metadata; empty where there is none.
