@@ -1,13 +1,14 @@
 """Optimizer state as named tensors and plain values: it fits safetensors and JSON, and returns bit for bit.
 
-A tensor is stored as `PARAMETER:KEY`, such as `blocks.0.attn.to_q.lora_A:exp_avg`. By name and not by
-position, so that a checkpoint says what does not fit instead of giving one parameter the moments of another.
+A tensor is stored as `PARAMETER:KEY`, such as `blocks.0.attn.to_q.lora_A:exp_avg`, and one in a list as
+`PARAMETER:KEY.PLACE`. By name and not by position, so that a checkpoint says what does not fit instead of giving one
+parameter the moments of another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from burnish.errors import CheckpointError
+from burnish.optim.learned import kind_of, learned_keys
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
-
-# What an optimizer learns and keeps in its groups: Prodigy's estimate of the rate. Everything else in a group
-# is an option, and those follow the config, which may have changed since.
-_LEARNED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
 
 
 def pack_state(
@@ -49,14 +47,15 @@ def pack_state(
             if isinstance(value, Tensor):
                 tensors[f"{name}:{key}"] = value.detach()
             else:
-                values[key] = _encoded(value, f"{name}:{key}")
+                values[key] = _encoded(value, f"{name}:{key}", tensors)
         plain[name] = values
+    learned = learned_keys(optimizer)
     groups: list[Json] = [
-        {key: _encoded(group[key], key) for key in _LEARNED if key in group}
+        {key: _encoded(group[key], key, {}) for key in learned if key in group}
         for group in optimizer.param_groups
     ]
     return tensors, {
-        "optimizer": type(optimizer).__name__,
+        "optimizer": kind_of(optimizer),
         "shapes": shapes,
         "plain": plain,
         "groups": groups,
@@ -81,15 +80,16 @@ def unpack_state(
     own = {_name_of(parameter, names): parameter for parameter in _parameters(optimizer)}
     _must_fit(optimizer, own, tensors, saved)
     restored: dict[str, dict[str, object]] = {
-        name: {key: _decoded(value) for key, value in values.items()}
+        name: {key: _decoded(value, tensors, own[name].device) for key, value in values.items()}
         for name, values in saved["plain"].items()
     }
     on_cpu = {id(parameter) for group in optimizer.param_groups for parameter in _counted_on_cpu(group)}
-    for full_name, tensor in tensors.items():
+    nested = {name for values in saved["plain"].values() for name in _nested(list(values.values()))}
+    for full_name in tensors.keys() - nested:
         name, _, key = full_name.rpartition(":")
         parameter = own[name]
         device = "cpu" if key == "step" and id(parameter) in on_cpu else parameter.device
-        restored[name][key] = tensor.detach().to(device, copy=True)
+        restored[name][key] = tensors[full_name].detach().to(device, copy=True)
     optimizer.state.clear()
     for name, values in restored.items():
         if values:
@@ -97,7 +97,7 @@ def unpack_state(
     for index, group in enumerate(optimizer.param_groups):
         # A changed learning rate may split or join groups; what is learned in them is the same in all.
         learned = saved["groups"][min(index, len(saved["groups"]) - 1)]
-        group.update({key: _decoded(value) for key, value in learned.items()})
+        group.update({key: _decoded(value, {}, torch.device("cpu")) for key, value in learned.items()})
 
 
 def _counted_on_cpu(group: Mapping[str, Any]) -> list[Parameter]:
@@ -111,7 +111,7 @@ def _must_fit(
     remedy = "Keep the method and the optimizer as they were, or start a run of another name."
     if not isinstance(saved, dict) or not {"optimizer", "shapes", "plain", "groups"} <= saved.keys():
         raise CheckpointError("the checkpoint holds no optimizer state that can be read", remedy=remedy)
-    kind = type(optimizer).__name__
+    kind = kind_of(optimizer)
     if saved["optimizer"] != kind:
         raise CheckpointError(f"the checkpoint was made with {saved['optimizer']}, not {kind}", remedy=remedy)
     shapes: dict[str, list[int]] = saved["shapes"]
@@ -143,13 +143,48 @@ def _name_of(parameter: Parameter, names: Mapping[Parameter, str]) -> str:
     return name
 
 
-def _encoded(value: object, where: str) -> Json:
+def _encoded(value: object, where: str, tensors: dict[str, Tensor]) -> Json:
+    """A value as JSON; what JSON does not have becomes a mapping of one key. Tensors within lists go to `tensors`."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Tensor):
+        tensors[where] = value.detach()
+        return {"tensor": where}
+    if isinstance(value, list | tuple):
+        entries: list[Json] = [_encoded(one, f"{where}.{place}", tensors) for place, one in enumerate(value)]
+        return {"tuple": entries} if isinstance(value, tuple) else entries
+    if isinstance(value, dict):
+        return {"dict": {str(key): _encoded(one, f"{where}.{key}", tensors) for key, one in value.items()}}
     raise CheckpointError(f"optimizer value {where} of type {type(value).__name__} cannot be stored")
 
 
-def _decoded(value: Any) -> object:
-    return float(value["float"]) if isinstance(value, dict) else value
+def _decoded(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> object:
+    if isinstance(value, list):
+        return [_decoded(one, tensors, device) for one in value]
+    if not isinstance(value, dict):
+        return value
+    [(kind, held)] = value.items()
+    match kind:
+        case "float":
+            return float(held)
+        case "tensor":
+            return tensors[held].detach().to(device, copy=True)
+        case "tuple":
+            return tuple(_decoded(one, tensors, device) for one in held)
+        case _:
+            return {key: _decoded(one, tensors, device) for key, one in held.items()}
+
+
+def _nested(value: Any) -> Iterator[str]:
+    """Names of the tensors that `_encoded` put aside within `value`."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _nested(one)
+    elif isinstance(value, dict):
+        [(kind, held)] = value.items()
+        if kind == "tensor":
+            yield held
+        elif kind != "float":
+            yield from _nested(list(held.values()) if isinstance(held, dict) else held)
