@@ -10,6 +10,7 @@ Shape letters: B batch, C channels, H W height and width of latents, S tokens, D
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from burnish.families.latent_diffusion import schedule_of
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.size_embedding import pooled_example, size_and_pooled, size_conditioning
 from burnish.families.slots import Config, Slot, vae_slot
-from burnish.families.unet import TARGETS, repeated_blocks, with_depth
+from burnish.families.unet import TARGETS, native_module, repeated_blocks, with_depth
 from burnish.family import (
     Conditioning,
     ExportKeys,
@@ -53,6 +54,7 @@ class Kolors(PipelineFamily):
         modelspec="kolors",
         base_model_version="kolors",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
+        native=partial(native_module, top_attends=True),
         # diffusers 0.42 takes `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).
         unreadable={"kohya": ("add_embedding.*",)},
     )

@@ -20,7 +20,7 @@ from torch import nn
 from burnish.errors import ModelError
 from burnish.families.sources import TensorInfo, read_json, weight_files
 from burnish.families.weights import Layout, layout_of, load_module
-from burnish.family import Place, Shrink, TargetSet
+from burnish.family import NativeModule, Place, Shrink, TargetSet
 
 _ATTENTION = ("*.attn[12].to_[qkv]", "*.attn[12].to_out.0")
 _FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")
@@ -164,6 +164,40 @@ def _diffusers_name(name: str, layers: int) -> str:
 def _resnet_name(inner: str) -> str:
     stem, _, kind = inner.rpartition(".")
     return f"{_RESNET.get(stem, stem)}.{kind}"
+
+
+_LAYERS = 2  # residual blocks of a stage on the way down, of every released UNet; one more on the way up
+_OURS = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+
+
+def native_module(ours: str, *, top_attends: bool) -> NativeModule:
+    """Where the original release keeps one of diffusers' modules; each is a module there, too.
+
+    `top_attends`: whether the first stage on the way up has attention, behind which its upsampler stands.
+    """
+    outer = {theirs: original for original, theirs in _OUTER.items()}
+    if ours in outer:
+        return NativeModule(outer[ours], (ours,))
+    match = _OURS.fullmatch(ours)
+    if match is None:
+        middle, _, inner = ours.partition(".")
+        middle = ".".join([middle, *inner.split(".")[:2]])
+        rest = _original(ours[len(middle) + 1 :])
+        return NativeModule(f"{outer[middle]}.{rest}" if middle in outer else ours, (ours,))
+    side, stage, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    if kind == "downsamplers":
+        return NativeModule(f"input_blocks.{(stage + 1) * (_LAYERS + 1)}.0.op", (ours,))
+    if kind == "upsamplers":
+        place = 1 + int(stage > 0 or top_attends)
+        return NativeModule(f"output_blocks.{stage * (_LAYERS + 1) + _LAYERS}.{place}.{rest}", (ours,))
+    number = stage * (_LAYERS + 1) + layer + (side == "down")
+    block = f"{'input' if side == 'down' else 'output'}_blocks.{number}"
+    inner = f"0.{_original(rest)}" if kind == "resnets" else f"1.{rest}"
+    return NativeModule(f"{block}.{inner}", (ours,))
+
+
+def _original(inner: str) -> str:
+    return next((theirs for theirs, ours in _RESNET.items() if ours == inner), inner)
 
 
 def config_from_shapes(shipped: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
