@@ -172,11 +172,12 @@ class LatentShape:
     patch: int = 1  # latents per token, each way
     frame_compression: int | None = None  # frames per latent frame after the first; None: no time axis
     noise_last: bool = False  # the released sampler draws noise place by place, channels innermost
+    token_multiple: int = 1  # a height and a width must be so many tokens, or a multiple
 
     @property
     def pixel_multiple(self) -> int:
         """Heights and widths must be multiples of this."""
-        return self.compression * self.patch
+        return self.compression * self.patch * self.token_multiple
 
     def of(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """(C, H, W) of the latents of a picture, (C, T, H, W) where the family has a time axis.
