@@ -372,6 +372,10 @@ class ExportKeys:
     unreadable: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
     complete: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)  # of several denoisers, by part, in file names
+    # Who loads a format, where that is not ComfyUI and diffusers for the default one and one of them for another.
+    readers: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
+    # Further names in files of others -> diffusers' modules, stacked by rows; `#` is the block's number.
+    spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
