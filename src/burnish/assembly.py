@@ -17,21 +17,21 @@ from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose
 from burnish.compute.compile import Compilation, compile_blocks
-from burnish.config.schema import Memory, RunConfig
+from burnish.config.schema import RunConfig
 from burnish.config.train import LogitNormalTimesteps, Objective, SigmoidTimesteps, UniformTimesteps
 from burnish.data.batch import Batch
 from burnish.events import Events
 from burnish.export.formats import resolve_format
 from burnish.export.metadata import Provenance, adapter_metadata
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family, Places, ResolutionShift, Split, TokenShift
+from burnish.family import Family, ResolutionShift, TokenShift
 from burnish.generate import attach_adapter, part_labels
 from burnish.hardware import shares_memory
 from burnish.loop import Training
 from burnish.memory.activation_offload import offload_activations
 from burnish.memory.activations import activation_modes, set_activations
 from burnish.memory.quantized import choose_products
-from burnish.memory.streaming import stream_weights, streamed_blocks
+from burnish.memory.streaming import stream_weights
 from burnish.memory.transfer import transfer_to
 from burnish.objective import Denoising, Timesteps
 from burnish.optim.build import build_optimizer
@@ -97,6 +97,7 @@ def assemble(
         cast_once(denoiser, list(adapters[part].layers.values()), dtype)
     assert config.memory.activations != "auto", "what is open is settled first"
     assert config.memory.stream != "auto"
+    assert config.memory.offload_activations != "auto"
     blocks = family.blocks()
     set_activations(blocks, activation_modes(config.memory.activations, len(blocks)))
     denoisers = list(family.denoisers.values())
@@ -123,20 +124,12 @@ def kept_together(config: RunConfig, device: torch.device, warn: Callable[[str],
     """The config without moves between the host and a GPU that have one memory, which would free nothing."""
     memory = config.memory
     moves = {"stream": 0.0} if memory.stream not in (0.0, "auto") else {}
-    moves |= {"offload_activations": False} if memory.offload_activations else {}
+    moves |= {"offload_activations": False} if memory.offload_activations is True else {}
     if not moves or device.type != "cuda" or not shares_memory(device):
         return config
     named = " and ".join(f"memory.{option}" for option in moves)
     warn(f"{named} left off: the GPU shares the system's memory, so that moving to the host frees nothing")
     return config.model_copy(update={"memory": memory.model_copy(update=moves)})
-
-
-def places(memory: Memory, device: torch.device) -> Places:
-    """Where what is trained is loaded to: streamed blocks are never on the device together."""
-    assert memory.stream != "auto", "what is open is settled first"
-    if not memory.stream:
-        return device
-    return {"denoiser": Split(device, partial(streamed_blocks, share=memory.stream)), "vae": device}
 
 
 def cache_folder(config: RunConfig) -> Path:

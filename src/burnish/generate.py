@@ -12,7 +12,9 @@ from burnish.errors import AdapterError
 from burnish.export.adapter_file import read_adapter, read_metadata
 from burnish.export.metadata import PART
 from burnish.family import Family
-from burnish.model import DTYPES, choose_device, choose_model
+from burnish.memory.streaming import stream_weights
+from burnish.memory.transfer import transfer_to
+from burnish.model import DTYPES, choose_device, choose_model, places
 from burnish.sampling.decoding import Drawn, decode_pictures
 from burnish.sampling.outputs import next_number, write_picture
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests, with_references
@@ -33,7 +35,7 @@ def draw_pictures_with(
 ) -> Iterator[Drawn]:
     """One picture or clip per request, in order, batch by batch; each adapter is a file and its strength.
 
-    `memory` says how weights are kept; the defaults if absent.
+    `memory` says how weights are kept, and which of them on the host; the defaults if absent.
     The text encoders are gone before the denoiser loads.
 
     Raises:
@@ -45,12 +47,15 @@ def draw_pictures_with(
     family = chosen.load("text_encoders", dtype=dtype, device=where)
     encoded = encode_requests(family, requests)
     family.release("text_encoders")
-    family = chosen.load("denoiser", "vae", dtype=dtype, device=where)
+    memory = memory or Memory()
+    family = chosen.load("denoiser", "vae", dtype=dtype, device=places(memory, where))
     encoded = with_references(family, encoded, device=where)
     if alone := drawn_alone(family):
         _log.warning("%s", alone)
     for path, strength in adapters:
         attach_adapter(family, path, _log.warning).multiplier = strength
+    if memory.stream != "auto" and memory.stream:
+        stream_weights(family.denoisers.values(), family.blocks(), memory.stream, transfer_to(where), where)
     for first in range(0, len(encoded), batch_size):
         progress(first, len(encoded))
         latents = draw_latents(family, encoded[first : first + batch_size], device=where, dtype=dtype)

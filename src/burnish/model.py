@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from burnish.config.schema import Memory, Model
 from burnish.errors import MachineError, UserError
 from burnish.families.registry import detect_family, family_named
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family, ModelSource, Part, Places, Prediction, Shrink
+from burnish.family import Family, ModelSource, Part, Places, Prediction, Shrink, Split
 from burnish.memory.shrinking import shrink_of
+from burnish.memory.streaming import streamed_blocks
 
 EMBEDDED = "demo"  # `model.path` of the model inside the package
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -115,3 +117,10 @@ def choose_device(wanted: str, precision: str) -> torch.device:
             remedy="Set train.precision: fp16.",
         )
     return torch.device(wanted)
+
+
+def places(memory: Memory, device: torch.device) -> Places:
+    """Where denoiser and VAE are loaded to: streamed blocks are never on the device together."""
+    if memory.stream == "auto" or not memory.stream:
+        return device
+    return {"denoiser": Split(device, partial(streamed_blocks, share=memory.stream)), "vae": device}

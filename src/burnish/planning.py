@@ -18,7 +18,18 @@ from burnish.family import Conditioning, Family, Part
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
 from burnish.model import DTYPES, choose_model, source_of
 from burnish.optim.build import build_optimizer
-from burnish.planner.choose import Beside, Choice, Limits, Profiles, Settings, choices, evaluate, smallest
+from burnish.planner.choose import (
+    Beside,
+    Choice,
+    Limits,
+    Profiles,
+    Settings,
+    choices,
+    evaluate,
+    preferred,
+    smallest,
+    with_offload,
+)
 from burnish.planner.measure import Measure
 from burnish.planner.phases import (
     VAE,
@@ -28,18 +39,20 @@ from burnish.planner.phases import (
     drawing_phase,
     encoding_phase,
 )
-from burnish.planner.profile import Profile, offloaded, step_of
+from burnish.planner.profile import Profile, step_of
 from burnish.planner.rates import GIB, Card, Rates
 from burnish.planner.references import shown
 from burnish.planner.store import ProfileStore
 from burnish.planner.trace import Recipe, Shape
-from burnish.planning_shapes import sample_shape, shapes_of, tokens_of
+from burnish.planning_shapes import drawn_shape, numbers_in, shapes_of, tokens_of
 from burnish.run_plan import Row, RunPlan, Timed, cache_of
 
 # Outside of what torch counts: CUDA's context and its libraries' workspaces, and what the allocator cannot hand out.
 CONTEXT = int(0.5 * GIB)
 FRAGMENTED = int(0.4 * GIB)
 WORTH_COMPILING = 300  # micro-steps
+REFERENCE_TOKENS = 1369  # of a picture that a text encoder sees: a megapixel in patches of 28 x 28
+HOST_SHARE = 0.7  # of free host memory may be taken; pinned pages cannot be swapped
 TEXT_ENCODERS: frozenset[Part] = frozenset({"text_encoders"})
 
 
@@ -78,8 +91,6 @@ class _Planner:
         self.measure = Measure(self.skeleton, self.choose)
         self.store = ProfileStore(cache_of(config.memory))
         self._shown: dict[Shape, Conditioning] = {}
-        if config.memory.offload_activations:
-            self.notes.append("the time that activations take to the host and back is not counted")
         if not self.is_here:
             count = sum(one.numel() for part in self.known.denoisers.values() for one in part.parameters())
             self.notes.append(
@@ -164,10 +175,7 @@ class _Planner:
             facts["audio"] = True
         if self.config.model.denoisers:
             facts["denoisers"] = list(self.config.model.denoisers)
-        profile = self.store.profile(facts, lambda: self.measure.profile(shape, recipe, cuda=self.cuda))
-        # Of the modes in the middle little more than the inputs can move.
-        moves = self.config.memory.offload_activations and mode in ("recompute", "keep")
-        return offloaded(profile) if moves else profile
+        return self.store.profile(facts, lambda: self.measure.profile(shape, recipe, cuda=self.cuda))
 
     def _phase(self, what: str, family: Family, shape: Shape, trace: Callable[[], Phase]) -> Phase:
         """What is kept of an earlier plan, of modules with the same tensors."""
@@ -198,20 +206,27 @@ class _Planner:
         )
         drawn = self._drawn()
         for formats in self.formats():
-            limits = Limits(weights=formats, modes=modes, stream=self._stream(), beside=drawn[0])
+            limits = Limits(
+                weights=formats,
+                modes=modes,
+                stream=self._stream(),
+                offload=self._offload(),
+                host=self._host(),
+                beside=drawn[0],
+            )
             for tried in self._tried(modes):
                 profiles: Profiles = {
                     kept_as: {mode: self.profile(largest, kept_as, mode) for mode in tried}
                     for kept_as in formats
                 }
                 found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
-                if found and set(found[0].settings.modes) == {"keep"}:
+                if found and set(preferred(found).settings.modes) == {"keep"}:
                     break
-            if found and not found[0].host:
+            if found and not preferred(found).host:
                 break
         if not found or pictures.peak > self.budget or captions[1].peak > self.budget:
             raise self._nothing_fits(profiles, limits, captions[1], pictures)
-        best = found[0]
+        best = preferred(found)
         rows = (
             Row("captions", captions[1].peak, f"text encoders ({captions[0]}) and one caption"),
             Row("pictures", pictures.peak, f"the VAE and one of {_size(largest)}"),
@@ -251,10 +266,23 @@ class _Planner:
         wanted = self.config.memory.stream
         return None if wanted == "auto" else float(wanted)
 
+    def _offload(self) -> tuple[bool, ...]:
+        """On a CPU nothing is gained: it is the host."""
+        wanted = self.config.memory.offload_activations
+        if wanted == "auto":
+            return (False, True) if self.cuda and not self.rates.unified else (False,)
+        return (wanted,)
+
+    def _host(self) -> int | None:
+        """Of the host's free memory some is left to what else runs there."""
+        return None if self.card.host_gib is None else int(HOST_SHARE * self.card.host_gib * GIB)
+
     def _captions(self) -> tuple[str, Phase]:
         """The first format of text encoders that fits, or the pinned one."""
         wanted = self.config.memory.text_encoder_weights
         tokens = self.known.prompt_limit
+        if self.known.capabilities.prompts_see_references:
+            tokens += REFERENCE_TOKENS * max(shape.references for shape in shapes_of(self.config, self.of))
         tried = ("native", "int8", "nf4") if wanted == "auto" else (wanted,)
         for kept_as in tried:
             family = self.skeleton(parts=TEXT_ENCODERS)
@@ -264,10 +292,12 @@ class _Planner:
         return kept_as, phase
 
     def _drawn(self) -> tuple[Beside, Shape | None]:
-        """What samples take beside the denoiser, and their shape."""
-        shape = sample_shape(self.config, self.of)
+        """What the training adapter and drawn pictures take beside the denoiser, and their shape."""
+        path = self.config.model.training_adapter
+        assistant = 0 if path is None or not path.is_file() else 4 * numbers_in(path)
+        shape = drawn_shape(self.config, self.of)
         if shape is None:
-            return Beside(), None
+            return Beside(always=assistant), None
         known, vae = self.known, self.skeleton(parts=VAE)
         drawing = self._phase(
             "drawing",
@@ -277,7 +307,9 @@ class _Planner:
         )
         decoding = self._phase("decoding", vae, shape, partial(decoding_phase, vae, shape, cuda=self.cuda))
         between = max(drawing.peak - drawing.weights, decoding.peak - decoding.weights)
-        return Beside(always=decoding.weights, between_steps=between), shape
+        if not self.config.sample.prompts:  # pictures that are drawn before training need no VAE in it
+            return Beside(always=assistant, between_steps=between + decoding.weights), shape
+        return Beside(always=assistant + decoding.weights, between_steps=between), shape
 
     def _training_rows(
         self, profiles: Profiles, best: Choice, largest: Shape, beside: Beside
@@ -297,10 +329,15 @@ class _Planner:
                 max(0, step.peak - (weights - best.host) - trained - beside.always),
                 f"{kept}; batch {largest.batch} of {_size(largest)}, gradients",
             ),
-            Row(
-                "training", step.peak, "all of these" + (" and the VAE, for samples" if beside.always else "")
-            ),
+            Row("training", step.peak, "all of these" + self._held_besides()),
         )
+
+    def _held_besides(self) -> str:
+        held = [
+            *(["the VAE, for samples"] if self.config.sample.prompts else []),
+            *(["the training adapter"] if self.config.model.training_adapter else []),
+        ]
+        return "".join(f" and {one}" for one in held)
 
     def _sample_rows(
         self, profiles: Profiles, best: Choice, drawn: tuple[Beside, Shape | None]
@@ -312,18 +349,20 @@ class _Planner:
         settings = best.settings
         used = profiles[settings.weights][settings.modes[0]]
         alone = self._evaluated(profiles[settings.weights], settings, Beside())
-        streamed = step_of([profiles[settings.weights][mode] for mode in settings.modes]).peak - alone.peak
+        table = with_offload(profiles[settings.weights], settings.offload)
+        streamed = step_of([table[mode] for mode in settings.modes]).peak - alone.peak
         level = used.first_level + beside.between_steps + beside.always - streamed
         return (Row("samples", level, f"weights, the VAE and one of {_size(shape)}"),)
 
     def _evaluated(self, profiles: Mapping[Mode, Profile], settings: Settings, beside: Beside) -> Choice:
         return evaluate(
-            profiles,
+            with_offload(profiles, settings.offload),
             settings.weights,
             settings.modes,
             settings.streamed,
             self.rates,
             compiled=self.compiled,
+            offload=settings.offload,
             beside=beside,
         )
 
@@ -334,12 +373,20 @@ class _Planner:
         return Timed(shape, tokens_of(shape, self.of), choice.seconds * self.config.train.accumulate)
 
     def _fallbacks(self, profiles: Profiles, best: Choice) -> tuple[Choice, ...]:
-        """What a loaded model can still change to: other activations, the same weights in the same places."""
-        limits = Limits((best.settings.weights,), stream=best.settings.stream)
-        every = choices(profiles, self.rates, best.peak, limits, compiled=self.compiled)
+        """What a loaded model can still change to: other activations, more blocks streamed; weights as they are."""
+        settings = best.settings
+        wanted = self.config.memory.stream
+        limits = Limits(
+            (settings.weights,),
+            stream=None if wanted == "auto" else settings.stream,
+            offload=(settings.offload,),
+            host=self._host(),
+        )
         found: list[Choice] = []
         for share in (0.93, 0.85, 0.75):
-            fitting = next((one for one in every if one.peak <= share * best.peak), None)
+            budget = int(share * best.peak)
+            every = choices(profiles, self.rates, budget, limits, compiled=self.compiled)
+            fitting = next((one for one in every if one.settings.stream >= settings.stream), None)
             if fitting is not None and fitting not in found:
                 found.append(fitting)
         return tuple(found)
@@ -366,8 +413,8 @@ class _Planner:
         return UserError(
             f"nothing fits into {(self.budget + CONTEXT + FRAGMENTED) / GIB:.1f} GiB on {self.card.title}: {most[1]} "
             f"take at least {(most[0] + CONTEXT + FRAGMENTED) / GIB:.1f} GiB at {_size(largest)}",
-            remedy="A smaller number in data.resolutions, train.batch_size: 1, fewer frames; of clips "
-            "memory.offload_activations: true; or leave more of the memory section to `auto`.",
+            remedy="A smaller number in data.resolutions, train.batch_size: 1, fewer frames; "
+            "or leave more of the memory section to `auto`.",
         )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, prod
+from pathlib import Path
 
-from burnish.config.data import DataSource
+from safetensors import safe_open
+
+from burnish.config.data import DataSource, Generated
 from burnish.config.schema import RunConfig, SamplePrompt
 from burnish.data.buckets import buckets_for
 from burnish.family import Family
@@ -40,11 +43,25 @@ def _references(source: DataSource, frames: int, family: Family) -> tuple[int, b
     return min(named + own, can.references), masked
 
 
-def sample_shape(config: RunConfig, family: Family) -> Shape | None:
-    """Of the samples as the section says, without what single prompts say otherwise; None where none are drawn."""
+def drawn_shape(config: RunConfig, family: Family) -> Shape | None:
+    """The largest that is drawn, as a sample or for a source of generated pictures; None where nothing is.
+
+    Samples count as the section says, without what single prompts say otherwise.
+    """
+    shapes = [_drawn_for(source, family) for source in config.data if isinstance(source, Generated)]
+    if config.sample.prompts:
+        shapes.append(_sample_shape(config, family))
+    return max(shapes, key=lambda one: one.batch * tokens_of(one, family), default=None)
+
+
+def _drawn_for(source: Generated, family: Family) -> Shape:
+    multiple = family.latents.pixel_multiple
+    side = max(source.resolutions) // multiple * multiple
+    return Shape(side, side, 1, source.batch_size)
+
+
+def _sample_shape(config: RunConfig, family: Family) -> Shape:
     sample = config.sample
-    if not sample.prompts:
-        return None
     height, width = family.defaults.size
     if sample.size is not None:
         height, width = (sample.size, sample.size) if isinstance(sample.size, int) else sample.size
@@ -62,3 +79,9 @@ def sample_shape(config: RunConfig, family: Family) -> Shape | None:
 
 def tokens_of(shape: Shape, family: Family) -> int:
     return family.latents.tokens(family.latents.of(shape.height, shape.width, shape.frames))
+
+
+def numbers_in(path: Path) -> int:
+    """How many numbers the tensors of a safetensors file have in all, from its header."""
+    with safe_open(path, framework="pt") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from burnish.assembly import Assembled, assemble, kept_together, places
+from burnish.assembly import Assembled, assemble, kept_together
 from burnish.atomic import atomic_write_text
 from burnish.checkpoint.space import check_space
 from burnish.checkpoint.store import Loaded
@@ -26,7 +26,7 @@ from burnish.generate import drawn_alone
 from burnish.loop import train
 from burnish.memory.formats import slow_because
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
-from burnish.model import DTYPES, choose_device, choose_model
+from burnish.model import DTYPES, choose_device, choose_model, places
 from burnish.preparation import check_data, folders, prepare, split
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder

@@ -10,6 +10,7 @@ import torch
 from burnish.config.schema import Memory
 from burnish.errors import UserError
 from burnish.families.sources import user_cache_folder
+from burnish.hardware import host_memory
 from burnish.planner.choose import Choice
 from burnish.planner.rates import GIB, Card, card_called, card_named
 from burnish.planner.trace import Shape
@@ -85,7 +86,12 @@ def card_for(name: str | None) -> Card:
     title = torch.cuda.get_device_name()
     free, _ = torch.cuda.mem_get_info()
     known = card_called(title) or card_named(f"{free / GIB:.1f}GiB")
-    return replace(known, title=title, gib=(free + torch.cuda.memory_reserved()) / GIB)
+    return replace(
+        known,
+        title=title,
+        gib=(free + torch.cuda.memory_reserved()) / GIB,
+        host_gib=host_memory().available_gib,
+    )
 
 
 def cache_of(memory: Memory) -> Path:

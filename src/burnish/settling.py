@@ -25,6 +25,8 @@ from burnish.events import Listener
 from burnish.loop import Training
 from burnish.memory.activations import set_activations
 from burnish.memory.out_of_memory import release_cached_memory
+from burnish.memory.streaming import stream_weights
+from burnish.memory.transfer import transfer_to
 from burnish.planner.choose import Choice
 from burnish.planner.probe import measured_rates
 from burnish.planner.rates import GIB, Card
@@ -38,6 +40,7 @@ UNPLANNED: dict[str, Any] = {
     "text_encoder_weights": "native",
     "activations": "keep",
     "stream": 0.0,
+    "offload_activations": False,
     "compile": False,
 }
 # What a trace says of model code that asks for numbers, where there are none.
@@ -87,8 +90,7 @@ def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: L
     settled = with_memory(config, memory, chosen)
     events.planned(
         f"weights {plan.choice.settings.weights}, {kept_in_words(plan.choice)}"
-        + (f", {plan.choice.settings.stream:.0%} of block weights streamed" if plan.choice.host else "")
-        + f"; {plan.peak / GIB:.2f} GiB of {plan.budget / GIB:.2f}"
+        f"; {plan.peak / GIB:.2f} GiB of {plan.budget / GIB:.2f}"
     )
     remember(folder, settled.memory, plan)
     return Settled(settled, plan)
@@ -109,6 +111,7 @@ def values_of(choice: Choice) -> dict[str, Any]:
         "weights": settings.weights,
         "activations": next(iter(kept)) if len(kept) == 1 else kept,
         "stream": settings.stream,
+        "offload_activations": settings.offload,
     }
 
 
@@ -185,7 +188,7 @@ class Compared:
         choice = self._fallbacks.pop(0)
         run.optimizer.zero_grad(set_to_none=True)
         release_cached_memory()
-        set_activations(run.family.blocks(), choice.settings.modes)
+        put_in_force(choice, run)
         events.warned(
             f"step {run.step + 1} did not fit in memory; going on with {kept_in_words(choice)}, "
             f"{(self._predicted - choice.peak) / GIB:.2f} GiB less"
@@ -194,6 +197,21 @@ class Compared:
         return True
 
 
+def put_in_force(choice: Choice, run: Training) -> None:
+    """Of an assembled training: what blocks keep, and which of them are streamed."""
+    blocks = run.family.blocks()
+    set_activations(blocks, choice.settings.modes)
+    if choice.settings.stream:
+        denoisers = run.family.denoisers.values()
+        stream_weights(denoisers, blocks, choice.settings.stream, transfer_to(run.device), run.device)
+
+
 def kept_in_words(choice: Choice) -> str:
-    kept = choice.settings.kept
-    return ", ".join(mode if len(kept) == 1 else f"{count} blocks {mode}" for mode, count in kept.items())
+    settings = choice.settings
+    kept = settings.kept
+    words = [mode if len(kept) == 1 else f"{count} blocks {mode}" for mode, count in kept.items()]
+    if settings.offload:
+        words.append("kept in host memory")
+    if settings.stream:
+        words.append(f"{settings.stream:.0%} of block weights streamed")
+    return ", ".join(words)

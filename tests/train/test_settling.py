@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,48 @@ def test_a_first_step_that_does_not_fit_is_tried_with_less(
     assert "recompute" in modes[0]
     (warning,) = [text for text in said.warnings if "did not fit" in text]
     assert "step 1 did not fit in memory; going on with" in warning
+    learned, expected = adapter_of(tmp_path / "small"), adapter_of(tmp_path / "plain")
+    assert all(torch.equal(learned[name], value) for name, value in expected.items())
+
+
+def test_a_first_step_that_does_not_fit_may_stream_more(
+    tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run_config(tiny_flux, pictures, tmp_path / "plain", SHORT)
+    train_run(plain, progress=Listener())
+    planned = settling.plan_run
+
+    def with_streaming(*arguments: Any, **options: Any) -> Any:
+        """A tiny model has too few blocks for streaming to free anything: as if it had more."""
+        plan = planned(*arguments, **options)
+        streamed = replace(plan.choice, settings=replace(plan.choice.settings, stream=1.0))
+        return replace(plan, fallbacks=(streamed,))
+
+    monkeypatch.setattr(settling, "plan_run", with_streaming)
+    streams = []
+    changed = settling.stream_weights
+
+    def stream_weights(*arguments: Any) -> Any:
+        streams.append(changed(*arguments))
+        return streams[-1]
+
+    monkeypatch.setattr(settling, "stream_weights", stream_weights)
+    original, failed = Denoising.draw_noise, []
+
+    def draw_noise(objective: Denoising, batch: Any, seed: int) -> torch.Tensor:
+        if not failed:
+            failed.append(batch.position)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(objective, batch, seed)
+
+    monkeypatch.setattr(Denoising, "draw_noise", draw_noise)
+    said = Said()
+    small = run_config(tiny_flux, pictures, tmp_path / "small", SHORT | {"memory.budget": "2GiB"})
+    train_run(small, progress=said)
+    (warning,) = [text for text in said.warnings if "did not fit" in text]
+    assert "going on with keep, 100% of block weights streamed" in warning
+    (stream,) = streams
+    assert stream.host_bytes > 0
     learned, expected = adapter_of(tmp_path / "small"), adapter_of(tmp_path / "plain")
     assert all(torch.equal(learned[name], value) for name, value in expected.items())
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from two_experts import LABELS, second_transformer
 
-from burnish.config.schema import Model
+from burnish.config.schema import Memory, Model
 from burnish.events import Listener
 from burnish.families import registry
 from burnish.generate import draw_pictures_with
@@ -65,11 +65,12 @@ def test_one_adapter_file_for_each_denoiser(
 
     request = PictureRequest("a dog", "", 3, 64, 64, 4, 3.0)
 
-    def drawn(*chosen: Path) -> bytes:
+    def drawn(*chosen: Path, memory: Memory | None = None) -> bytes:
         pictures = draw_pictures_with(
             Model(path=str(model), family="sd3"),
             [request],
             adapters=[(path, 1.0) for path in chosen],
+            memory=memory,
             device="cpu",
             precision="fp32",
         )
@@ -79,3 +80,4 @@ def test_one_adapter_file_for_each_denoiser(
     different = {drawn(), drawn(high), drawn(low), drawn(high, low)}
     assert len(different) == 4
     assert drawn(low, high) == drawn(high, low)
+    assert drawn(high, low, memory=Memory(stream=1.0)) == drawn(high, low)

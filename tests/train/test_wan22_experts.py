@@ -15,7 +15,7 @@ from runs import picture_folder, run_config
 from safetensors import safe_open
 
 from burnish.assembly import build_objective
-from burnish.config.schema import Model
+from burnish.config.schema import Memory, Model
 from burnish.config.train import Objective
 from burnish.data.batch import Batch
 from burnish.events import Events, Listener
@@ -164,3 +164,14 @@ def test_pictures_of_one_denoiser_alone_are_said_to_be_so(
         len([line for line in caplog.messages if "transformer alone" in line and "0.875 to 1" in line])
         == said
     )
+
+
+def test_both_experts_stream_as_they_are_loaded(tiny_folder: TinyFolder) -> None:
+    model = Model(path=str(tiny_folder("wan22")))
+    request = PictureRequest(PROMPT, "", SEED, SIDE, SIDE, 2, 1.0, frames=1)
+
+    def drawn(memory: Memory) -> bytes:
+        (picture,) = draw_pictures_with(model, [request], memory=memory, device="cpu", precision="fp32")
+        return picture.tobytes()
+
+    assert drawn(Memory(stream=1.0)) == drawn(Memory())

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from burnish.cli.main import app
@@ -43,6 +45,35 @@ def test_phases_sizes_and_settings_are_shown(config: Path) -> None:
     sizes = {line.split()[0] for line in text.splitlines() if line.strip()}
     assert {"256x256", "128x128"} <= sizes
     assert "10 steps: about" in text
+
+
+def test_batch_sizes_side_by_side(config: Path) -> None:
+    code, text = invoke(str(config), "--gpu", "1.2GiB", "--batch", "4,1,400", "--json")
+    assert code == 0, text
+    one, four, many = json.loads(text)
+    assert (one["batch"], four["batch"], many["batch"]) == (1, 4, 400)
+    assert four["peak_gib"] > one["peak_gib"]
+    assert four["pictures_per_second"] > one["pictures_per_second"]
+    assert "nothing fits into 1.2 GiB" in many["trouble"]
+    code, text = invoke(str(config), "--gpu", "1.2GiB", "--batch", "1,4")
+    assert code == 0
+    rows = [line.split()[:2] for line in text.splitlines()[2:]]
+    assert rows == [["1", f"{one['peak_gib']:.2f}"], ["4", f"{four['peak_gib']:.2f}"]]
+    code, text = invoke(str(config), "--gpu", "4090", "--batch", "1,x")
+    assert code == 2
+    assert "'1,x' is not a list of batch sizes" in text
+
+
+def test_a_training_adapter_is_counted(config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "assistant.safetensors"
+    save_file({"x.lora_A.weight": torch.zeros(1024, 1024, dtype=torch.bfloat16)}, path)
+    _, plain = invoke(str(config), "--gpu", "4090", "--json")
+    _, beside = invoke(str(config), "--set", f"model.training_adapter={path}", "--gpu", "4090", "--json")
+    peaks = [
+        next(row["gib"] for row in json.loads(text)["rows"] if row["what"] == "training")
+        for text in (plain, beside)
+    ]
+    assert peaks[1] - peaks[0] == pytest.approx(4 / 1024)  # float32, as it is attached
 
 
 def test_the_answer_for_a_named_card_is_kept_and_given_without_torch(config: Path) -> None:

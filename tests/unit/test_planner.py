@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
 from burnish.objective import Denoising
-from burnish.planner.choose import Choice, Limits, choices, smallest
-from burnish.planner.live_bytes import Work
+from burnish.planner import trace
+from burnish.planner.choose import Choice, Limits, choices, preferred, smallest
+from burnish.planner.live_bytes import LiveBytes, Work
 from burnish.planner.measure import Measure
 from burnish.planner.probe import measured_rates
-from burnish.planner.profile import BlockCost, Profile, step_of
+from burnish.planner.profile import BlockCost, Profile, profile_of, step_of
 from burnish.planner.rates import Rates, card_called, card_named
 from burnish.planner.trace import Recipe, Shape, trace_step
 
@@ -171,15 +173,23 @@ def test_a_shallow_model_stands_for_the_whole_one() -> None:
     assert work.matmul_flop == step_of([whole] * len(whole.blocks)).work.matmul_flop
 
 
-def test_a_mixture_is_put_together_from_uniform_steps() -> None:
+def test_a_mixture_is_put_together_from_uniform_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LiveBytes] = []  # what was counted, before it is cut into blocks and put together again
+
+    def watched(counted: LiveBytes, *sizes: Any) -> Profile:
+        seen.append(counted)
+        return profile_of(counted, *sizes)
+
+    monkeypatch.setattr(trace, "profile_of", watched)
     uniform: dict[Mode, Profile] = {mode: traced(6, mode) for mode in ("recompute", "keep-matmul", "keep")}
     mixtures: list[dict[Mode, int]] = [{"recompute": 2, "keep": 4}, {"recompute": 3, "keep-matmul": 3}]
     for mixture in mixtures:
-        modes = activation_modes(mixture, 6)
         mixed = traced(6, mixture)
-        composed = step_of([uniform[mode] for mode in modes])
-        assert composed.peak == pytest.approx(peak_of(mixed), rel=2e-3)
+        composed = step_of([uniform[mode] for mode in activation_modes(mixture, 6)])
+        assert composed.peak == pytest.approx(seen[-1].peak, rel=2e-3)
         assert composed.work.matmul_flop == step_of([mixed] * 6).work.matmul_flop
+        ahead = sum(one.work.matmul_flop for one in seen[-1].stretches if one.name == "forward")
+        assert composed.forward.matmul_flop == pytest.approx(ahead, rel=0.02)
 
 
 def test_profiles_survive_the_disk() -> None:
@@ -224,9 +234,9 @@ PROFILES: dict[str, dict[Mode, Profile]] = {
 RATES = Rates(1e12, None, None, 1e12, 1e12, from_host=1e12)
 
 
-def best(budget: int, **pins: object) -> Choice:
+def best(budget: int, rates: Rates = RATES, **pins: object) -> Choice:
     limits = Limits(("native",), **pins)  # type: ignore[arg-type]
-    return choices(PROFILES, RATES, budget, limits, compiled=False)[0]
+    return preferred(choices(PROFILES, rates, budget, limits, compiled=False))
 
 
 def test_with_room_nothing_is_computed_twice() -> None:
@@ -247,6 +257,55 @@ def test_streaming_is_cheaper_than_computing_twice_where_the_bus_is_fast() -> No
     assert streamed.settings.kept == {"keep": SIZES}
     assert streamed.host > 0
     assert best(1500, stream=0.75).settings.stream == 0.75
+
+
+def test_a_slow_bus_makes_streaming_slower_than_computing_twice() -> None:
+    """400 bytes would have to come twice a step, in 80 s of forward and 40 s more of backward."""
+    room = step_of([PROFILES["native"]["recompute"]] * SIZES).peak
+    assert best(room).host > 0
+    slow = best(room, replace(RATES, from_host=1.0))
+    assert (slow.host, slow.settings.kept) == (0, {"recompute": SIZES})
+    pinned = best(room, replace(RATES, from_host=1.0), modes=("recompute",) * SIZES, stream=1.0)
+    blocks = SIZES * 4  # TFLOP forward; twice that backward
+    assert pinned.host == 100 * SIZES
+    assert pinned.seconds == pytest.approx(max(blocks, pinned.host) + max(2 * blocks, pinned.host), rel=1e-6)
+
+
+def test_as_fast_is_chosen_with_less_on_the_host() -> None:
+    """A block that is computed again takes 3 of 180 s more: to stream is not worth that."""
+    room = step_of([PROFILES["native"]["keep"]] * SIZES).peak - 15
+    found = choices(PROFILES, RATES, room, Limits(("native",)), compiled=False)
+    assert found[0].host > 0
+    assert preferred(found).host == 0
+    assert preferred(found).settings.kept == {"recompute": 1, "keep": SIZES - 1}
+
+
+def test_what_blocks_keep_waits_on_the_host_where_nothing_else_fits() -> None:
+    large = {mode: grown(profile, 2**30) for mode, profile in PROFILES["native"].items()}
+    least = step_of([large["recompute"]] * SIZES).peak
+
+    def fastest(budget: int, *offload: bool) -> list[Choice]:
+        limits = Limits(("native",), stream=0.0, offload=offload)
+        return choices({"native": large}, RATES, budget, limits, compiled=False)
+
+    assert not preferred(fastest(1 << 62, False, True)).settings.offload
+    assert not fastest(least - 2**30, False)
+    waiting = preferred(fastest(least - 2**30, False, True))
+    assert waiting.settings.offload
+    assert waiting.host == sum(large[mode].blocks[0].growth for mode in waiting.settings.modes)
+
+
+def grown(profile: Profile, times: int) -> Profile:
+    blocks = tuple(
+        replace(one, growth=one.growth * times, change=one.change * times) for one in profile.blocks
+    )
+    return replace(profile, blocks=blocks)
+
+
+def test_the_host_takes_no_more_than_it_has() -> None:
+    streamed = best(1500, may_stream=True)
+    assert streamed.host > 800
+    assert not choices(PROFILES, RATES, 1500, Limits(("native",), host=800), compiled=False)
 
 
 def test_one_memory_for_both_is_never_streamed() -> None:

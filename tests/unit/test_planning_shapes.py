@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.config.schema import RunConfig
@@ -19,7 +20,7 @@ from burnish.planner.phases import caption_phase
 from burnish.planner.profile import BlockCost, Profile, offloaded, step_of
 from burnish.planner.references import shown
 from burnish.planner.trace import Shape, sound_of
-from burnish.planning_shapes import sample_shape, shapes_of
+from burnish.planning_shapes import drawn_shape, numbers_in, shapes_of
 
 
 def config(family: str, **sections: Any) -> RunConfig:
@@ -61,9 +62,31 @@ def test_references_that_are_named_and_those_that_a_sample_is_itself(
 
 def test_samples_count_the_references_of_their_prompts() -> None:
     prompts = ["a cat", {"prompt": "make it red", "references": ["a.png"]}]
-    shape = sample_shape(config("flux", sample={"prompts": prompts, "size": [500, 770]}), released("flux"))
+    shape = drawn_shape(config("flux", sample={"prompts": prompts, "size": [500, 770]}), released("flux"))
     assert shape == Shape(496, 768, references=1)
-    assert sample_shape(config("flux"), released("flux")) is None
+    assert drawn_shape(config("flux"), released("flux")) is None
+
+
+def test_generated_pictures_count_as_drawn() -> None:
+    own = {"path": "pictures"}
+    drawn = {
+        "kind": "generated",
+        "prompts": ["a dog"],
+        "count": 8,
+        "resolutions": [512, 1000],
+        "batch_size": 2,
+    }
+    found = drawn_shape(config("flux", data=[own, {**drawn, "role": "regularization"}]), released("flux"))
+    assert found == Shape(992, 992, batch=2)
+    larger = config(
+        "flux", data=[own, {**drawn, "batch_size": 1}], sample={"prompts": ["a cat"], "size": 2048}
+    )
+    assert drawn_shape(larger, released("flux")) == Shape(2048, 2048)
+
+
+def test_the_numbers_of_a_file_are_known_from_its_header(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(())}, tmp_path / "some.safetensors")
+    assert numbers_in(tmp_path / "some.safetensors") == 16
 
 
 def parameters(family: Family) -> float:

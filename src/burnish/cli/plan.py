@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from burnish.run_plan import RunPlan
 
 GIB = 1024**3
+NOTHING_FITS = "nothing fits"
 
 
 @guarded
@@ -31,6 +32,12 @@ def plan(
             "--gpu", help="Plan for this card instead of the one here: 4090, h100, gb10, ... or 24GiB."
         ),
     ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch", help="Compare batch sizes, such as 1,2,4: settings, memory and pictures per second."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     overrides: Overrides = [],  # noqa: B006  typer copies it
 ) -> None:
@@ -40,13 +47,67 @@ def plan(
     """
     from burnish.config.load import load_config
 
-    loaded = load_config(config, overrides=overrides)
-    told = _planned(loaded, gpu)
+    if batch is not None:
+        _compare([_with_batch(config, overrides, size, gpu) for size in _sizes(batch)], as_json)
+        return
+    told = _planned(load_config(config, overrides=overrides), gpu)
     if as_json:
         rows = [{**row, "what": row["what"].strip()} for row in told["rows"]]
         typer.echo(json.dumps({**told, "rows": rows}, indent=2))
     else:
         _show(told)
+
+
+def _sizes(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and 0 < int(word) <= 4096 for word in words):
+        from burnish.errors import UserError
+
+        raise UserError(f"--batch: {text!r} is not a list of batch sizes", remedy="Such as --batch 1,2,4.")
+    return sorted({int(word) for word in words})
+
+
+def _with_batch(config: str, overrides: list[str], size: int, gpu: str | None) -> dict[str, Any]:
+    """The plan with this batch size, or why there is none."""
+    from burnish.config.load import load_config
+    from burnish.errors import UserError
+
+    try:
+        told = _planned(load_config(config, overrides=[*overrides, f"train.batch_size={size}"]), gpu)
+    except UserError as error:
+        if not str(error).startswith(NOTHING_FITS):
+            raise
+        return {"batch": size, "trouble": str(error)}
+    steps = sum(time["seconds"] for time in told["times"]) / len(told["times"])
+    return {"batch": size, "pictures_per_second": size * told["accumulate"] / steps, **told}
+
+
+def _compare(plans: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(plans, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for heading in ("batch", "GiB", "s/step", "pictures/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("settings")
+    for plan in plans:
+        if "trouble" in plan:
+            table.add_row(str(plan["batch"]), "", "", "", plan["trouble"])
+            continue
+        speed = plan["pictures_per_second"]
+        seconds = plan["batch"] * plan["accumulate"] / speed
+        gib = f"{plan['peak_gib']:.2f}"
+        row = (str(plan["batch"]), gib, f"{seconds:.2f}", f"{speed:.2f}", _settings(plan["settings"]))
+        table.add_row(*row)
+    console = Console(highlight=False)
+    fitting = [plan for plan in plans if "trouble" not in plan]
+    if fitting:
+        room = fitting[0]["budget_gib"]
+        console.print(f"{fitting[0]['family']} on {fitting[0]['card']}, {room:.2f} GiB that torch may use")
+    console.print(table)
 
 
 def _planned(loaded: LoadedConfig, gpu: str | None) -> dict[str, Any]:
@@ -103,7 +164,9 @@ def _show(told: dict[str, Any]) -> None:
     room = f"of {told['budget_gib']:.2f} that torch may use here"
     memory.add_row("peak", f"{told['peak_gib']:.2f}", room, style="bold")
     if told["settings"]["host_gib"]:
-        memory.add_row("host", f"{told['settings']['host_gib']:.2f}", "streamed weights, in pinned memory")
+        memory.add_row(
+            "host", f"{told['settings']['host_gib']:.2f}", "streamed or waiting there, in pinned memory"
+        )
     console.print(memory)
     times = Table(box=None)
     for heading in ("size", "tokens", "s/step"):
@@ -132,7 +195,8 @@ def _settings(choice: dict[str, Any]) -> str:
     kept = choice["activations"]
     blocks = ", ".join(mode if len(kept) == 1 else f"{count} blocks {mode}" for mode, count in kept.items())
     streamed = f", {choice['stream']:.0%} of block weights streamed" if choice["stream"] else ""
-    return f"weights {choice['weights']}, {blocks}{streamed}"
+    waiting = ", kept in host memory" if choice["offload_activations"] else ""
+    return f"weights {choice['weights']}, {blocks}{waiting}{streamed}"
 
 
 def _duration(seconds: float) -> str:
@@ -150,6 +214,7 @@ def _as_json(plan: RunPlan) -> dict[str, Any]:
             "weights": settings.weights,
             "activations": settings.kept,
             "stream": settings.stream,
+            "offload_activations": settings.offload,
             "peak_gib": choice.peak / GIB,
             "host_gib": choice.host / GIB,
             "seconds": choice.seconds * plan.accumulate,
@@ -164,6 +229,7 @@ def _as_json(plan: RunPlan) -> dict[str, Any]:
         "text_encoder_weights": plan.text_encoder_weights,
         "settings": told(plan.choice),
         "steps": plan.steps,
+        "accumulate": plan.accumulate,
         "rows": [{"what": row.what, "gib": row.bytes / GIB, "why": row.why} for row in plan.rows],
         "times": [
             {

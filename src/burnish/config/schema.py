@@ -180,8 +180,8 @@ class Memory(Section):
         description="Share of the denoiser's block weights that stay in host memory and come to the GPU while "
         "other blocks compute: hardly slower where a step takes long, as with large pictures and clips.",
     )
-    offload_activations: bool = Field(
-        False,
+    offload_activations: Literal["auto"] | bool = Field(
+        "auto",
         description="What blocks keep for backward waits in host memory; for clips, with `recompute`.",
     )
     threads: int | None = Field(

@@ -209,9 +209,10 @@ class PipelineFamily(ABC):
         return family
 
     def _blocks_with(self, folder: str, module: nn.Module) -> list[nn.Module]:
-        """The blocks as soon as a denoiser is made, before it has weights."""
+        """A denoiser's blocks as soon as it is made, before it has weights; another may be there already."""
         self.modules[folder] = module
-        return self.blocks()
+        inside = set(module.modules())
+        return [block for block in self.blocks() if block in inside]
 
     @classmethod
     def _refuse_unknown_denoisers(cls, source: ModelSource) -> None:

@@ -1,7 +1,8 @@
 """From profiles and rates to the fastest settings that fit.
 
 Every weight format is combined with every pair of activation settings, any number of blocks in the one and the rest in
-the other, and any share of streamed weights that memory asks for; each combination takes a few sums, so all are tried.
+the other, any share of streamed weights that memory asks for, and with what blocks keep on the device or on the host;
+each combination takes a few sums, so all are tried.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from itertools import pairwise
 from burnish.memory.activations import ORDER, Mode
 from burnish.memory.streaming import ROOMS, streamed_blocks
 from burnish.planner.live_bytes import Work
-from burnish.planner.profile import Profile, Step, step_of
+from burnish.planner.profile import Profile, Step, offloaded, step_of
 from burnish.planner.rates import Rates
+
+# Times are estimates: among settings this close to the fastest, the one that moves least is the safest.
+AS_FAST = 1.03
+# Of the modes in the middle little more than the inputs can move (memory/activation_offload.py).
+MOVABLE: tuple[Mode, ...] = ("recompute", "keep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,7 @@ class Settings:
     modes: tuple[Mode, ...]
     streamed: tuple[bool, ...]
     stream: float = 0.0  # share of the bytes of block weights, as the option has it
+    offload: bool = False  # what blocks keep for backward waits on the host
 
     @property
     def kept(self) -> dict[Mode, int]:
@@ -36,7 +43,7 @@ class Settings:
 class Choice:
     settings: Settings
     peak: int  # bytes of the training step on the device, without what lies outside of tensors
-    host: int  # bytes of weights kept in host memory
+    host: int  # bytes of weights kept in host memory, and of what waits there for backward
     seconds: float  # per micro-step
     work: Work = field(compare=False)
 
@@ -56,7 +63,9 @@ class Limits:
     weights: tuple[str, ...]  # formats to try, at least one
     modes: tuple[Mode, ...] | None = None  # one per block
     stream: float | None = None
+    offload: tuple[bool, ...] = (False,)  # what to try
     may_stream: bool = True
+    host: int | None = None  # bytes that may wait in host memory; None: not known
     beside: Beside = Beside()
 
 
@@ -68,21 +77,32 @@ def choices(profiles: Profiles, rates: Rates, budget: int, limits: Limits, *, co
     """Every combination within `budget` bytes, fastest first; among equally fast ones the smaller."""
     found = [
         choice
-        for weights in limits.weights
-        for modes in _mixtures(profiles[weights], limits)
-        for choice in _streamed(profiles[weights], weights, modes, rates, budget, limits, compiled=compiled)
+        for weights, offload, used in _tables(profiles, limits)
+        for modes in _mixtures(used, limits)
+        for choice in _streamed(
+            used, weights, modes, rates, budget, limits, offload=offload, compiled=compiled
+        )
     ]
     return sorted(found, key=lambda one: (round(one.seconds, 4), one.peak))
 
 
+def preferred(found: Sequence[Choice]) -> Choice:
+    """Of those about as fast as the fastest, the fastest that keeps least on the host."""
+    near = [one for one in found if one.seconds <= AS_FAST * found[0].seconds]
+    return min(near, key=lambda one: (one.settings.offload, one.host))
+
+
 def smallest(profiles: Profiles, rates: Rates, limits: Limits, *, compiled: bool) -> Choice:
     """What takes the least memory of all, for messages when nothing fits."""
+    share = 1.0 if _may_stream(rates, limits) else 0.0
     found = [
-        evaluate(profiles[weights], weights, modes, streamed, rates, compiled=compiled, beside=limits.beside)
-        for weights in limits.weights
-        for modes in _mixtures(profiles[weights], limits)
-        for streamed in [_away(_sizes(profiles[weights]), 1.0 if _may_stream(rates, limits) else 0.0)]
-    ]
+        evaluate(
+            used, weights, modes, _away(_sizes(used), share), rates,
+            compiled=compiled, beside=limits.beside, offload=offload,
+        )
+        for weights, offload, used in _tables(profiles, limits)
+        for modes in _mixtures(used, limits)
+    ]  # fmt: skip
     return min(found, key=lambda one: one.peak)
 
 
@@ -95,28 +115,58 @@ def evaluate(
     *,
     compiled: bool,
     share: float = 0.0,
+    offload: bool = False,
     beside: Beside = NOTHING,
 ) -> Choice:
     """Peak and time of one combination.
 
-    Streamed weights come over twice a step, forward and backward, while blocks compute; the step takes the longer of
-    the two, and the arena's ring stays on the device.
+    Streamed weights come over once in forward and once in backward, while blocks compute; each direction takes the
+    longer of the two, and the arena's ring stays on the device.
+
+    Args:
+        profiles: those of `with_offload`.
     """
     used = [profiles[mode] for mode in modes]
     step: Step = step_of(used)
     sizes = [size for size, away in zip(used[0].weights, streamed, strict=True) if away]
     away = sum(sizes)
     ring = min(ROOMS * max(sizes, default=0), away)
-    eight_bit = "int8" if weights == "int8" else "fp8"
-    computing = rates.seconds(step.work, compiled=compiled, eight_bit=eight_bit)
-    moving = 2 * away / rates.from_host
+    waiting = sum(profile.blocks[block].moved for block, profile in enumerate(used)) if offload else 0
     return Choice(
-        Settings(weights, tuple(modes), tuple(streamed), share),
+        Settings(weights, tuple(modes), tuple(streamed), share, offload),
         peak=max(step.peak, used[0].first_level + beside.between_steps) + beside.always - away + ring,
-        host=away,
-        seconds=max(computing, moving),
+        host=away + waiting,
+        seconds=_seconds(step, away, waiting, rates, weights, compiled=compiled),
         work=step.work,
     )
+
+
+def _seconds(step: Step, away: int, waiting: int, rates: Rates, weights: str, *, compiled: bool) -> float:
+    """Copies take the bus while blocks compute, and the device's own memory, from which they take bandwidth.
+
+    A bus carries both ways at once: in forward weights come while activations go, in backward both come.
+    """
+    eight_bit = "int8" if weights == "int8" else "fp8"
+    computing = rates.seconds(step.work, compiled=compiled, eight_bit=eight_bit)
+    if not away and not waiting:
+        return computing
+    forward = rates.seconds(step.forward, compiled=compiled, eight_bit=eight_bit)
+    ahead = max(forward, max(away, waiting) / rates.from_host)
+    back = max(computing - forward, (away + waiting) / rates.from_host)
+    return ahead + back + 2 * (away + waiting) / rates.memory
+
+
+def with_offload(profiles: Mapping[Mode, Profile], offload: bool) -> Mapping[Mode, Profile]:
+    """The profiles as they are where what blocks keep waits on the host, or does not."""
+    if not offload:
+        return profiles
+    return {mode: offloaded(one) if mode in MOVABLE else one for mode, one in profiles.items()}
+
+
+def _tables(profiles: Profiles, limits: Limits) -> Iterator[tuple[str, bool, Mapping[Mode, Profile]]]:
+    for weights in limits.weights:
+        for offload in limits.offload:
+            yield weights, offload, with_offload(profiles[weights], offload)
 
 
 def _mixtures(profiles: Mapping[Mode, Profile], limits: Limits) -> Iterator[tuple[Mode, ...]]:
@@ -141,6 +191,7 @@ def _streamed(
     budget: int,
     limits: Limits,
     *,
+    offload: bool,
     compiled: bool,
 ) -> Iterator[Choice]:
     """The combination with as few streamed blocks as make it fit, or with the pinned share."""
@@ -156,12 +207,13 @@ def _streamed(
             rates,
             compiled=compiled,
             share=percent / 100,
+            offload=offload,
             beside=limits.beside,
         )
 
     if limits.stream is not None:
         choice = with_share(round(limits.stream * 100))
-        if choice.peak <= budget:
+        if choice.peak <= budget and _has_room(choice, limits):
             yield choice
         return
     low, high = 0, 100 if _may_stream(rates, limits) else 0
@@ -170,7 +222,13 @@ def _streamed(
     while low < high:  # the peak falls with every block that is streamed
         middle = (low + high) // 2
         low, high = (low, middle) if with_share(middle).peak <= budget else (middle + 1, high)
-    yield with_share(low)
+    choice = with_share(low)
+    if _has_room(choice, limits):
+        yield choice
+
+
+def _has_room(choice: Choice, limits: Limits) -> bool:
+    return limits.host is None or choice.host <= limits.host
 
 
 def _may_stream(rates: Rates, limits: Limits) -> bool:

@@ -26,6 +26,7 @@ class BlockCost:
     backward_peak: int
     forward: Work
     backward: Work
+    moved: int = 0  # to the host in forward, and back
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +66,11 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Peak in bytes and work of a step."""
+    """Peak in bytes and work of a step; `forward` is the blocks' part of it before backward."""
 
     peak: int
     work: Work
+    forward: Work
 
 
 def step_of(profiles: Sequence[Profile]) -> Step:
@@ -78,12 +80,13 @@ def step_of(profiles: Sequence[Profile]) -> Step:
     """
     base = profiles[0]
     level, peak = base.first_level, base.head_peak
-    work = base.outside + base.optimizer
+    work, forward = base.outside + base.optimizer, Work()
     costs = [profile.blocks[index] for index, profile in enumerate(profiles)]
     for cost in costs:
         peak = max(peak, level + cost.forward_peak)
         level += cost.growth
         work = work + cost.forward + cost.backward
+        forward = forward + cost.forward
     peak = max(peak, level + base.tail_peak)
     level += base.tail_change
     for block in base.backward_order:
@@ -91,7 +94,7 @@ def step_of(profiles: Sequence[Profile]) -> Step:
         level += costs[block].change
     peak = max(peak, level + base.rest_peak)
     level += base.rest_change
-    return Step(max(peak, level + base.optimizer_peak), work)
+    return Step(max(peak, level + base.optimizer_peak), work, forward)
 
 
 def offloaded(profile: Profile) -> Profile:
@@ -108,6 +111,7 @@ def offloaded(profile: Profile) -> Profile:
             forward_peak=cost.forward_peak + moving,
             change=cost.change + cost.growth,
             backward_peak=cost.backward_peak + moving,
+            moved=max(0, cost.growth),
         )
         for cost in profile.blocks
     )

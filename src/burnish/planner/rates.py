@@ -69,6 +69,7 @@ class Card:
     attention: float | None = None  # where it was measured
     unified: bool = False
     measured: Rates | None = None  # in place of all the others
+    host_gib: float | None = None  # free host memory, where it is known
 
     @property
     def rates(self) -> Rates:
