@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from burnish.adapters.casting import cast_once
-from burnish.adapters.lora import AdapterSet
+from burnish.adapters.attached import AdapterSet
 from burnish.adapters.targeting import choose_modules
 from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from burnish.adapters.lora import AdapterSet, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import adaptable_modules
 from burnish.checkpoint.space import nap
 from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention
