@@ -178,7 +178,7 @@ def build_training(
         family=family,
         objective=build_objective(train.objective, family),
         parameters=parameters,
-        optimizer=build_optimizer(train.optimizer, groups),
+        optimizer=build_optimizer(train.optimizer, groups, seed=config.seed),
         learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
         batches=partial(prepared.batches, workers=train.loader_workers),
         batches_per_epoch=prepared.plan.batches_per_epoch,

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 from burnish.checkpoint.store import CheckpointStore
-from burnish.config.train import Adafactor, AdamW, Prodigy
+from burnish.config.optimizers import Adafactor, AdamW, Prodigy
 from burnish.errors import CheckpointError
 from burnish.optim.build import build_optimizer
 from burnish.optim.schedule import apply_learning_rate

@@ -118,6 +118,8 @@ class OneByOne(torch.optim.Optimizer):
             self._enter(unit, unit.slots)
             unit.optimizer.eval()  # type: ignore[attr-defined]
             unit.optimizer.state.clear()
+            for inner in unit.optimizer.param_groups:
+                inner["train_mode"] = True
             for slot in unit.slots:
                 if slot.is_rounded:
                     slot.parameter.copy_(slot.moved)
@@ -140,6 +142,8 @@ class OneByOne(torch.optim.Optimizer):
         unit = _Unit(make(inner_groups), [slot for chosen in slots for slot in chosen], outer)
         for group, inner in zip(outer, unit.optimizer.param_groups, strict=True):
             group["lr"] = inner["lr"]
+            if "train_mode" in inner:
+                group["train_mode"] = True
             if self.together:
                 group.update({key: inner[key] for key in learned_keys(unit.optimizer)})
         self._units.append(unit)
