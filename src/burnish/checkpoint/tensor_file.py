@@ -128,7 +128,9 @@ def _header(tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None)
 def _write_tensor(descriptor: int, tensor: Tensor, digest: hashlib._Hash) -> None:
     if tensor.numel() == 0:
         return
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    # A single number may have any stride and be contiguous; to be seen as bytes it must have one of 1.
+    dense = tensor.detach().to("cpu").contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
     data = flat.numpy().data
     for start in range(0, len(data), _CHUNK):
         chunk = data[start : start + _CHUNK]

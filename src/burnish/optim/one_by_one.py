@@ -91,12 +91,17 @@ class OneByOne(torch.optim.Optimizer):
     def kind(self) -> str:
         """What a stored state belongs to."""
         how = "together" if self.together else "one by one"
-        return f"{kind_of(self._units[0].optimizer)}, {how}"
+        return f"{kind_of(self.made_of)}, {how}"
+
+    @property
+    def made_of(self) -> torch.optim.Optimizer:
+        """One of its optimizers, which are all of one kind."""
+        return self._units[0].optimizer
 
     @property
     def learned(self) -> tuple[str, ...]:
         """Keys of the groups that are learned: with one optimizer for all, those of its own."""
-        return learned_keys(self._units[0].optimizer) if self.together else ()
+        return learned_keys(self.made_of) if self.together else ()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
