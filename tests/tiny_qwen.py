@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 from tiny_pipelines import CORPUS
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -17,7 +18,9 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
+    Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -164,8 +167,7 @@ def tell_kinds_of_tokens(encoder: Qwen2_5_VLForConditionalGeneration) -> None:
     encoder.forward = with_kinds
 
 
-def qwen3_vl(tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 36) -> Qwen3VLModel:
-    """As deep as the released one, which denoisers read at many depths, with the smallest eyes."""
+def qwen3_vl_config(tokenizer: Qwen2Tokenizer, width: int, layers: int) -> Qwen3VLConfig:
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
@@ -191,4 +193,59 @@ def qwen3_vl(tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 36) -> Qw
         "deepstack_visual_indexes": [0],
         "num_position_embeddings": 16,
     }
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=eyes))
+    number = tokenizer.convert_tokens_to_ids
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=eyes,
+        image_token_id=number("<|image_pad|>"),
+        video_token_id=number("<|video_pad|>"),
+        vision_start_token_id=number("<|vision_start|>"),
+        vision_end_token_id=number("<|vision_end|>"),
+    )
+
+
+def qwen3_vl(tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 36) -> Qwen3VLModel:
+    """As deep as the released one, which denoisers read at many depths, with the smallest eyes."""
+    return Qwen3VLModel(qwen3_vl_config(tokenizer, width, layers))
+
+
+def qwen3_vl_lm(
+    tokenizer: Qwen2Tokenizer, width: int = 32, layers: int = 3
+) -> Qwen3VLForConditionalGeneration:
+    """With the head that writes words, as some pipelines hold it, and a last norm that is no mere scaling."""
+    made = Qwen3VLForConditionalGeneration(qwen3_vl_config(tokenizer, width, layers))
+    torch.nn.init.uniform_(made.model.language_model.norm.weight, 0.2, 2.0)
+    return made
+
+
+class Qwen3VLProcessorWithoutVideos(Qwen3VLProcessor):
+    """The released processor but for its part for videos, which needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [name for name in super().get_attributes() if name != "video_processor"]
+
+
+# The folder of a pipeline says what the released one says.
+Qwen3VLProcessorWithoutVideos.__name__ = Qwen3VLProcessor.__name__
+Qwen3VLProcessorWithoutVideos.__module__ = Qwen3VLProcessor.__module__
+# What the released chat template makes of a turn whose content is a list of texts.
+TURN_OF_TEXTS = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- for part in message.content %}{{- part.text }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endfor %}"
+)
+
+
+def qwen3_vl_processor(
+    tokenizer: Qwen2Tokenizer, *, fewest_pixels: int = 65_536
+) -> Qwen3VLProcessorWithoutVideos:
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=16,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        min_pixels=fewest_pixels,
+        max_pixels=16_777_216,
+    )
+    return Qwen3VLProcessorWithoutVideos(
+        image_processor=pictures, tokenizer=tokenizer, chat_template=TURN_OF_TEXTS
+    )

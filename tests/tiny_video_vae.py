@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21, AutoencoderKLWan
 
 # Eight times smaller, four frames per latent frame after the first, along time in the last two of three stages.
 _SMALL: dict[str, Any] = {
@@ -44,3 +44,14 @@ def wan22_vae() -> AutoencoderKLWan:
 def qwen_image_vae() -> AutoencoderKLQwenImage:
     """Qwen-Image's, of Wan 2.1's layout."""
     return AutoencoderKLQwenImage(**_SMALL)
+
+
+def qwen_image21_vae() -> AutoencoderKLQwenImage21:
+    """Qwen-Image 2.1's, of Wan 2.2's layout without its time: four channels with the alpha, sixteen times smaller.
+
+    With the released means and deviations of the 64 channels.
+    """
+    vae = AutoencoderKLQwenImage21(base_dim=4, decoder_base_dim=6, num_res_blocks=1)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(3)  # as Wan 2.2's
+    return vae

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from burnish.adapters.casting import cast_once
-from burnish.adapters.lora import AdapterSet
+from burnish.adapters.attached import AdapterSet
 from burnish.adapters.targeting import choose_modules
 from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
@@ -171,7 +171,7 @@ def build_training(
         family=family,
         objective=build_objective(train.objective, family),
         parameters=parameters,
-        optimizer=build_optimizer(train.optimizer, groups),
+        optimizer=build_optimizer(train.optimizer, groups, seed=config.seed),
         learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
         batches=partial(prepared.batches, workers=train.loader_workers),
         batches_per_epoch=prepared.plan.batches_per_epoch,

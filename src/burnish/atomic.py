@@ -79,14 +79,39 @@ def publish_folder(temporary: Path, final: Path) -> None:
     if final.exists():
         raise FileExistsError(f"{final} exists already")
     try:
-        for parent, _, names in os.walk(temporary):
-            for name in names:
-                fsync_file(Path(parent, name))
-            fsync_folder(Path(parent))
+        _flush_tree(temporary)
         os.rename(temporary, final)
         fsync_folder(final.parent)
     except OSError as error:
         raise cannot_write(error, final) from error
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """As `publish_folder`, in place of a folder that may be there: between two renames neither is.
+
+    Raises:
+        DiskFull: a flush or a rename failed; the old folder is in its place.
+    """
+    old = final.parent / temporary_name(f"{final.name[:80]}-{next(_numbers)}")
+    try:
+        _flush_tree(temporary)
+        if final.exists():
+            os.rename(final, old)
+        os.rename(temporary, final)
+        fsync_folder(final.parent)
+    except OSError as error:
+        raise cannot_write(error, final) from error
+    finally:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+    remove(old)
+
+
+def _flush_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fsync_file(Path(parent, name))
+        fsync_folder(Path(parent))
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -352,6 +352,17 @@ NativeName = Callable[[str], NativeModule]
 
 
 @dataclass(frozen=True, slots=True)
+class NativeTensor:
+    """A tensor of the original release that holds one of diffusers' tensors, or several stacked along its rows."""
+
+    holds: tuple[str, ...]  # diffusers' names in the order of the rows
+    halves_swapped: bool = False
+
+
+NativeTensors = Callable[[Mapping[str, Sequence[int]]], Mapping[str, NativeTensor]]
+
+
+@dataclass(frozen=True, slots=True)
 class ExportKeys:
     """How this family's adapter keys read in the files of others (the table of docs/interop.md).
 
@@ -371,6 +382,8 @@ class ExportKeys:
     native: NativeName | None = None  # where the `comfy` format has other names than diffusers
     unreadable: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
     complete: tuple[str, ...] = ()
+    # Shapes of a denoiser's tensors by name -> those of a single file of it; None where none is written.
+    tensors: NativeTensors | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # of several denoisers, by part, in file names
     # Who loads a format, where that is not ComfyUI and diffusers for the default one and one of them for another.
     readers: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
@@ -565,6 +578,19 @@ class Family(Protocol):
     @property
     def loaded(self) -> Mapping[str, nn.Module]:
         """Every module of the parts that are there, by name."""
+        ...
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        """The denoiser's config as diffusers' config.json has it."""
+        ...
+
+    @classmethod
+    def stored(cls, source: ModelSource) -> Mapping[str, Callable[[], Tensor]]:
+        """The first denoiser's tensors as they lie in weights on disk, by the module's names, each read when asked for.
+
+        Raises:
+            ModelError: the weights are damaged or of another family.
+        """
         ...
 
     def identity(self, part: Part) -> str:

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from burnish.adapters.lora import AdapterSet, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import adaptable_modules
 from burnish.config.schema import Memory, Model
 from burnish.errors import AdapterError
 from burnish.export.adapter_file import read_adapter, read_metadata

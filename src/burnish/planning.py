@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from burnish.adapters.lora import ModuleChoice
+from burnish.adapters.layer import ModuleChoice
 from burnish.adapters.targeting import choose_modules
 from burnish.assembly import build_objective
 from burnish.config.schema import RunConfig

@@ -26,7 +26,7 @@ FIXED = (
     *(f"method.{name}" for name in ("kind", "rank", "alpha", "conv_rank", "conv_alpha")),
     *(f"method.{name}" for name in ("targets", "include", "exclude", "groups")),
     "seed",
-    "train.optimizer.kind",
+    *(f"train.optimizer.{name}" for name in ("kind", "class_path", "rounding")),
     "train.precision",
 )
 FREE = (".learning_rate",)  # below a fixed option, what may change all the same

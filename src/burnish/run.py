@@ -27,6 +27,7 @@ from burnish.loop import train
 from burnish.memory.formats import slow_because
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model, places
+from burnish.optim.build import check_optimizer
 from burnish.preparation import check_data, folders, prepare, split
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
@@ -46,6 +47,7 @@ def check_run(config: RunConfig, progress: Listener) -> None:
     folder = RunFolder(config.save.folder / config.name)
     folder.make()
     device = choose_device(config.memory.device, config.train.precision)
+    check_optimizer(config.train.optimizer, device)
     family = choose_model(config.model, config.memory).load(
         dtype=DTYPES[config.train.precision], device=device
     )
@@ -82,6 +84,7 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
         choose_device(config.memory.device, config.train.precision),
         DTYPES[config.train.precision],
     )
+    check_optimizer(config.train.optimizer, device)
     use_tensor_cores(device, config.train.precision)
     resolved = to_yaml(config)
     for line in announce_changes(config, folder):

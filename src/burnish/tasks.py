@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from burnish.adapters.lora import AdapterSet, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import adaptable_modules
 from burnish.checkpoint.space import nap
 from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention
@@ -28,6 +29,7 @@ from burnish.export.adapter_file import write_adapter
 from burnish.export.verify import verify_adapter
 from burnish.loop import Training
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
+from burnish.optim.schedule_free import averaged_point, is_schedule_free
 from burnish.randomness import torch_generator
 from burnish.resume import checkpoint_content
 from burnish.run_folder import RunFolder
@@ -44,8 +46,10 @@ _SAMPLE = re.compile(r"step-(\d+)-(\d+)\.(?:png|mp4)")
 
 
 def averaged(run: Training) -> AbstractContextManager[None]:
-    """The moving average in place of the live weights, where there is one."""
-    return run.ema.swapped() if run.ema is not None else nullcontext()
+    """The average in place of the live weights, where there is one: the moving one, or a schedule-free optimizer's."""
+    if run.ema is not None:
+        return run.ema.swapped()
+    return averaged_point(run.optimizer) if is_schedule_free(run.optimizer) else nullcontext()
 
 
 @dataclass

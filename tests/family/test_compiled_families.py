@@ -10,7 +10,7 @@ import torch
 from tiny import cases
 from torch import Tensor, nn
 
-from burnish.adapters.lora import AdapterSet
+from burnish.adapters.attached import AdapterSet
 from burnish.adapters.targeting import choose_modules
 from burnish.compute.compile import compile_blocks
 from burnish.config.method import Lora

@@ -17,7 +17,8 @@ from pretend_transfer import PretendedTransfer
 from tiny import cases
 from torch import Tensor, nn
 
-from burnish.adapters.lora import AdapterSet, ModuleChoice, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice, adaptable_modules
 from burnish.families.registry import family_named
 from burnish.family import Conditioning, Family, ModelSource
 from burnish.memory.activation_offload import offload_activations

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from tiny import Case, cases
 from torch import Tensor, nn
 
-from burnish.adapters.lora import AdapterSet, LoraWeights, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import adaptable_modules
+from burnish.adapters.lora import LoraWeights
 from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora
 from burnish.export.adapter_file import read_adapter, write_adapter

@@ -37,7 +37,8 @@ def written_parts(
         if not (folder / slot.folder).is_dir():
             continue
         weights = folder_weights(folder, slot.folder)
-        if "encoder.down_blocks.0.resnets.0.conv1.weight" in weights and "bn.running_mean" not in weights:
+        kl = ("encoder.down_blocks.0.resnets.0.conv1.weight", "encoder.conv_norm_out.weight")
+        if all(name in weights for name in kl) and "bn.running_mean" not in weights:
             is_flat = weights["encoder.conv_in.weight"].dim() == 4
             weights = vae_in_original_names(weights, stages=4, layers=1) if is_flat else weights
         if "bn.running_mean" in weights and places_first:

@@ -19,7 +19,8 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from burnish.adapters.lora import AdapterSet, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora, LoraGroup
 from burnish.export.adapter_file import read_adapter, write_adapter

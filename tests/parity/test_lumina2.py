@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from test_single_files import folder_weights, native_weights
 from tiny_gemma import sentencepiece_model
 
-from burnish.adapters.lora import AdapterSet, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora
 from burnish.errors import AdapterError, ExportError

@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from burnish.adapters.lora import AdapterSet, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora
 from burnish.export.adapter_file import write_adapter

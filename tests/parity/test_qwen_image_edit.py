@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from burnish.config.schema import RunConfig
 from burnish.data.prepare import pixels_of
 from burnish.events import Listener
-from burnish.families import qwen_eyes, qwen_image_edit
+from burnish.families import qwen_eyes, qwen_image_edit, reference_sizes
 from burnish.families.qwen import shipped_tokenizer
 from burnish.families.registry import detect_family, family_named
 from burnish.family import Conditioning, ModelSource
@@ -62,7 +62,7 @@ def pictures(tmp_path: Path) -> list[Path]:
     """Of sizes at which references are taken as they are."""
     files = []
     for number, (height, width) in enumerate(((64, 64), (96, 32))):
-        assert qwen_image_edit._size_of_area(AREA, height, width) == (height, width)
+        assert reference_sizes.of_area(AREA, height, width) == (height, width)
         files.append(tmp_path / f"{number}.png")
         picture(number, height, width).save(files[-1])
     return files

@@ -27,7 +27,7 @@ from torch.nn import Parameter
 
 from burnish.atomic import Json, publish_folder
 from burnish.checkpoint.store import CheckpointStore, Loaded
-from burnish.config.train import AdamW
+from burnish.config.optimizers import AdamW
 from burnish.optim.build import build_optimizer
 from burnish.optim.ema import Ema
 from burnish.optim.state import pack_state, unpack_state

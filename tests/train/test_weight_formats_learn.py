@@ -12,7 +12,8 @@ import torch
 from runs import picture_folder, run_config, short_prompts
 from torch import Tensor
 
-from burnish.adapters.lora import AdapterSet, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import adaptable_modules
 from burnish.demo.command import ASSETS
 from burnish.events import Listener
 from burnish.export.adapter_file import read_adapter

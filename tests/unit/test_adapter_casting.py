@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from burnish.adapters.attached import AdapterSet
 from burnish.adapters.casting import cast_once
-from burnish.adapters.lora import AdapterSet, ModuleChoice
+from burnish.adapters.layer import ModuleChoice
 from burnish.compute.compile import compile_blocks
 from burnish.memory.activations import Mode, set_activations
 

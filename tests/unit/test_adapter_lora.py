@@ -10,7 +10,9 @@ from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from burnish.adapters.lora import AdapterSet, LoraLayer, LoraWeights, ModuleChoice
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice
+from burnish.adapters.lora import LoraLayer, LoraWeights
 from burnish.errors import AdapterError
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from torch import nn
 
-from burnish.adapters.lora import AdapterSet, ModuleChoice, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice, adaptable_modules
 from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora, LoraGroup
 from burnish.errors import AdapterError
@@ -43,7 +46,10 @@ class Denoiser(nn.Module):
 
 
 def choose(**options: object) -> dict[str, ModuleChoice]:
-    return choose_modules(Denoiser(), TARGETS, "attention", Lora(**options))  # type: ignore[arg-type]
+    method = Lora(**options)  # type: ignore[arg-type]
+    chosen = choose_modules(Denoiser(), TARGETS, "attention", method)
+    assert all(choice.method is method for choice in chosen.values())
+    return {name: replace(choice, method=Lora()) for name, choice in chosen.items()}
 
 
 def test_the_family_s_set_is_the_default_and_order_is_that_of_the_model() -> None:

@@ -12,8 +12,9 @@ from ruamel.yaml import YAML
 from burnish.config.data import Folder, Generated
 from burnish.config.document import plain_value
 from burnish.config.load import load_config
+from burnish.config.optimizers import AdamW, Prodigy
 from burnish.config.schema import RunConfig
-from burnish.config.train import AdamW, Prodigy, RollBackOnNonFinite, SigmoidTimesteps, UniformTimesteps
+from burnish.config.train import RollBackOnNonFinite, SigmoidTimesteps, UniformTimesteps
 from burnish.errors import ConfigError
 
 MINIMAL = "name: robot\nmodel: {path: demo}\ndata: [{path: pictures}]\n"
@@ -373,6 +374,7 @@ def test_resolved_text_holds_every_option(folder: Path) -> None:
     assert set(found) == set(RunConfig.model_fields)
     assert found["train"]["optimizer"] == {
         "learning_rate": 1e-4,
+        "rounding": "nearest",
         "weight_decay": 0.01,
         "kind": "adamw",
         "betas": [0.9, 0.999],

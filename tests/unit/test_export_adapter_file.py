@@ -14,7 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from burnish.adapters.lora import AdapterSet, LoraWeights, ModuleChoice, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice, adaptable_modules
+from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError, DiskFull, NonFiniteLoss
 from burnish.export.adapter_file import read_adapter, write_adapter
 from burnish.export.formats import resolve_format

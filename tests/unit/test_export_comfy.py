@@ -12,7 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from burnish.adapters.lora import AdapterSet, LoraWeights, ModuleChoice, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice, adaptable_modules
+from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError, ExportError
 from burnish.export.adapter_file import read_adapter, write_adapter
 from burnish.export.formats import resolve_format

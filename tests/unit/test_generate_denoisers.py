@@ -11,7 +11,9 @@ import pytest
 import torch
 from two_experts import LABELS, TwoExperts, second_transformer
 
-from burnish.adapters.lora import AdapterSet, LoraLayer, ModuleChoice, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice, adaptable_modules
+from burnish.adapters.lora import LoraLayer
 from burnish.errors import AdapterError
 from burnish.export.adapter_file import write_adapter
 from burnish.export.metadata import PART

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from burnish.adapters.lora import AdapterSet, ModuleChoice, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice, adaptable_modules
 from burnish.memory import formats
 from burnish.memory.formats import FEW_ROWS, FORMATS, FormatName, has_kernel, slow_because
 from burnish.memory.quantized import QuantizedLinear, choose_products, large_linears, replace_linears

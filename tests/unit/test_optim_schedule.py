@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from burnish.config.train import AdamW, LearningRateSchedule
+from burnish.config.optimizers import AdamW
+from burnish.config.schedules import AnySchedule
 from burnish.optim.build import build_optimizer
 from burnish.optim.schedule import apply_learning_rate, learning_rate_factor
 
@@ -25,13 +27,17 @@ def rates_of(scheduler: LRScheduler, steps: int) -> list[float]:
     return rates
 
 
+def schedule(**options: object) -> AnySchedule:
+    return TypeAdapter[AnySchedule](AnySchedule).validate_python(options)
+
+
 def optimizer() -> torch.optim.SGD:
     return torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
 
 
 @pytest.mark.parametrize("end_factor", [0.0, 0.1])
 def test_cosine_is_torchs(end_factor: float) -> None:
-    section = LearningRateSchedule(kind="cosine", end_factor=end_factor)
+    section = schedule(kind="cosine", end_factor=end_factor)
     ours = [learning_rate_factor(section, step, 50) for step in range(50)]
     assert ours == pytest.approx(
         rates_of(CosineAnnealingLR(optimizer(), 50, eta_min=end_factor), 50), abs=1e-12
@@ -40,7 +46,7 @@ def test_cosine_is_torchs(end_factor: float) -> None:
 
 @pytest.mark.parametrize("end_factor", [0.0, 0.25])
 def test_linear_is_torchs(end_factor: float) -> None:
-    section = LearningRateSchedule(kind="linear", end_factor=end_factor)
+    section = schedule(kind="linear", end_factor=end_factor)
     ours = [learning_rate_factor(section, step, 50) for step in range(50)]
     theirs = rates_of(LinearLR(optimizer(), start_factor=1.0, end_factor=end_factor, total_iters=50), 50)
     assert ours == pytest.approx(theirs, abs=1e-12)
@@ -51,7 +57,7 @@ def test_linear_is_torchs(end_factor: float) -> None:
     [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
 )
 def test_after_the_warm_up_the_curve_is_transformers(kind: str, reference: object) -> None:
-    section = LearningRateSchedule.model_validate({"kind": kind, "warmup_steps": 10})
+    section = schedule(kind=kind, warmup_steps=10)
     ours = [learning_rate_factor(section, step, 60) for step in range(60)]
     theirs = rates_of(reference(optimizer(), 10, 60), 60)  # type: ignore[operator]
     assert ours[10:] == pytest.approx(theirs[10:], abs=1e-12)
@@ -60,13 +66,13 @@ def test_after_the_warm_up_the_curve_is_transformers(kind: str, reference: objec
 
 
 def test_constant_rises_and_stays() -> None:
-    section = LearningRateSchedule(warmup_steps=4)
+    section = schedule(warmup_steps=4)
     assert [learning_rate_factor(section, step, 8) for step in range(8)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_beyond_the_end_the_rate_stays_at_the_end(kind: str) -> None:
-    section = LearningRateSchedule.model_validate({"kind": kind, "end_factor": 0.3})
+    section = schedule(kind=kind, end_factor=0.3)
     assert learning_rate_factor(section, 100, 100) == pytest.approx(0.3)
     assert learning_rate_factor(section, 500, 100) == pytest.approx(0.3)
     assert math.isfinite(learning_rate_factor(section, 0, 1))

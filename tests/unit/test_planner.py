@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from burnish.adapters.lora import AdapterSet, ModuleChoice, adaptable_modules
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice, adaptable_modules
 from burnish.data.batch import Batch
 from burnish.errors import UserError
 from burnish.families.registry import family_named

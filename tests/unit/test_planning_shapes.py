@@ -134,6 +134,7 @@ def test_sound_and_single_denoisers_are_there_where_they_are_asked_for() -> None
         ("flux", "owner/FLUX.1-Kontext-dev", "tokens_reference_BND", 256),
         ("qwen_image_edit", "owner/name", "tokens_reference_BND", None),
         ("flux2", "owner/name", "tokens_reference_BND", 256),
+        ("qwen_image21", "owner/name", "tokens_reference_BNC", 4096),
     ],
 )
 def test_references_are_as_many_tokens_as_the_family_makes_of_them(

@@ -12,7 +12,8 @@ from pretend_transfer import PretendedTransfer, Products
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from burnish.adapters.lora import AdapterSet, ModuleChoice
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice
 from burnish.memory.activations import Mode, set_activations
 from burnish.memory.block_forward import BlockForward, change_forward
 from burnish.memory.quantized import QuantizedLinear

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from burnish.adapters.attached import AdapterSet
 from burnish.adapters.casting import cast_once
-from burnish.adapters.lora import AdapterSet, ModuleChoice
+from burnish.adapters.layer import ModuleChoice
 from burnish.adapters.targeting import choose_modules
 from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose

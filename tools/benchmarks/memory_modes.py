@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from burnish.adapters.lora import AdapterSet, ModuleChoice
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import ModuleChoice
 from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora
 from burnish.families.registry import detect_family, family_named

@@ -7,12 +7,13 @@ are most of an adapter's kernels. Together they are a few.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from burnish.adapters.lora import LoraLayer
+from burnish.adapters.layer import AdapterLayer
 
 
 class _CastTogether(torch.autograd.Function):
@@ -35,7 +36,7 @@ class _CastTogether(torch.autograd.Function):
         return None, *(None if one is None else next(left) for one in gradients)
 
 
-def cast_once(denoiser: nn.Module, layers: Sequence[LoraLayer], dtype: torch.dtype) -> None:
+def cast_once(denoiser: nn.Module, layers: Sequence[AdapterLayer], dtype: torch.dtype) -> None:
     """Before each forward of `denoiser` that records gradients, cast its trained adapters for all uses until the next.
 
     Gradients still arrive in the float32 weights. Each backward has to come before the next forward. Does nothing for
@@ -43,12 +44,12 @@ def cast_once(denoiser: nn.Module, layers: Sequence[LoraLayer], dtype: torch.dty
     """
     if dtype == torch.float32:
         return
-    masters = [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
 
     def cast(*_: object) -> None:
         if torch.is_grad_enabled():
-            copies = iter(_CastTogether.apply(dtype, *masters))  # type: ignore[no-untyped-call]
-            for layer in layers:
-                layer.cast = (next(copies), next(copies))
+            masters = [layer.factors() for layer in layers]
+            copies = iter(_CastTogether.apply(dtype, *chain(*masters)))  # type: ignore[no-untyped-call]
+            for layer, own in zip(layers, masters, strict=True):
+                layer.cast = tuple(islice(copies, len(own)))
 
     denoiser.register_forward_pre_hook(cast)

@@ -158,7 +158,8 @@ def turned_delta(weight: Tensor, blocks: Tensor) -> Tensor:
 
 def row_norms(weight: Tensor) -> Tensor:
     """(out,) lengths of a weight's rows, over all inputs and the kernel."""
-    return weight.flatten(1).norm(dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return lengths
 
 
 def dora_weight(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:

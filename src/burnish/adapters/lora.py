@@ -2,45 +2,60 @@
 
 Shapes: A is (rank, in) for a linear layer and (rank, in, *kernel) for a convolution; B is (out, rank) or
 (out, rank, 1, ...). A starts random and B at zero, so that an adapter changes nothing before its first step.
+
+Of the same matrices also:
+- LoCon's Tucker form of a convolution (arXiv 2309.14859): A is (rank, in, 1, ...) and a core (rank, rank, *kernel)
+  stands between A and B.
+- DoRA (arXiv 2402.09353): the changed weight's rows get trained lengths m, W' = m (W + dW) / |W + dW|. As in section
+  4.3 of the paper the length below the line counts as constant for gradients. What is computed is output +
+  (l - 1) (output - bias) + l dW x with l = m / |W + dW|, and |W + dW|^2 = |W|^2 + 2 <W, dW> + |dW|^2 row by row, which
+  needs no matrix of the weight's size.
+- A start other than zero (`adapters/starts.py`): B0 A0 is taken off again, so that the base weight stays as it is. The
+  difference B A - B0 A0 = B0 (A - A0) + (B - B0) A is a LoRA of twice the rank, computed from float32 differences.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from typing import Any, Self
+from typing import ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from burnish.errors import AdapterError
+from burnish.adapters.deltas import dora_weight, lora_delta, row_norms
+from burnish.adapters.layer import (
+    Adaptable,
+    AdapterLayer,
+    AdapterWeights,
+    Dropout,
+    ModuleChoice,
+    innermost,
+    kernel_volume,
+    own_product,
+    placed,
+    plain_product,
+    weight_shape,
+)
+from burnish.adapters.starts import principal_factors
+from burnish.config.method import Lora
 from burnish.randomness import torch_generator
-
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-Adaptable = nn.Linear | Convolution
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleChoice:
-    """What one module gets; `learning_rate` None means the optimizer's own."""
-
-    rank: int
-    alpha: float
-    learning_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """The adapter of one module, apart from the model: `down` is A, `up` is B, on the CPU."""
+    """The adapter of one module, apart from the model: `down` is A, `up` is B, on the CPU.
+
+    `mid` is the core of a Tucker form, `magnitude` (out,) DoRA's lengths of rows, `start` what A and B began with where
+    that is taken off again.
+    """
 
     down: Tensor
     up: Tensor
     alpha: float
+    mid: Tensor | None = None
+    magnitude: Tensor | None = None
+    start: tuple[Tensor, Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -50,360 +65,172 @@ class LoraWeights:
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def delta(self) -> Tensor:
-        """What is added to the base weight: float32, in the shape of that weight."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (self.scale * product).reshape(self.up.shape[0], *self.down.shape[1:])
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """What is added to the base weight: float32, in the shape of that weight, which DoRA asks for.
+
+        Raises:
+            ValueError: DoRA without the weight.
+        """
+        mid = None if self.mid is None else self.mid.float()
+        delta = lora_delta(self.up.float(), self.down.float(), mid, scale=self.scale)
+        if self.start is not None:
+            down, up = self.start
+            delta = delta - lora_delta(up.float(), down.float(), scale=self.scale)
+        if self.magnitude is None:
+            return delta
+        if weight is None:
+            raise ValueError("what DoRA adds depends on the base weight")
+        return dora_weight(weight.float(), delta, self.magnitude.float()) - weight.float()
+
+    def check(self, base: Adaptable) -> str | None:
+        out, into, *kernel = weight_shape(base)
+        ones = [1 for _ in kernel]
+        wanted = [(self.rank, into, *(kernel if self.mid is None else ones)), (out, self.rank, *ones)]
+        found = [tuple(self.down.shape), tuple(self.up.shape)]
+        if self.mid is not None:
+            wanted, found = [*wanted, (self.rank, self.rank, *kernel)], [*found, tuple(self.mid.shape)]
+        if self.magnitude is not None:
+            wanted, found = [*wanted, (out,)], [*found, tuple(self.magnitude.shape)]
+        if wanted == found:
+            return None
+        return f"has shapes {_listed(found)}; this model needs {_listed(wanted)}"
 
 
-class LoraLayer(nn.Module):
-    """Stands in for a linear or convolution layer: its output plus the adapter's.
+class LoraLayer(AdapterLayer):
+    """A LoRA over `base`, which stays frozen."""
 
-    The adapter's weights are float32 whatever the base is stored in. They are cast to the type of the input, once
-    per call or together for all layers (`casting.cast_once`), so that gradients arrive in float32. `base` may be a
-    LoraLayer itself: adapters stack.
-    Dropout acts in training mode while gradients are recorded: never under `torch.no_grad()`, so that samples
-    and held-out losses see the whole adapter although the frozen model stays in eval mode throughout.
-    """
+    faster: ClassVar[frozenset[str]] = frozenset({"lora_B"})
 
-    def __init__(self, base: nn.Module, down: Tensor, up: Tensor, alpha: float, dropout: float) -> None:
-        super().__init__()
-        self.base = base
-        self.lora_A = nn.Parameter(down)
-        self.lora_B = nn.Parameter(up)
-        self.alpha = alpha
-        self.dropout = dropout
-        self.multiplier = 1.0
-        self.active = True
-        self.rank = down.shape[0]
-        self.cast: tuple[Tensor, Tensor] | None = (
-            None  # A and B in the type of the run, for forwards with gradients
-        )
-        self._down, self._up = _products(innermost(base))
-        innermost(base).requires_grad_(False)
+    def __init__(self, base: nn.Module, weights: LoraWeights, dropout: Dropout) -> None:
+        super().__init__(base, dropout)
+        self.lora_A = nn.Parameter(placed(base, weights.down))
+        self.lora_B = nn.Parameter(placed(base, weights.up))
+        self.lora_mid = None if weights.mid is None else nn.Parameter(placed(base, weights.mid))
+        self.magnitude = None if weights.magnitude is None else nn.Parameter(placed(base, weights.magnitude))
+        self.alpha = weights.alpha
+        self.rank = weights.rank
+        layer = innermost(base)
+        own, plain = own_product(layer), plain_product(layer)
+        self._down, self._up = (own if self.lora_mid is None else plain), plain
+        self._mid = own
+        self.register_buffer("row_squares", None, persistent=False)
+        if self.magnitude is not None:
+            self.row_squares = row_norms(_frozen_weight(base).float()).square()
+        for name, tensor in zip(("start_A", "start_B"), weights.start or (None, None), strict=True):
+            self.register_buffer(name, None if tensor is None else placed(base, tensor), persistent=False)
+
+    row_squares: Tensor | None
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    @classmethod
+    def fresh(cls, base: Adaptable, choice: ModuleChoice, seed: int, name: str) -> LoraWeights:
+        """A is Kaiming-uniform as in the reference code of the paper, B zero."""
+        method, (out, into, *kernel) = choice.method, weight_shape(base)
+        assert isinstance(method, Lora)
+        ones = [1 for _ in kernel]
+        magnitude = row_norms(_frozen_weight(base).float()).cpu() if method.dora else None
+        if method.start != "zero":
+            down, up = principal_factors(
+                _frozen_weight(base), choice.rank, method.start, choice.alpha / choice.rank, seed, name
+            )
+            return LoraWeights(down, up, choice.alpha, magnitude=magnitude, start=(down, up))
+        tucker = method.tucker and kernel_volume(base) > 1
+        down = torch.empty(choice.rank, into, *(ones if tucker else kernel))
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=torch_generator(seed, "lora_A", name))
+        mid = None
+        if tucker:
+            mid = torch.empty(choice.rank, choice.rank, *kernel)
+            nn.init.kaiming_uniform_(mid, a=math.sqrt(5), generator=torch_generator(seed, "lora_mid", name))
+        up = torch.zeros(out, choice.rank, *ones)
+        return LoraWeights(down, up, choice.alpha, mid, magnitude)
+
+    @classmethod
+    def of(cls, base: nn.Module, weights: AdapterWeights, dropout: Dropout) -> Self:
+        assert isinstance(weights, LoraWeights)
+        return cls(base, weights, dropout)
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.base(x)
-        if not self.active:
-            return output
-        down, up = self._matrices(x.dtype)
-        if self.dropout and self.training and torch.is_grad_enabled():
-            x = F.dropout(x, self.dropout)
-        middle, factor = self._down(x, down), self.scale * self.multiplier
-        if factor != 1.0:
-            # Scaling the thin middle touches `rank` numbers per token instead of the output's whole width.
-            middle = middle * factor
-        return output + self._up(middle, up)
+    def factors(self) -> tuple[Tensor, ...]:
+        down, up = self._difference()
+        return (down, up) if self.lora_mid is None else (down, up, self.lora_mid)
 
-    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B in the type of the input."""
-        if self.cast is not None and self.cast[0].dtype == dtype and torch.is_grad_enabled():
-            return self.cast
-        return self.lora_A.to(dtype), self.lora_B.to(dtype)
+    def added(self, x: Tensor, output: Tensor) -> Tensor:
+        down, up, *mid = self.in_type(x.dtype)
+        middle = self._down(x, down)
+        if mid:
+            middle = self._mid(middle, mid[0])
+        if self.scale != 1.0:
+            # Scaling the thin middle touches `rank` numbers per token instead of the output's whole width.
+            middle = middle * self.scale
+        if self.dropout.ranks and self.training and torch.is_grad_enabled():
+            middle = middle * self._kept_ranks(middle)
+        product = self._up(middle, up)
+        if self.magnitude is None:
+            return product
+        longer = self.by_row(
+            self.magnitude / self._lengths() - 1
+        )  # float32: its deviation from 0 is what matters
+        ratio = longer.to(x.dtype)
+        return ratio * self.without_bias(output) + (1 + ratio) * product
+
+    def _difference(self) -> tuple[Tensor, Tensor]:
+        """A and B, of twice the rank where a start is taken off."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        down = torch.cat([self.lora_A - self.start_A, self.lora_A])
+        return down, torch.cat([self.start_B, self.lora_B - self.start_B], dim=1)
+
+    def _kept_ranks(self, middle: Tensor) -> Tensor:
+        """One draw for all rows of a call; what is left is scaled up, as in any dropout."""
+        share = self.dropout.ranks
+        count = self.lora_B.shape[1]
+        drawn = (torch.rand(count, device=middle.device) >= share).to(middle.dtype) / (1 - share)
+        if self.start_A is not None:
+            drawn = torch.cat([drawn, drawn])
+        return self.by_row(drawn)
+
+    def _lengths(self) -> Tensor:
+        """(out,) |W + dW| by row, float32 and constant for gradients."""
+        assert self.row_squares is not None
+        with torch.no_grad():
+            down, up = (one.detach() for one in self._difference())
+            if self.lora_mid is not None:
+                down = torch.einsum("mn...,nc->mc...", self.lora_mid.detach(), down.flatten(1))
+            thin, tall = down.flatten(1), up.flatten(1) * self.scale
+            weight = _frozen_weight(self.base).flatten(1)
+            crossed = (weight @ thin.T.to(weight.dtype)).float()
+            squares = (
+                self.row_squares + 2 * (crossed * tall).sum(1) + ((tall @ (thin @ thin.T)) * tall).sum(1)
+            )
+            return squares.clamp(min=1e-24).sqrt()
 
     def weights(self) -> LoraWeights:
-        """A float32 copy of the adapter on the CPU."""
-        down, up = (tensor.detach().float().cpu().clone() for tensor in (self.lora_A, self.lora_B))
-        return LoraWeights(down, up, self.alpha)
+        """A float32 copy of the adapter on the CPU; of twice the rank where a start is taken off."""
+        down, up = (one.detach().float().cpu().clone() for one in self._difference())
+        mid, magnitude = (
+            None if one is None else one.detach().float().cpu().clone()
+            for one in (self.lora_mid, self.magnitude)
+        )
+        return LoraWeights(down, up, self.alpha * down.shape[0] / self.rank, mid, magnitude)
+
+    def constants(self) -> dict[str, Tensor]:
+        pairs = {"start_A": self.start_A, "start_B": self.start_B}
+        return {name: tensor for name, tensor in pairs.items() if tensor is not None}
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout:g}"
-
-    # Below: what model code reads from a layer that it does not know to be wrapped.
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias  # type: ignore[return-value]
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features  # type: ignore[return-value]
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features  # type: ignore[return-value]
-
-    @property
-    def in_channels(self) -> int:
-        return self.base.in_channels  # type: ignore[return-value]
-
-    @property
-    def out_channels(self) -> int:
-        return self.base.out_channels  # type: ignore[return-value]
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        return self.base.kernel_size  # type: ignore[return-value]
-
-    @property
-    def stride(self) -> tuple[int, ...]:
-        return self.base.stride  # type: ignore[return-value]
-
-    @property
-    def padding(self) -> tuple[int, ...] | str:
-        return self.base.padding  # type: ignore[return-value]
+        return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout.inputs:g}"
 
 
-class AdapterSet:
-    """The adapters of one denoiser, attached to it in place. Several sets can sit on the same modules.
-
-    Attach after the denoiser has its final number type: `.to(dtype)` later would cast the adapters as well.
-    """
-
-    def __init__(
-        self, denoiser: nn.Module, layers: Mapping[str, LoraLayer], rates: Mapping[str, float | None]
-    ) -> None:
-        self.layers = dict(layers)
-        self.denoiser = denoiser
-        self._rates = dict(rates)
-        self._multiplier = 1.0
-
-    @classmethod
-    def attach(
-        cls, denoiser: nn.Module, choices: Mapping[str, ModuleChoice], *, dropout: float, seed: int
-    ) -> Self:
-        """Wrap each chosen module with a fresh adapter and freeze the module.
-
-        A is Kaiming-uniform as in the reference code of the paper, drawn on the CPU from (seed, module name):
-        it depends neither on the other modules nor on the device (law L1).
-
-        Raises:
-            AdapterError: a name is not a linear or convolution layer of the denoiser.
-        """
-        weights = {
-            name: _initial(base, choices[name], seed, name) for name, base in _find(denoiser, choices).items()
-        }
-        layers = _wrap(denoiser, weights, dropout)
-        return cls(denoiser, layers, {name: choice.learning_rate for name, choice in choices.items()})
-
-    @classmethod
-    def from_weights(
-        cls, denoiser: nn.Module, weights: Mapping[str, LoraWeights], *, trainable: bool = False
-    ) -> Self:
-        """Attach adapters that were read from a file; frozen unless `trainable`.
-
-        Raises:
-            AdapterError: a name is not a layer of the denoiser, or a shape does not fit it.
-        """
-        for name, base in _find(denoiser, weights).items():
-            _check_fit(name, base, weights[name])
-        layers = _wrap(denoiser, weights, dropout=0.0)
-        adapter = cls(denoiser, layers, dict.fromkeys(weights))
-        for parameter in adapter.named_parameters().values():
-            parameter.requires_grad_(trainable)
-        return adapter
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """`<module>.lora_A` and `<module>.lora_B` of every module, in module order."""
-        return {
-            f"{name}.{matrix}": parameter
-            for name, layer in self.layers.items()
-            for matrix, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
-        }
-
-    def parameter_groups(self, default_lr: float) -> list[dict[str, Any]]:
-        """Optimizer groups, one per learning rate: `params`, `lr` and the parameters' `names`."""
-        groups: dict[float, dict[str, Any]] = {}
-        for name, parameter in self.named_parameters().items():
-            chosen = self._rates[name.rpartition(".")[0]]
-            rate = default_lr if chosen is None else chosen
-            group = groups.setdefault(rate, {"params": [], "lr": rate, "names": []})
-            group["params"].append(parameter)
-            group["names"].append(name)
-        return list(groups.values())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The parameters by name, detached but not copied."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into the adapters, which keep their alpha and learning rates.
-
-        Raises:
-            AdapterError: names or shapes differ; nothing was changed.
-        """
-        parameters = self.named_parameters()
-        problems = [f"missing {name}" for name in parameters if name not in state]
-        problems += [f"unknown {name}" for name in state if name not in parameters]
-        problems += [
-            f"{name} is {tuple(state[name].shape)}, not {tuple(parameter.shape)}"
-            for name, parameter in parameters.items()
-            if name in state and state[name].shape != parameter.shape
-        ]
-        if problems:
-            raise AdapterError(
-                f"the saved adapter differs from this run's in {len(problems)} places: {_some(problems)}",
-                remedy="Keep rank, targets and groups as they were, or start a run of another name.",
-            )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state[name])
-
-    def weights(self) -> dict[str, LoraWeights]:
-        """A copy of every adapter on the CPU, by module name."""
-        return {name: layer.weights() for name, layer in self.layers.items()}
-
-    @property
-    def multiplier(self) -> float:
-        """Strength of the whole set: 1 as trained, 0 without effect."""
-        return self._multiplier
-
-    @multiplier.setter
-    def multiplier(self, value: float) -> None:
-        self._multiplier = value
-        for layer in self.layers.values():
-            layer.multiplier = value
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Within it the denoiser computes as if this set were not attached; other sets stay on."""
-        before = [(layer, layer.active) for layer in self.layers.values()]
-        try:
-            for layer, _ in before:
-                layer.active = False
-            yield
-        finally:
-            for layer, active in before:
-                layer.active = active
-
-    def detach(self) -> None:
-        """Take this set off again; the base modules are in their places as before, other sets stay."""
-        for name, layer in self.layers.items():
-            parent, child = _place(self.denoiser, name)
-            holder = parent.get_submodule(child)
-            if holder is layer:
-                parent.register_module(child, layer.base)
-                continue
-            while isinstance(holder, LoraLayer) and holder.base is not layer:
-                holder = holder.base
-            if isinstance(holder, LoraLayer):
-                holder.base = layer.base
+def _frozen_weight(base: nn.Module) -> Tensor:
+    """(out, in, *kernel) of the layer under any adapters; widened where it is kept in fewer bits."""
+    weight = innermost(base).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
 
 
-def innermost(module: nn.Module) -> nn.Module:
-    """The layer under any adapters."""
-    while isinstance(module, LoraLayer):
-        module = module.base
-    return module
-
-
-def adaptable_modules(denoiser: nn.Module) -> dict[str, Adaptable]:
-    """Linear and ungrouped, zero-padded convolution layers by name, in module order.
-
-    Names are those of the denoiser without adapters, also when some are attached.
-    """
-    found: dict[str, Adaptable] = {}
-    _collect(denoiser, "", found)
-    return found
-
-
-def largest_rank(module: Adaptable) -> int:
-    """More rank than this adds numbers but nothing that could be learned with them."""
-    rows, *rest = weight_shape(module)
-    return min(rows, math.prod(rest))
-
-
-def weight_shape(module: Adaptable) -> tuple[int, ...]:
-    """(out, in, *kernel), without asking for the weight: one that is kept in fewer bits would be widened."""
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return tuple(module.weight.shape)
-
-
-def kernel_volume(module: Adaptable) -> int:
-    """1 for a linear layer and a 1x1 convolution, 9 for 3x3."""
-    return 1 if isinstance(module, nn.Linear) else math.prod(module.kernel_size)
-
-
-def _collect(module: nn.Module, path: str, found: dict[str, Adaptable]) -> None:
-    layer = innermost(module)
-    if isinstance(layer, nn.Linear):
-        found[path] = layer
-    elif isinstance(layer, Convolution):
-        if layer.groups == 1 and layer.padding_mode == "zeros":
-            found[path] = layer
-    else:
-        for name, child in layer.named_children():
-            _collect(child, f"{path}.{name}" if path else name, found)
-
-
-def _find(denoiser: nn.Module, names: Mapping[str, Any]) -> dict[str, Adaptable]:
-    modules = adaptable_modules(denoiser)
-    unknown = [name for name in names if name not in modules]
-    if unknown:
-        raise AdapterError(
-            f"{len(unknown)} names are not linear or convolution layers of this model: {_some(unknown)}",
-            remedy="Check that the adapter was made for this model.",
-        )
-    return {name: modules[name] for name in names}
-
-
-def _wrap(denoiser: nn.Module, weights: Mapping[str, LoraWeights], dropout: float) -> dict[str, LoraLayer]:
-    if not weights:
-        raise AdapterError(
-            "there is nothing to attach: no module was chosen", remedy="Check targets, include and exclude."
-        )
-    layers = {}
-    for name, part in weights.items():
-        parent, child = _place(denoiser, name)
-        base = parent.get_submodule(child)
-        device = next(chain(innermost(base).parameters(), innermost(base).buffers())).device
-        down, up = (tensor.to(device, torch.float32, copy=True) for tensor in (part.down, part.up))
-        layer = LoraLayer(base, down, up, part.alpha, dropout)
-        parent.register_module(child, layer)
-        layers[name] = layer
-    return layers
-
-
-def _place(denoiser: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, child = name.rpartition(".")
-    return denoiser.get_submodule(parent), child
-
-
-def _initial(base: Adaptable, choice: ModuleChoice, seed: int, name: str) -> LoraWeights:
-    kernel = () if isinstance(base, nn.Linear) else base.kernel_size
-    width_in = base.in_features if isinstance(base, nn.Linear) else base.in_channels
-    down = torch.empty(choice.rank, width_in, *kernel)
-    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=torch_generator(seed, "lora_A", name))
-    up = torch.zeros(weight_shape(base)[0], choice.rank, *(1 for _ in kernel))
-    return LoraWeights(down, up, choice.alpha)
-
-
-def _check_fit(name: str, base: Adaptable, weights: LoraWeights) -> None:
-    kernel = () if isinstance(base, nn.Linear) else base.kernel_size
-    width_in = base.in_features if isinstance(base, nn.Linear) else base.in_channels
-    width_out = base.out_features if isinstance(base, nn.Linear) else base.out_channels
-    down = (weights.rank, width_in, *kernel)
-    up = (width_out, weights.rank, *(1 for _ in kernel))
-    if (tuple(weights.down.shape), tuple(weights.up.shape)) != (down, up):
-        raise AdapterError(
-            f"the adapter of {name} has shapes {tuple(weights.down.shape)} and {tuple(weights.up.shape)}; "
-            f"this model needs {down} and {up}",
-            remedy="The adapter was trained on a model of another size or family.",
-        )
-
-
-def _products(
-    layer: nn.Module,
-) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """How an input meets A, and how what comes out meets B."""
-    if isinstance(layer, nn.Linear):
-        return F.linear, F.linear
-    assert isinstance(layer, Convolution)
-    convolve: Callable[..., Tensor]
-    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
-    geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    return partial(convolve, **geometry), convolve
-
-
-def _some(names: Sequence[str], count: int = 5) -> str:
-    more = len(names) - count
-    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+def _listed(shapes: list[tuple[int, ...]]) -> str:
+    return " and ".join(map(str, shapes))

@@ -12,14 +12,14 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from burnish.adapters.lora import (
+from burnish.adapters.layer import (
     Convolution,
     ModuleChoice,
     adaptable_modules,
     kernel_volume,
     largest_rank,
 )
-from burnish.config.method import Lora
+from burnish.config.method import AdapterMethod
 from burnish.errors import AdapterError
 from burnish.family import TargetSet
 
@@ -27,7 +27,7 @@ __all__ = ["ModuleChoice", "choose_modules"]
 
 
 def choose_modules(
-    denoiser: nn.Module, targets: Mapping[str, TargetSet], default: str, method: Lora
+    denoiser: nn.Module, targets: Mapping[str, TargetSet], default: str, method: AdapterMethod
 ) -> dict[str, ModuleChoice]:
     """The modules to train, in module order: the named set plus `include`, less `exclude`.
 
@@ -39,7 +39,7 @@ def choose_modules(
             what a module can hold.
     """
     modules = adaptable_modules(denoiser)
-    wanted = [*_named_set(targets, method.targets or default).patterns, *method.include]
+    wanted = [*named_set(targets, method.targets or default).patterns, *method.include]
     for pattern in method.include:
         _must_match("include", pattern, modules, denoiser)
     every_name = [name for name, _ in denoiser.named_modules()]
@@ -63,7 +63,10 @@ def choose_modules(
     return choices
 
 
-def _named_set(targets: Mapping[str, TargetSet], name: str) -> TargetSet:
+def named_set(targets: Mapping[str, TargetSet], name: str) -> TargetSet:
+    """Raises:
+    AdapterError: no set is called so; names those there are.
+    """
     if name not in targets:
         near = get_close_matches(name, targets, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
@@ -72,7 +75,7 @@ def _named_set(targets: Mapping[str, TargetSet], name: str) -> TargetSet:
     return targets[name]
 
 
-def _choice(name: str, module: nn.Linear | Convolution, method: Lora) -> ModuleChoice:
+def _choice(name: str, module: nn.Linear | Convolution, method: AdapterMethod) -> ModuleChoice:
     rank, alpha = method.rank, method.alpha
     if kernel_volume(module) > 1:
         if method.conv_rank is not None:
@@ -84,7 +87,11 @@ def _choice(name: str, module: nn.Linear | Convolution, method: Lora) -> ModuleC
         rank = group.rank if group.rank is not None else rank
         alpha = group.alpha if group.alpha is not None else alpha
         rate = group.learning_rate
-    return ModuleChoice(rank, float(alpha) if alpha is not None else float(rank), rate)
+    if alpha is None:
+        alpha = rank
+    elif method.rs_scaling:
+        alpha *= rank**0.5  # divided by the rank, as everywhere, it is alpha / sqrt(rank)
+    return ModuleChoice(rank, float(alpha), rate, method)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

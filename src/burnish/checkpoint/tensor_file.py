@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -39,7 +41,28 @@ _DTYPES = {
 }
 
 
-def write_tensors(descriptor: int, tensors: Mapping[str, Tensor]) -> str:
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A tensor that is made when its turn to be written comes, and let go after it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+Writable = Tensor | Deferred
+
+
+def write_tensors(
+    descriptor: int, tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None = None
+) -> str:
     """Write a whole safetensors file to an open, empty file; the caller flushes it to the disk.
 
     Returns:
@@ -52,17 +75,18 @@ def write_tensors(descriptor: int, tensors: Mapping[str, Tensor]) -> str:
     if sys.byteorder != "little":
         raise CheckpointError("safetensors files are little-endian; this machine is not")
     digest = hashlib.sha256()
-    header = _header(tensors)
+    header = _header(tensors, metadata)
     digest.update(header)
     write_all(descriptor, memoryview(header))
     for name in _in_file_order(tensors):
-        _write_tensor(descriptor, tensors[name], digest)
+        tensor = tensors[name]
+        _write_tensor(descriptor, tensor.make() if isinstance(tensor, Deferred) else tensor, digest)
     return digest.hexdigest()
 
 
-def file_size(tensors: Mapping[str, Tensor]) -> int:
+def file_size(tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None = None) -> int:
     """Bytes that `write_tensors` will write."""
-    return len(_header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
+    return len(_header(tensors, metadata)) + sum(tensor.nbytes for tensor in tensors.values())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -77,13 +101,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def _in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+def _in_file_order(tensors: Mapping[str, Writable]) -> list[str]:
     # Wide numbers first keeps each tensor aligned to its own item size, as the library's writer does.
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    entries: dict[str, object] = {}
+def _header(tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name in _in_file_order(tensors):
         tensor = tensors[name]
@@ -104,7 +128,9 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
 def _write_tensor(descriptor: int, tensor: Tensor, digest: hashlib._Hash) -> None:
     if tensor.numel() == 0:
         return
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    # A single number may have any stride and be contiguous; to be seen as bytes it must have one of 1.
+    dense = tensor.detach().to("cpu").contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
     data = flat.numpy().data
     for start in range(0, len(data), _CHUNK):
         chunk = data[start : start + _CHUNK]

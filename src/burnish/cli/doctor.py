@@ -49,6 +49,7 @@ REQUIRED = {
 EXTRAS = {
     "ui": ("fastapi", "uvicorn", "nicegui", "sqlalchemy", "alembic"),
     "quant": ("torchao", "bitsandbytes", "gguf"),
+    "optim": ("pytorch-optimizer", "prodigy-plus-schedule-free"),
     "fast": ("fastsafetensors",),
     "track": ("tensorboard", "wandb", "trackio"),
     "cloud": ("skypilot",),

@@ -6,68 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from burnish.config.optimizers import AdamW, AnyOptimizer
+from burnish.config.schedules import AnySchedule, Constant
 from burnish.config.section import Section, default_kind
-
-
-class Optimizer(Section):
-    """What every optimizer has."""
-
-    learning_rate: float = Field(1e-4, gt=0, le=10, description="Peak learning rate.")
-    weight_decay: float = Field(0.01, ge=0, le=10, description="Decoupled weight decay.")
-
-
-class AdamW(Optimizer):
-    """AdamW (arXiv 1711.05101)."""
-
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="Decay of the first and second moment."
-    )
-    eps: float = Field(1e-8, gt=0, le=1, description="Keeps the division off zero.")
-
-
-class AdamW8bit(Optimizer):
-    """AdamW with 8-bit states, from bitsandbytes (extra `quant`, CUDA)."""
-
-    kind: Literal["adamw8bit"]
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="Decay of the first and second moment."
-    )
-    eps: float = Field(1e-8, gt=0, le=1, description="Keeps the division off zero.")
-
-
-class Adafactor(Optimizer):
-    """Adafactor (arXiv 1804.04235) at a fixed learning rate: factored second moments, no first."""
-
-    kind: Literal["adafactor"]
-    beta2_decay: float = Field(-0.8, ge=-1, lt=0, description="Exponent of the second moment's decay.")
-    clip_threshold: float = Field(1.0, gt=0, le=100, description="Largest root mean square of an update.")
-
-
-class Prodigy(Optimizer):
-    """Prodigy (arXiv 2306.06101): finds the learning rate itself; keep `learning_rate: 1`."""
-
-    kind: Literal["prodigy"]
-    learning_rate: float = Field(1.0, gt=0, le=10, description="Multiplies the rate that is found.")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="Decay of the first and second moment."
-    )
-    d0: float = Field(1e-6, gt=0, le=1, description="First guess of the rate.")
-    d_coef: float = Field(1.0, gt=0, le=100, description="Multiplies the estimate.")
-    safeguard_warmup: bool = Field(True, description="Keep a warm-up from spoiling the estimate.")
-
-
-AnyOptimizer = Annotated[
-    AdamW | AdamW8bit | Adafactor | Prodigy, Field(discriminator="kind"), default_kind("adamw")
-]
-
-
-class LearningRateSchedule(Section):
-    """How the learning rate moves over the run."""
-
-    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Steps to rise from zero to the peak.")
-    end_factor: float = Field(0.0, ge=0, le=1, description="Last rate over peak rate, for linear and cosine.")
 
 
 class UniformTimesteps(Section):
@@ -187,9 +128,7 @@ class Train(Section):
     batch_size: int = Field(1, ge=1, le=4096, description="Pictures per micro-step.")
     accumulate: int = Field(1, ge=1, le=4096, description="Micro-steps per optimizer step.")
     optimizer: AnyOptimizer = Field(default_factory=AdamW, description="What moves the weights.")
-    schedule: LearningRateSchedule = Field(
-        default_factory=LearningRateSchedule, description="How the learning rate moves."
-    )
+    schedule: AnySchedule = Field(default_factory=Constant, description="How the learning rate moves.")
     objective: Objective = Field(default_factory=Objective, description="What is learned.")
     max_grad_norm: float = Field(1.0, gt=0, le=1e6, description="Gradients are clipped to this norm.")
     precision: Literal["bf16", "fp16", "fp32"] = Field(
@@ -206,8 +145,20 @@ class Train(Section):
 
     @model_validator(mode="after")
     def warmup_must_end(self) -> Self:
-        if self.schedule.warmup_steps >= self.steps:
+        if (warmup := self.schedule.warmup(self.steps)) >= self.steps:
+            raise ValueError(f"schedule.warmup_steps ({warmup}) must be below steps ({self.steps})")
+        return self
+
+    @model_validator(mode="after")
+    def one_average_at_most(self) -> Self:
+        kind = self.optimizer.kind
+        if not self.optimizer.schedule_free:
+            return self
+        if self.ema is not None:
+            raise ValueError(f"optimizer.kind {kind} keeps an average of its own; leave ema out")
+        if self.schedule.kind != "constant":
             raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must be below steps ({self.steps})"
+                f"optimizer.kind {kind} averages instead of lowering the rate; schedule.kind should be constant, with "
+                f"or without a warm-up; got {self.schedule.kind}"
             )
         return self

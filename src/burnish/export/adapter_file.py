@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from burnish.adapters.lora import Adaptable, LoraWeights, weight_shape
+from burnish.adapters.layer import Adaptable, weight_shape
+from burnish.adapters.lora import LoraWeights
 from burnish.atomic import atomic_write_bytes
 from burnish.errors import AdapterError, NonFiniteLoss
 from burnish.export.formats import key_prefix, resolve_format, to_tensors

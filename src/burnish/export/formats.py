@@ -24,7 +24,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from burnish.adapters.lora import Adaptable, LoraWeights, weight_shape
+from burnish.adapters.layer import Adaptable, weight_shape
+from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
 from burnish.export.stacking import stacked
 from burnish.family import AdapterFormat, ExportKeys

@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from burnish.adapters.lora import Adaptable, LoraWeights, adaptable_modules, weight_shape
+from burnish.adapters.layer import Adaptable, adaptable_modules, weight_shape
+from burnish.adapters.lora import LoraWeights
 from burnish.errors import ExportError
 from burnish.family import AdapterFormat, ExportKeys, NativeModule
 

@@ -134,6 +134,7 @@ class AuraFlow(PipelineFamily):
         base_model_version="auraflow",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
     )
     latents = LatentShape(channels=4, compression=8, patch=2)
     defaults = SamplerDefaults(steps=50, guidance=3.5, size=(1024, 1024), negative_prompt=True)

@@ -104,6 +104,7 @@ class Chroma(PipelineFamily):
         base_model_version="chroma",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
         unreadable={"diffusers": ("distilled_guidance_layer.*",)},
     )
     latents = LatentShape(channels=16, compression=8, patch=2)

@@ -69,6 +69,7 @@ def export_keys(modelspec: str, version: str) -> ExportKeys:
         base_model_version=version,
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
     )
 
 

@@ -92,6 +92,7 @@ class HunyuanVideo(PipelineFamily):
         base_model_version="hunyuan_video",
         prefix={"comfy": "transformer.", "diffusers": "transformer."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
         unreadable={"comfy": ("context_embedder.*",)},
         complete=(f"{TWO_STREAMS}.0.attn.to_[qkv]",),
     )
@@ -130,6 +131,9 @@ class HunyuanVideo(PipelineFamily):
                 self.capabilities, references=1, prompts_see_references=True, first_frame=True
             )
             self.defaults = replace(self.defaults, begin=hunyuan_first_frame.begin)
+            self.export = replace(
+                self.export, tensors=None
+            )  # single files of these are not read (`accepts_file`)
 
     def example_conditioning(
         self, batch: int, latents: Sequence[int], generator: torch.Generator

@@ -105,6 +105,7 @@ class Ideogram4(PipelineFamily):
         base_model_version="ideogram4",
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
         # diffusers refuses a file in native names with any layer outside the blocks.
         unreadable={"comfy": ("input_proj", "llm_cond_proj", "t_embedding.*", "adaln_proj", "final_layer.*")},
     )

@@ -25,11 +25,11 @@ from burnish.errors import ModelError, UserError
 from burnish.families import autoencoder, clip, unet
 from burnish.families.apart import files_behind, files_named, separate_file, separate_weights
 from burnish.families.fingerprints import fingerprint
-from burnish.families.sources import locate, locate_parts, read_header, read_json
+from burnish.families.sources import locate, locate_parts, read_header, read_json, weight_files
 from burnish.families.weights import Layout, below, layout_of
 from burnish.family import ModelSource, Part, Place, Places, Prediction, Schedule, Shrink, device_of, place_of
 
-UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
+UNET_PREFIX, VAE_PREFIX = unet.PREFIX, "first_stage_model."
 PLAIN, INPAINTING = (
     4,
     9,
@@ -126,13 +126,19 @@ class Checkpoint:
         return layout_of([self.path])
 
     @cached_property
+    def unet_layout(self) -> Layout:
+        """Where the UNet's tensors lie, under diffusers' names."""
+        if self.path.is_dir():
+            return layout_of(weight_files(self.path / "unet"))
+        return unet.diffusers_names(below(self.single_file, UNET_PREFIX) or self.single_file)
+
+    @cached_property
     def unet_channels(self) -> int:
         """Channels that the UNet takes."""
         path = locate(self.source)
         if path.is_dir():
             return int(read_json(path / "unet" / "config.json").get("in_channels", PLAIN))
-        layout = below(self.single_file, UNET_PREFIX) or self.single_file
-        return unet.diffusers_names(layout)["conv_in.weight"].shape[1]
+        return self.unet_layout["conv_in.weight"].shape[1]
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
@@ -140,8 +146,7 @@ class Checkpoint:
         path = locate(self.source)
         if path.is_dir():
             return read_json(path / "unet" / "config.json")
-        layout = below(self.single_file, UNET_PREFIX) or self.single_file
-        return unet.config_from_shapes(self.layouts.config["unet"], unet.diffusers_names(layout))
+        return unet.config_from_shapes(self.layouts.config["unet"], self.unet_layout)
 
     def load(
         self,

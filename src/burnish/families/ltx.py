@@ -113,6 +113,7 @@ class LTXVideo(PipelineFamily):
         base_model_version="ltxv",
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
         unreadable={"comfy": ("proj_in", "time_embed.*")},
     )
     latents = LatentShape(channels=128, compression=32, frame_compression=8)

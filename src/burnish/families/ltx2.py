@@ -159,6 +159,7 @@ class LTX2(PipelineFamily):
         base_model_version="ltx2",
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
         unreadable={"comfy": ("time_embed.*", "audio_time_embed.*")},
     )
     latents = LatentShape(channels=128, compression=32, frame_compression=8)

@@ -164,6 +164,7 @@ class Lumina2(PipelineFamily):
         base_model_version="lumina2",
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
         # diffusers takes a native file only if it has every layer of every block, and no other.
         complete=(*_ATTENTION, *_FEED_FORWARD, _MODULATION),
         unreadable={"comfy": _OUTSIDE},

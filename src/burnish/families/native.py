@@ -7,7 +7,7 @@ ComfyUI knows. A native module can stack several of diffusers' modules along its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -19,7 +19,7 @@ from torch import Tensor
 from burnish.errors import ModelError
 from burnish.families.reading import Piece
 from burnish.families.weights import Layout, below
-from burnish.family import NativeModule
+from burnish.family import NativeModule, NativeName, NativeTensor
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 _SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|comfy_quant)$")
@@ -87,6 +87,11 @@ class NativeNames:
                     return NativeModule(_numbered(pattern, numbers), parts, self.is_swapped(ours))
         return NativeModule(ours, (ours,), self.is_swapped(ours))
 
+    def tensors(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, NativeTensor]:
+        """The tensors of a file in the release's names, by name, of diffusers' tensors with these shapes."""
+        kinds = {ours: native for native, ours in self.kinds.items()}
+        return native_tensors(shapes, self.native_module, kinds)
+
     def layout(self, layout: Layout, rows: Mapping[str, int] | None = None) -> Layout:
         """A native layout (its prefix taken off) under diffusers' names.
 
@@ -120,6 +125,37 @@ class NativeNames:
         if not prefix:
             native = {k: v for k, v in native.items() if not k.startswith(_OTHER_PARTS)}
         return self.layout(native, rows(native) if rows else None)
+
+
+def native_tensors(
+    shapes: Mapping[str, Sequence[int]], native: NativeName, kinds: Mapping[str, str] | None = None
+) -> dict[str, NativeTensor]:
+    """As `NativeNames.tensors`, of whoever knows the names of modules.
+
+    Args:
+        native: one of diffusers' modules, or a parameter of its own -> where the release keeps it.
+        kinds: how the release calls the tensors of norms: diffusers' last word -> its own.
+
+    Raises:
+        ModelError: a stack of the release's holds a tensor that is not there.
+    """
+    found: dict[str, NativeTensor] = {}
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        own = native(name)
+        if (
+            own.name != name or not module
+        ):  # a parameter that has a line of its own, such as a table of positions
+            found[own.name] = NativeTensor((name,), own.halves_swapped)
+            continue
+        whole = native(module)
+        spelled = (kinds or {}).get(kind, kind) if len(shape) == 1 else kind
+        holds = tuple(f"{one}.{kind}" for one in whole.holds)
+        missing = [one for one in holds if one not in shapes]
+        if missing:
+            raise ModelError(f"{whole.name} of the original release holds {missing[0]}, which is not there.")
+        found[f"{whole.name}.{spelled}"] = NativeTensor(holds, whole.halves_swapped)
+    return found
 
 
 @cache
@@ -178,7 +214,7 @@ def refuse_scaled(layout: Layout) -> None:
         )
 
 
-def depth(layout: Layout, stem: str) -> int:
+def depth(layout: Iterable[str], stem: str) -> int:
     """How many blocks a layout has under `stem`, such as `transformer_blocks.`."""
     return 1 + max(
         (int(name[len(stem) :].split(".")[0]) for name in layout if name.startswith(stem)), default=-1

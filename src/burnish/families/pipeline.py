@@ -7,7 +7,7 @@ own: prompts, prediction, blocks, schedule.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -20,7 +20,7 @@ from burnish.errors import ModelError
 from burnish.families import autoencoder
 from burnish.families.slots import Config, PipelineSource, Slot, layout_of_file, shipped_configs
 from burnish.families.sources import index_file, locate, read_json
-from burnish.families.weights import Layout
+from burnish.families.weights import Layout, read_tensor
 from burnish.family import (
     DENOISER,
     Audio,
@@ -338,6 +338,17 @@ class PipelineFamily(ABC):
         """The tokenizer of the text encoder in `folder`."""
         self.module(folder)
         return self.tokenizers[folder]
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        return {"_class_name": type(self.module(part)).__name__, **self.configs[part]}
+
+    @classmethod
+    def stored(cls, source: ModelSource) -> Mapping[str, Callable[[], Tensor]]:
+        if not cls.fits(source):
+            raise ModelError(f"{source.path} is not {cls.title}.")
+        found = PipelineSource(source, cls.slots, shipped_configs(cls.name), cls.title)
+        slot = next(slot for slot in cls.denoiser_slots() if found.has(slot))
+        return {name: partial(read_tensor, piece) for name, piece in found.layout(slot).items()}
 
     def identity(self, part: Part) -> str:
         if self.source is None:

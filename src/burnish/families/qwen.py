@@ -1,7 +1,7 @@
-"""Qwen's language models as text encoders: Qwen2.5-VL (arXiv 2502.13923) and Qwen3 (arXiv 2505.09388).
+"""Qwen's language models as text encoders: Qwen2.5-VL (arXiv 2502.13923), Qwen3 (arXiv 2505.09388) and Qwen3-VL.
 
-Both share one byte-level tokenizer. Of Qwen2.5-VL only what is asked for is loaded: its language model, and its eyes
-where the prompts see pictures; never the head that writes words. Hidden states are counted as transformers counts
+They share one byte-level tokenizer. Of those with eyes only what is asked for is loaded: the language model, and the
+eyes where the prompts see pictures; never the head that writes words. Hidden states are counted as transformers counts
 them: 0 is the embedding, -1 comes after the last norm.
 
 Shape letters: B batch, S tokens, D width.
@@ -24,6 +24,7 @@ from transformers import (
     Qwen3Config,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLModel,
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
@@ -165,18 +166,37 @@ def qwen3_slot(
     )
 
 
-def qwen3_vl_slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") -> Slot:
-    """Qwen3-VL of any size for text alone; the module is transformers' `Qwen3VLTextModel`, without its eyes.
+def qwen3_vl_slot(
+    folder: str = "text_encoder",
+    tokenizer: str = "tokenizer",
+    *,
+    eyes: bool = False,
+    last_norm: bool = True,
+    file_hint: str = "qwen3vl_4b.safetensors",
+) -> Slot:
+    """Qwen3-VL of any size, by default for text alone.
 
-    Its shipped config is one with `text_config`.
+    The module is transformers' `Qwen3VLTextModel`, or with `eyes` its `Qwen3VLModel`. Its shipped config is one with
+    `text_config`, with `eyes` with `vision_config` besides.
+
+    Args:
+        last_norm: without it the last states come as the last layer gives them.
     """
 
     def tidy(layout: Layout) -> Layout:
         refuse_scaled(layout)
-        return below({_name_in_vl(name): piece for name, piece in layout.items()}, "language_model.")
+        named = {_name_in_vl(name): piece for name, piece in layout.items()}
+        return named if eyes else below(named, "language_model.")
+
+    def model(config: Qwen3VLConfig) -> nn.Module:
+        made: Any = Qwen3VLModel(config) if eyes else Qwen3VLTextModel(config.text_config)
+        if not last_norm:
+            (made.language_model if eyes else made).norm = nn.Identity()
+        module: nn.Module = made
+        return module
 
     sign, visual = "layers.0.self_attn.q_norm.weight", "visual.deepstack_merger_list.0.norm.weight"
-    return _slot(
+    slot = _slot(
         folder,
         tokenizer,
         # With the head that writes words, Qwen's own, and without that head.
@@ -185,15 +205,17 @@ def qwen3_vl_slot(folder: str = "text_encoder", tokenizer: str = "tokenizer") ->
             (f"model.{sign}", visual),
             (f"language_model.{sign}", visual),
         ),
-        prefixes=("text_encoders.qwen3vl_4b.transformer.",),
+        prefixes=("text_encoders.qwen3vl_4b.transformer.", "text_encoders.qwen3vl_8b.transformer."),
         config=Qwen3VLConfig,
-        model=lambda config: Qwen3VLTextModel(config.text_config),
+        model=model,
         tidy=tidy,
         config_of=_config_of_qwen3_vl,
         ship_tokenizer=lambda: shipped_tokenizer(qwen3=True),
         optional=False,
-        file_hint="qwen3vl_4b.safetensors",
+        file_hint=file_hint,
     )
+    unused = () if last_norm else ("norm.weight", "language_model.norm.weight")
+    return replace(slot, unused=(*slot.unused, *unused))
 
 
 def _slot(
@@ -272,7 +294,20 @@ def _config_of_qwen3(shipped: Config, layout: Layout) -> dict[str, Any]:
 
 
 def _config_of_qwen3_vl(shipped: Config, layout: Layout) -> dict[str, Any]:
-    return {**shipped, "text_config": _config_of_qwen3(shipped["text_config"], layout)}
+    language = below(layout, "language_model.") or layout
+    config: dict[str, Any] = {**shipped, "text_config": _config_of_qwen3(shipped["text_config"], language)}
+    if "visual.patch_embed.proj.weight" in layout:
+        width, _, _, patch, _ = layout["visual.patch_embed.proj.weight"].shape
+        config["vision_config"] = {
+            **shipped["vision_config"],
+            "depth": depth(layout, "visual.blocks."),
+            "hidden_size": width,
+            "intermediate_size": layout["visual.blocks.0.mlp.linear_fc1.weight"].shape[0],
+            "out_hidden_size": layout["visual.merger.linear_fc2.weight"].shape[0],
+            "num_position_embeddings": layout["visual.pos_embed.weight"].shape[0],
+            "patch_size": patch,
+        }
+    return config
 
 
 def _sizes(layout: Layout, head_dim: int) -> Mapping[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from burnish.families import qwen_eyes, qwen_image_model, video_vae
+from burnish.families import qwen_eyes, qwen_image_model, reference_sizes, video_vae
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
 from burnish.families.slots import Config
@@ -144,12 +143,12 @@ class QwenImageEdit(PipelineFamily):
     def _for_prompt(self, picture: Image.Image) -> Image.Image:
         if self.sees_one:
             return picture
-        height, width = _size_of_area(PROMPT_AREA, picture.height, picture.width)
+        height, width = reference_sizes.of_area(PROMPT_AREA, picture.height, picture.width)
         return picture.resize((width, height), Image.Resampling.LANCZOS)
 
     def reference_size(self, height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
         """A megapixel in its own shape, whatever the target's."""
-        return _size_of_area(REFERENCE_AREA, height, width)
+        return reference_sizes.of_area(REFERENCE_AREA, height, width)
 
     def encode_references(
         self, references: Sequence[Tensor], *, mask_B1HW: Tensor | None = None, frames: int = 1
@@ -167,10 +166,3 @@ class QwenImageEdit(PipelineFamily):
 
     def blocks(self) -> list[nn.Module]:
         return list(self.denoiser.transformer_blocks)
-
-
-def _size_of_area(area: int, height: int, width: int) -> tuple[int, int]:
-    """(height, width) of that area in the shape of height x width, in multiples of 32."""
-    wide = sqrt(area * (width / height))
-    tall = wide / (width / height)
-    return max(round(tall / 32), 1) * 32, max(round(wide / 32), 1) * 32

@@ -61,6 +61,7 @@ def export_keys(modelspec: str) -> ExportKeys:
         base_model_version="qwen_image",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
     )
 
 

@@ -10,3 +10,10 @@ def shrunk(height: int, width: int, *, area: int, multiple: int, side: float = i
     scale = min(1.0, sqrt(area / (height * width)), side / max(height, width))
     rows, columns = (max(int(length * scale) // multiple, 1) for length in (height, width))
     return rows * multiple, columns * multiple
+
+
+def of_area(area: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of that area in the shape of height x width, in multiples of 32 (Qwen-Image's rule)."""
+    wide = sqrt(area * (width / height))
+    tall = wide / (width / height)
+    return max(round(tall / 32), 1) * 32, max(round(wide / 32), 1) * 32

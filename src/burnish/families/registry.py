@@ -45,6 +45,7 @@ BUILT_IN = {
     "sana": "burnish.families.sana:Sana",
     "qwen_image": "burnish.families.qwen_image:QwenImage",
     "qwen_image_edit": "burnish.families.qwen_image_edit:QwenImageEdit",
+    "qwen_image21": "burnish.families.qwen_image21:QwenImage21",
     "z_image": "burnish.families.z_image:ZImage",
     "auraflow": "burnish.families.auraflow:AuraFlow",
     "wan_vace": "burnish.families.wan_vace:WanVace",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from burnish.families import clip
 from burnish.families.latent_diffusion import Layouts, TextEncoderPlace, plain_text_to_image, stage_count
-from burnish.families.unet import native_module
+from burnish.families.unet import native_module, native_tensors
 from burnish.families.unet_family import UNetFamily
 from burnish.family import ExportKeys, SamplerDefaults
 
@@ -38,6 +38,7 @@ class StableDiffusion15(UNetFamily):
         base_model_version="sd_v1",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
         native=partial(native_module, top_attends=False),
+        tensors=partial(native_tensors, top_attends=False),
     )
     defaults = SamplerDefaults(steps=30, guidance=7.5, size=(512, 512), negative_prompt=True)
 

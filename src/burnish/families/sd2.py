@@ -22,7 +22,7 @@ from burnish.families.latent_diffusion import (
     plain_text_to_image,
     stage_count,
 )
-from burnish.families.unet import native_module
+from burnish.families.unet import native_module, native_tensors
 from burnish.families.unet_family import UNetFamily
 from burnish.families.weights import below, read_tensor
 from burnish.family import ExportKeys, Prediction, SamplerDefaults, Schedule
@@ -60,6 +60,7 @@ class StableDiffusion2(UNetFamily):
         base_model_version="sd_v2",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
         native=partial(native_module, top_attends=False),
+        tensors=partial(native_tensors, top_attends=False),
     )
     defaults = SamplerDefaults(steps=30, guidance=7.5, size=(512, 512), negative_prompt=True)
 

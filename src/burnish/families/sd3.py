@@ -11,6 +11,7 @@ Shape letters: B batch, C channels, H W height and width of latents, S tokens, D
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import Conditioning, ExportKeys, LatentShape, NativeTensor, SamplerDefaults, TargetSet
 
 T5_TOKENS = 256  # what 3 and 3.5 were trained with; 154 positions besides come from the two CLIPs' 77
 HEAD_DIM = 64
@@ -85,6 +86,14 @@ def _find_transformer(layout: Layout) -> Layout | None:
     return with_halves_swapped(found, [f"transformer_blocks.{last}.norm1_context.linear"])
 
 
+def _native_tensors(shapes: Mapping[str, Sequence[int]]) -> dict[str, NativeTensor]:
+    last = f"transformer_blocks.{depth(shapes, 'transformer_blocks.') - 1}.norm1_context.linear"
+    return {
+        name: replace(one, halves_swapped=True) if one.holds[0].rpartition(".")[0] == last else one
+        for name, one in NAMES.tensors(shapes).items()
+    }
+
+
 def _transformer_config(shipped: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     width = layout["pos_embed.proj.weight"].shape[0]
     layers = depth(layout, "transformer_blocks.")
@@ -138,6 +147,7 @@ class StableDiffusion3(PipelineFamily):
         modelspec="stable-diffusion-3",
         base_model_version="sd3",
         prefix={"diffusers": "transformer."},
+        tensors=_native_tensors,
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     defaults = SamplerDefaults(steps=28, guidance=4.5, size=(1024, 1024), negative_prompt=True)

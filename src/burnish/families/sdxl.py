@@ -18,7 +18,7 @@ from torch import Tensor
 from burnish.families import clip
 from burnish.families.latent_diffusion import Layouts, TextEncoderPlace, plain_text_to_image, stage_count
 from burnish.families.size_embedding import pooled_example, size_and_pooled, size_conditioning
-from burnish.families.unet import native_module
+from burnish.families.unet import native_module, native_tensors
 from burnish.families.unet_family import UNetFamily
 from burnish.family import Conditioning, ExportKeys, PictureInfo, SamplerDefaults
 
@@ -53,6 +53,7 @@ class StableDiffusionXL(UNetFamily):
         base_model_version="sdxl_base_v1-0",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
         native=partial(native_module, top_attends=True),
+        tensors=partial(native_tensors, top_attends=True),
         # diffusers 0.42 takes `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).
         unreadable={"kohya": ("add_embedding.*",)},
     )

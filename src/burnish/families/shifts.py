@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, sqrt
+from math import exp, floor, sqrt
 
 
 class EmpiricalShift:
@@ -40,3 +41,15 @@ class RootShift:
 
     def factor(self, tokens: int, steps: int) -> float:
         return self.mu(tokens, steps)
+
+
+def along(released: Sequence[float], tokens: int, steps: int) -> list[float]:
+    """The sigmas that a distilled model was made for, whatever the size; in other steps, evenly along them."""
+    if steps == 1:
+        return [released[0]]
+    found = []
+    for step in range(steps):
+        place = step * (len(released) - 1) / (steps - 1)
+        before = min(floor(place), len(released) - 2)
+        found.append(released[before] + (place - before) * (released[before + 1] - released[before]))
+    return found

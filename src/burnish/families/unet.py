@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 from burnish.errors import ModelError
 from burnish.families.sources import TensorInfo, read_json, weight_files
 from burnish.families.weights import Layout, layout_of, load_module
-from burnish.family import NativeModule, Place, Shrink, TargetSet
+from burnish.family import NativeModule, NativeTensor, Place, Shrink, TargetSet
 
 _ATTENTION = ("*.attn[12].to_[qkv]", "*.attn[12].to_out.0")
 _FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")
@@ -166,6 +166,7 @@ def _resnet_name(inner: str) -> str:
     return f"{_RESNET.get(stem, stem)}.{kind}"
 
 
+PREFIX = "model.diffusion_model."
 _LAYERS = 2  # residual blocks of a stage on the way down, of every released UNet; one more on the way up
 _OURS = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
@@ -194,6 +195,18 @@ def native_module(ours: str, *, top_attends: bool) -> NativeModule:
     block = f"{'input' if side == 'down' else 'output'}_blocks.{number}"
     inner = f"0.{_original(rest)}" if kind == "resnets" else f"1.{rest}"
     return NativeModule(f"{block}.{inner}", (ours,))
+
+
+def native_tensors(shapes: Mapping[str, Sequence[int]], *, top_attends: bool) -> dict[str, NativeTensor]:
+    """The tensors of a UNet's file in the original release's names, by name.
+
+    With the prefix of whole checkpoints: diffusers' `from_single_file` knows UNets by it, and ComfyUI takes it off.
+    """
+    found = {}
+    for name in shapes:
+        module, _, kind = name.rpartition(".")
+        found[f"{PREFIX}{native_module(module, top_attends=top_attends).name}.{kind}"] = NativeTensor((name,))
+    return found
 
 
 def _original(inner: str) -> str:

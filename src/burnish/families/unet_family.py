@@ -9,7 +9,8 @@ Shape letters: B batch, C channels, H W height and width, S tokens, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -27,6 +28,7 @@ from burnish.families.latent_diffusion import (
     without_weights,
 )
 from burnish.families.unet import TARGETS, repeated_blocks
+from burnish.families.weights import read_tensor
 from burnish.family import (
     DENOISER,
     Audio,
@@ -162,6 +164,16 @@ class UNetFamily(ABC):
         vae = {} if self._parts.vae is None else {"vae": self._parts.vae}
         places = zip(self.layouts.text_encoders, self._parts.text_encoders, strict=False)
         return {**self.denoisers, **vae, **{place.folder: encoder for place, (_, encoder) in places}}
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        return {"_class_name": "UNet2DConditionModel", **self._parts.loaded_unet().config}
+
+    @classmethod
+    def stored(cls, source: ModelSource) -> Mapping[str, Callable[[], Tensor]]:
+        if not cls.detect(source):
+            raise ModelError(f"{source.path} is not {cls.title}.")
+        layout = Checkpoint(source, cls.layouts).unet_layout
+        return {name: partial(read_tensor, piece) for name, piece in layout.items()}
 
     def identity(self, part: Part) -> str:
         if self._checkpoint is None:

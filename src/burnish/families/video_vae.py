@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,6 +119,14 @@ def find_wan_vae(layout: Layout) -> Layout | None:
         if _SIGN in inside:
             return diffusers_names(inside)
     return None
+
+
+def without_time(layout: Layout) -> Layout:
+    """Convolutions over one frame, as files keep them that have a time axis everywhere, without that axis."""
+    return {
+        name: replace(piece, shape=(*piece.shape[:2], *piece.shape[3:])) if len(piece.shape) == 5 else piece
+        for name, piece in layout.items()
+    }
 
 
 def diffusers_names(layout: Layout) -> Layout:

@@ -117,6 +117,7 @@ class ZImage(PipelineFamily):
         base_model_version="z_image",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
+        tensors=NAMES.tensors,
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     defaults = SamplerDefaults(

@@ -91,12 +91,17 @@ class OneByOne(torch.optim.Optimizer):
     def kind(self) -> str:
         """What a stored state belongs to."""
         how = "together" if self.together else "one by one"
-        return f"{kind_of(self._units[0].optimizer)}, {how}"
+        return f"{kind_of(self.made_of)}, {how}"
+
+    @property
+    def made_of(self) -> torch.optim.Optimizer:
+        """One of its optimizers, which are all of one kind."""
+        return self._units[0].optimizer
 
     @property
     def learned(self) -> tuple[str, ...]:
         """Keys of the groups that are learned: with one optimizer for all, those of its own."""
-        return learned_keys(self._units[0].optimizer) if self.together else ()
+        return learned_keys(self.made_of) if self.together else ()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -118,6 +123,8 @@ class OneByOne(torch.optim.Optimizer):
             self._enter(unit, unit.slots)
             unit.optimizer.eval()  # type: ignore[attr-defined]
             unit.optimizer.state.clear()
+            for inner in unit.optimizer.param_groups:
+                inner["train_mode"] = True
             for slot in unit.slots:
                 if slot.is_rounded:
                     slot.parameter.copy_(slot.moved)
@@ -140,6 +147,8 @@ class OneByOne(torch.optim.Optimizer):
         unit = _Unit(make(inner_groups), [slot for chosen in slots for slot in chosen], outer)
         for group, inner in zip(outer, unit.optimizer.param_groups, strict=True):
             group["lr"] = inner["lr"]
+            if "train_mode" in inner:
+                group["train_mode"] = True
             if self.together:
                 group.update({key: inner[key] for key in learned_keys(unit.optimizer)})
         self._units.append(unit)

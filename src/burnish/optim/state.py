@@ -56,6 +56,8 @@ def pack_state(
     ]
     return tensors, {
         "optimizer": kind_of(optimizer),
+        # Products of matrices round by their layout: what lay by columns has to lie by columns again.
+        "strides": {name: list(one.stride()) for name, one in tensors.items() if _lies_its_own_way(one)},
         "shapes": shapes,
         "plain": plain,
         "groups": groups,
@@ -79,8 +81,10 @@ def unpack_state(
     saved: Any = state
     own = {_name_of(parameter, names): parameter for parameter in _parameters(optimizer)}
     _must_fit(optimizer, own, tensors, saved)
+    strides: dict[str, list[int]] = saved.get("strides", {})
+    laid = {name: _laid(one, strides.get(name)) for name, one in tensors.items()}
     restored: dict[str, dict[str, object]] = {
-        name: {key: _decoded(value, tensors, own[name].device) for key, value in values.items()}
+        name: {key: _decoded(value, laid, own[name].device) for key, value in values.items()}
         for name, values in saved["plain"].items()
     }
     on_cpu = {id(parameter) for group in optimizer.param_groups for parameter in _counted_on_cpu(group)}
@@ -89,7 +93,7 @@ def unpack_state(
         name, _, key = full_name.rpartition(":")
         parameter = own[name]
         device = "cpu" if key == "step" and id(parameter) in on_cpu else parameter.device
-        restored[name][key] = tensors[full_name].detach().to(device, copy=True)
+        restored[name][key] = _held(optimizer, parameter, key, laid[full_name], device)
     optimizer.state.clear()
     for name, values in restored.items():
         if values:
@@ -170,11 +174,40 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor], device: torch.device) ->
         case "float":
             return float(held)
         case "tensor":
-            return tensors[held].detach().to(device, copy=True)
+            return tensors[held].to(device, copy=True)
         case "tuple":
             return tuple(_decoded(one, tensors, device) for one in held)
         case _:
             return {key: _decoded(one, tensors, device) for key, one in held.items()}
+
+
+def _held(
+    optimizer: torch.optim.Optimizer,
+    parameter: Parameter,
+    key: str,
+    tensor: Tensor,
+    device: torch.device | str,
+) -> Tensor:
+    """A copy where the optimizer keeps it: paged states of bitsandbytes lie in memory that it allocates itself."""
+    source = getattr(optimizer, "made_of", optimizer)
+    if key in ("state1", "state2") and getattr(source, "is_paged", False):
+        paged: Tensor = source.get_state_buffer(parameter, dtype=tensor.dtype)
+        return paged.copy_(tensor)
+    return tensor.to(device, copy=True)
+
+
+def _lies_its_own_way(tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() and 0 not in tensor.stride()
+
+
+def _laid(tensor: Tensor, stride: list[int] | None) -> Tensor:
+    """The values in memory in the order in which they lay when they were packed."""
+    tensor = tensor.detach()
+    return (
+        tensor
+        if stride is None
+        else torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(tensor)
+    )
 
 
 def _nested(value: Any) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from burnish.adapters.lora import ModuleChoice
+from burnish.adapters.layer import ModuleChoice
 from burnish.errors import AdapterError
 from burnish.family import Family
 from burnish.planner.depth import SHALLOW, Run, deepened, runs_of, stands_for

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 
+from burnish.adapters.attached import AdapterSet
 from burnish.adapters.casting import cast_once
-from burnish.adapters.lora import AdapterSet, ModuleChoice
+from burnish.adapters.layer import ModuleChoice
 from burnish.data.batch import Batch
 from burnish.family import Conditioning, Family
 from burnish.objective import Denoising
