@@ -206,6 +206,25 @@ def test_bytes_ints_none_and_infinity_come_back(tmp_path: Path) -> None:
     assert restored.param_groups[0]["d"] == float("inf")
 
 
+class PagedMomentum(QuantisedMomentum):
+    """As bitsandbytes' paged optimizers: states lie in memory that the optimizer allocates."""
+
+    is_paged = True
+
+    def get_state_buffer(self, parameter: Parameter, dtype: torch.dtype) -> torch.Tensor:
+        self.allocated = torch.zeros_like(parameter, dtype=dtype)
+        return self.allocated
+
+
+def test_paged_states_return_to_memory_of_the_optimizers_own() -> None:
+    parameter, other = Parameter(torch.zeros(7)), Parameter(torch.zeros(7))
+    optimizer, restored = PagedMomentum([parameter]), PagedMomentum([other])
+    optimizer.step()
+    unpack_state(restored, {other: "w"}, *pack_state(optimizer, {parameter: "w"}))
+    same_state(optimizer, restored)
+    assert restored.state[other]["state1"] is restored.allocated
+
+
 def test_another_optimizer_is_refused_by_name() -> None:
     adamw, adafactor = Fit(SECTIONS[0]), Fit(SECTIONS[1])
     adamw.train(0, 1)

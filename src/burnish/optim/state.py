@@ -189,7 +189,7 @@ def _held(
     device: torch.device | str,
 ) -> Tensor:
     """A copy where the optimizer keeps it: paged states of bitsandbytes lie in memory that it allocates itself."""
-    source = getattr(optimizer, "made_of", optimizer)
+    source: Any = getattr(optimizer, "made_of", optimizer)
     if key in ("state1", "state2") and getattr(source, "is_paged", False):
         paged: Tensor = source.get_state_buffer(parameter, dtype=tensor.dtype)
         return paged.copy_(tensor)
