@@ -18,7 +18,7 @@ from burnish.adapters.layer import ModuleChoice, adaptable_modules
 from burnish.data.batch import Batch
 from burnish.errors import UserError
 from burnish.families.registry import family_named
-from burnish.family import Family, ModelSource
+from burnish.family import Conditioning, Family, ModelSource
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
 from burnish.objective import Denoising
 from burnish.planner import trace
@@ -92,10 +92,8 @@ def real_peak(family: Family, shape: Shape, mode: Mode) -> int:
     return peak
 
 
-# Autograd adds up two gradients of one tensor in place, but of fake tensors beside them: where queries are turned by
-# rotary embeddings one activation too many is counted, a lot beside a tiny model and nothing beside a whole one.
 @pytest.mark.parametrize("mode", ORDER)
-@pytest.mark.parametrize(("name", "tolerance"), [("sd3", 0.01), ("flux", 0.025)])
+@pytest.mark.parametrize(("name", "tolerance"), [("sd3", 0.01), ("flux", 0.02)])
 def test_a_traced_step_takes_what_the_allocator_says(
     tiny_folder: TinyFolder, name: str, tolerance: float, mode: Mode
 ) -> None:
@@ -120,40 +118,78 @@ def peak_of(profile: Profile) -> int:
 
 
 # Peaks of one LoRA step, rank 16 on every linear layer of the blocks, 1024 pixels, batch 1, AdamW, in GiB as
-# torch.cuda.max_memory_allocated had them on an H200 (torch 2.11, flash attention, nothing compiled).
+# torch.cuda.max_memory_allocated had them on an H200 (torch 2.11, flash attention, nothing compiled). Captions of
+# Z-Image had 256 tokens.
+LARGE = "stabilityai/stable-diffusion-3.5-large"
 MEASURED = [
-    ("flux", "recompute", None, 25.48, 0.005),
-    ("flux", "keep-attention", None, 26.99, 0.005),
-    ("flux", "keep-matmul", None, 51.77, 0.005),
-    ("flux", "keep", None, 53.88, 0.055),
-    ("flux", "recompute", "int8", 14.64, 0.012),
-    ("sdxl", "recompute", None, 6.10, 0.028),
-    ("sdxl", "keep", None, 11.95, 0.02),
+    ("flux", None, 1024, "recompute", None, 25.48, 0.005),
+    ("flux", None, 1024, "keep-attention", None, 26.99, 0.005),
+    ("flux", None, 1024, "keep-matmul", None, 51.77, 0.005),
+    ("flux", None, 1024, {"recompute": 28, "keep": 29}, None, 39.16, 0.012),
+    ("flux", None, 1024, "keep", None, 53.88, 0.007),
+    ("flux", None, 512, "keep", None, 33.54, 0.009),
+    ("flux", None, 1024, "recompute", "int8", 14.64, 0.012),
+    ("sdxl", None, 1024, "recompute", None, 6.10, 0.028),
+    ("sdxl", None, 1024, "keep", None, 11.95, 0.02),
+    ("z_image", None, 1024, "recompute", None, 14.60, 0.012),
+    ("z_image", None, 1024, "keep", None, 51.21, 0.01),
+    ("sd3", LARGE, 1024, "keep", None, 37.71, 0.025),
 ]
 
 
 @pytest.fixture(scope="module")
 def measures() -> dict[str, Measure]:
-    def all_of_the_blocks(family: Family) -> dict[str, dict[str, ModuleChoice]]:
-        ((part, denoiser),) = family.denoisers.items()
-        named = adaptable_modules(denoiser).items()
-        linear = [name for name, module in named if isinstance(module, torch.nn.Linear) and "_block" in name]
-        return {part: {name: ModuleChoice(16, 16) for name in linear}}
+    """One per model: what a trace of it teaches serves the next."""
+    made = {}
+    for name, path in dict.fromkeys((row[0], row[1]) for row in MEASURED):
+        kind = family_named(name)
+        of = None if path is None else kind.released(ModelSource(path))
+        made[name] = Measure(partial(kind.skeleton, of=of), linear_layers_of_blocks)
+    return made
 
-    return {name: Measure(family_named(name).skeleton, all_of_the_blocks) for name in ("flux", "sdxl")}
+
+def linear_layers_of_blocks(family: Family) -> dict[str, dict[str, ModuleChoice]]:
+    ((part, denoiser),) = family.denoisers.items()
+    named = adaptable_modules(denoiser).items()
+    linear = [(name, module) for name, module in named if isinstance(module, torch.nn.Linear)]
+    inside = {module for block in family.blocks() for module in block.modules()}
+    return {
+        part: {name: ModuleChoice(16, 16) for name, module in linear if module in inside or "_block" in name}
+    }
+
+
+def short_captions(shape: Shape) -> Conditioning:
+    tokens = torch.zeros(shape.batch, 256, 2560, dtype=torch.bfloat16)
+    mask = torch.ones(shape.batch, 256, dtype=torch.bool)
+    return Conditioning({"tokens_BSD": tokens, "mask_BS": mask}).to("meta")  # as a skeleton's own
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "mode", "kept_as", "gib", "tolerance"), MEASURED)
+@pytest.mark.parametrize(("name", "path", "size", "mode", "kept_as", "gib", "tolerance"), MEASURED)
 def test_the_plan_foresees_what_a_card_measured(
-    measures: dict[str, Measure], name: str, mode: Mode, kept_as: str | None, gib: float, tolerance: float
+    measures: dict[str, Measure],
+    name: str,
+    path: str | None,
+    size: int,
+    mode: Mode | dict[Mode, int],
+    kept_as: str | None,
+    gib: float,
+    tolerance: float,
 ) -> None:
     measure = measures[name]
-    recipe = Recipe(
-        {}, Denoising(measure.skeleton(1).schedule), adam, kept_as=kept_as, keep_activations=kept(mode)
-    )
-    profile = measure.profile(Shape(1024, 1024), recipe)
-    assert peak_of(profile) / 2**30 == pytest.approx(gib, rel=tolerance)
+
+    def profile(uniform: Mode) -> Profile:
+        objective = Denoising(measure.skeleton(1).schedule)
+        recipe = Recipe({}, objective, adam, kept_as=kept_as, keep_activations=kept(uniform))
+        if name == "z_image":
+            recipe = replace(recipe, shown=short_captions)
+        return measure.profile(Shape(size, size), recipe)
+
+    used = mode if isinstance(mode, dict) else {mode: 1}
+    profiles = {one: profile(one) for one in used}
+    count = len(next(iter(profiles.values())).blocks)
+    modes = activation_modes(mode, count)
+    assert step_of([profiles[one] for one in modes]).peak / 2**30 == pytest.approx(gib, rel=tolerance)
 
 
 def traced(depth: int | None, modes: Mode | float | dict[Mode, int], measure: bool = False) -> Profile:

@@ -113,6 +113,16 @@ def _transformer_config(shipped: Mapping[str, Any], layout: Layout) -> dict[str,
     }
 
 
+# SD3.5 Large, beside Medium, whose configs are shipped.
+_LARGE = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "dual_attention_layers": [],
+}
+
+
 class StableDiffusion3(PipelineFamily):
     """Conditioning: `tokens_BSD` (B, 77 + 256, 4096) and `pooled_BD` (B, 768 + 1280)."""
 
@@ -133,6 +143,13 @@ class StableDiffusion3(PipelineFamily):
         clip_slot("text_encoder_2", "tokenizer_2", projection=True, large=True, padding="!"),
         t5_slot("text_encoder_3", "tokenizer_3", optional=True),
     )
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "stabilityai/stable-diffusion-3.5-large": {"transformer": _LARGE},
+        "stabilityai/stable-diffusion-3.5-large-turbo": {"transformer": _LARGE},
+        "stabilityai/stable-diffusion-3-medium-diffusers": {
+            "transformer": {"dual_attention_layers": [], "pos_embed_max_size": 192, "qk_norm": None}
+        },
+    }
     targets: ClassVar[Mapping[str, TargetSet]] = {
         "attention": TargetSet(_ATTENTION, "Query, key, value and output of attention."),
         "attention+mlp": TargetSet((*_ATTENTION, *_FEED_FORWARD), "Attention and feed-forward layers."),

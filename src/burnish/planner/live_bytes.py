@@ -7,8 +7,10 @@ tensor on it does. Work is counted per operation: multiply-adds of matrix produc
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, mm_flop
 
+from burnish.memory.transfer import is_dense
 from burnish.planner.known_values import is_asked_of_unknown, with_places
 
 ROUNDING = 512
+# As seen from here: autograd's own hold on a gradient and those of this call; the tensor's, and Python's look at it.
+HELD_BY_AUTOGRAD, HELD_BY_ITS_TENSOR = 4, 2
+_MADE_OF_NOTHING = (torch.ops.aten.full.default, torch.ops.aten.zeros.default, torch.ops.aten.ones.default)
+LARGE = 1 << 20  # numbers; smaller ones, such as positions and masks, keep their values
 _ATTENTION = "scaled_dot_product"
 _EIGHT_BIT = ("_scaled_mm", "_int_mm")
 
@@ -61,11 +68,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every tensor that appears while the mode is on; `mark` cuts the step into stretches.
 
     Args:
+        fake: the mode of the tensors without data; what a model fills with a constant has none either if it is large.
         rounding: bytes that an allocation is a multiple of.
     """
 
-    def __init__(self, *, rounding: int = ROUNDING) -> None:
+    def __init__(self, fake: AbstractContextManager[Any] | None = None, *, rounding: int = ROUNDING) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._fake = fake or nullcontext()
         self._rounding = rounding
         self.current = 0
         self.peak = 0
@@ -113,6 +122,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_asked_of_unknown(func, args):
             return False
         args = with_places(func, args)
+        if func in _MADE_OF_NOTHING and math.prod(args[0]) >= LARGE:
+            with self._fake:
+                result = func(*args, **kwargs)
+            self.follow(result)
+            return result
+        if func is torch.ops.aten.add.Tensor and _adds_up_in_place(*args[:2]):
+            func = torch.ops.aten.add_.Tensor
         result = func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
             return result
@@ -139,6 +155,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             work.eight_bit_flop += flop
         else:
             work.matmul_flop += flop
+
+
+def _adds_up_in_place(first: Tensor, second: object) -> bool:
+    """Whether this is autograd adding a gradient to one that nobody else holds: of real tensors it does so in place.
+
+    Of fake ones it makes a third, since they are a subclass (`can_accumulate_inplace` in torch's
+    csrc/autograd/input_buffer.cpp, whose conditions these are).
+    """
+    return (
+        torch._C._current_graph_task_id() != -1
+        and not torch.is_grad_enabled()
+        and isinstance(second, Tensor)
+        and (first.shape, first.dtype) == (second.shape, second.dtype)
+        and is_dense(first)
+        and first._use_count() == HELD_BY_AUTOGRAD
+        and torch._C._storage_Use_Count(first.untyped_storage()._cdata) == HELD_BY_ITS_TENSOR
+    )
 
 
 def _bytes(value: Any) -> int:

@@ -78,5 +78,25 @@ def _rms_norm(
 ) -> Tensor:
     if weight is not None and weight.dtype != input.dtype:
         weight = weight.to(input.dtype)
-    normed: Tensor = torch.ops.aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
+    normed: Tensor = FusedRmsNorm.apply(input, weight, len(normalized_shape))  # type: ignore[no-untyped-call]
     return normed
+
+
+class FusedRmsNorm(torch.autograd.Function):
+    """What `aten._fused_rms_norm` takes and keeps on CUDA: the input as it is, and a float32 for each row.
+
+    On a CPU that operator is put together from others, and a float32 copy of the input is kept. What comes out has the
+    right shape and type and no meaning.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, dimensions: int) -> Tensor:
+        rows = input.shape[: input.dim() - dimensions]
+        ctx.save_for_backward(input, weight, torch.empty(rows, dtype=torch.float32))
+        return torch.neg(input)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, _ = ctx.saved_tensors
+        for_weight = torch.empty_like(weight) if weight is not None and ctx.needs_input_grad[1] else None
+        return torch.mul(gradients[0], input), for_weight, None

@@ -76,11 +76,12 @@ def drawing_phase(family: Family, shape: Shape, told: Conditioning, *, cuda: boo
     """
     noisy, times_B, conditioning = family.example(shape.height, shape.width, shape.batch, shape.frames)
     conditioning = conditioning.merged(told)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
         for denoiser in family.denoisers.values():
             without_data(denoiser)
         batch = batch_without_data(noisy, conditioning, sound_of(family, shape))
-    counted = LiveBytes()
+    counted = LiveBytes(fake)
     counted.follow([list(one.parameters()) + list(one.buffers()) for one in family.denoisers.values()])
     weights = counted.current
     with cuda_lowering() if cuda else nullcontext(), torch.no_grad(), counted:
@@ -95,11 +96,12 @@ def drawing_phase(family: Family, shape: Shape, told: Conditioning, *, cuda: boo
 def _traced(family: Family, shape: tuple[int, ...], work: object, *, cuda: bool) -> Phase:
     assert callable(work)
     modules = modules_of(family)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
         for module in modules:
             without_data(module)
         given: Tensor = torch.empty(shape, dtype=next(modules[0].parameters()).dtype)
-    counted = LiveBytes()
+    counted = LiveBytes(fake)
     counted.follow([[*module.parameters(), *module.buffers()] for module in modules])
     weights = counted.current
     counted.follow(given)

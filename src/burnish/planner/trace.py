@@ -70,7 +70,8 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
     conditioning = conditioning.merged(recipe.shown(shape))
     if recipe.kept_as is not None:
         keep_weights(family, recipe.kept_as)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
         for denoiser in family.denoisers.values():
             without_data(denoiser)
         adapters = [
@@ -88,7 +89,7 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
     # The mode is off from here on: fake tensors bring their own, and what code makes out of nothing (positions, masks)
     # keeps its values, so that it can be read on the host as in a real step.
     with cuda_lowering() if cuda else nullcontext():
-        counted = LiveBytes() if cuda else LiveBytes(rounding=1)
+        counted = LiveBytes(fake) if cuda else LiveBytes(fake, rounding=1)
         return _step(family, batch, recipe, parameters, optimizer, counted)
 
 
