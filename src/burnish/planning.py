@@ -17,7 +17,7 @@ from burnish.families.registry import family_named
 from burnish.family import Conditioning, Family, Part
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
 from burnish.model import DTYPES, choose_model, source_of
-from burnish.optim.build import build_optimizer
+from burnish.optim.build import build_optimizer, check_optimizer
 from burnish.planner.choose import (
     Beside,
     Choice,
@@ -70,6 +70,7 @@ def plan_run(
     Raises:
         ModelError: no such weights, and the config names no family whose released sizes could stand in.
         UserError: nothing fits.
+        MissingPackage: the optimizer's library is not here.
     """
     return _Planner(config, card, budget, cuda, can_compile).plan()
 
@@ -79,6 +80,8 @@ class _Planner:
         self, config: RunConfig, card: Card, budget: int | None, cuda: bool, can_compile: bool
     ) -> None:
         self.config, self.card = config, card
+        # Before anything is traced: what a library makes of numbers when it is first used must have values.
+        check_optimizer(config.train.optimizer)
         self.rates: Rates = card.rates
         self.budget = (int(card.gib * GIB) if budget is None else budget) - CONTEXT - FRAGMENTED
         self.dtype = DTYPES[config.train.precision]

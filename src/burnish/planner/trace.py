@@ -23,6 +23,7 @@ from burnish.adapters.layer import ModuleChoice
 from burnish.data.batch import Batch
 from burnish.family import Conditioning, Family
 from burnish.objective import Denoising
+from burnish.planner.known_values import Answered
 from burnish.planner.live_bytes import LiveBytes
 from burnish.planner.lowering import cuda_lowering
 from burnish.planner.profile import Profile, profile_of
@@ -168,7 +169,8 @@ def _step(
         counted.mark("rest", None)
         clip_grad_norm_(parameters, 1.0)
         counted.mark("optimizer", None)
-        optimizer.step()
+        with Answered():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return profile_of(counted, frozen, trained)
 
@@ -177,7 +179,8 @@ def _touch_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter
     """Give the optimizer its state, which it makes at the first step: the second is the one to trace."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    with Answered():
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
