@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from burnish.cli.adapter_output import progress_line, report, show
 from burnish.cli.edge import EXIT_CODES, guarded
 from burnish.errors import UserError
 
 if TYPE_CHECKING:
-    from burnish.toolbox.convert import Carry, Outcome
-    from burnish.toolbox.inspect import Inspection
+    from burnish.toolbox.convert import Carry
     from burnish.toolbox.low_rank import RankChoice
     from burnish.toolbox.models import Model
 
@@ -86,7 +84,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(facts(found), indent=1))
     else:
-        _show(found)
+        show(found)
 
 
 @app.command("convert", epilog=EXIT_CODES)
@@ -122,7 +120,7 @@ def convert(
         carry = _carry(scope, source.model, base, drop_unknown, drop_text_encoders)
         if as_kind is not None:
             carry = _with_rank(carry, _choice(rank, energy, threshold))
-        _report(tool.convert(source, output, carry, format=format, dtype=number_type(dtype), force=force))
+        report(tool.convert(source, output, carry, format=format, dtype=number_type(dtype), force=force))
 
 
 @app.command("extract", epilog=EXIT_CODES)
@@ -175,7 +173,7 @@ def extract(
         least=least,
         biases=biases,
     )
-    with _progress("read") as progress:
+    with progress_line("read") as progress:
         outcome = tool.extract(
             base,
             tuned,
@@ -188,7 +186,7 @@ def extract(
             force=force,
             progress=progress,
         )
-    _report(outcome)
+    report(outcome)
 
 
 @app.command("merge", epilog=EXIT_CODES)
@@ -250,11 +248,11 @@ def merge(
             if carry.rank is not None or dtype is not None:
                 raise UserError("a model's weights take no --rank and keep their number type")
             weights = scope.enter_context(Base(into, None if model is None else model.family, denoiser))
-            with _progress("written") as progress:
+            with progress_line("written") as progress:
                 outcome = tool.merge_into(
                     weights, sources, output, combination, carry, force=force, progress=progress
                 )
-    _report(outcome)
+    report(outcome)
 
 
 @app.command("resize", epilog=EXIT_CODES)
@@ -276,7 +274,7 @@ def resize(
 
     choice = _choice(rank, energy, threshold)
     with AdapterSource(adapter, family) as source:
-        _report(rewrite.resize(source, output, choice, dtype=number_type(dtype), force=force))
+        report(rewrite.resize(source, output, choice, dtype=number_type(dtype), force=force))
 
 
 @app.command("scale", epilog=EXIT_CODES, context_settings={"ignore_unknown_options": True})
@@ -293,7 +291,7 @@ def scale(
     from burnish.toolbox.source import AdapterSource
 
     with AdapterSource(adapter, family) as source:
-        _report(rewrite.scale(source, output, factor, force=force))
+        report(rewrite.scale(source, output, factor, force=force))
 
 
 @app.command("average", epilog=EXIT_CODES)
@@ -312,9 +310,9 @@ def average(
     from burnish.toolbox import average as tool
 
     shares = [] if weights is None else [_number(text) for text in weights.split(",")]
-    with _progress("read") as progress:
+    with progress_line("read") as progress:
         outcome = tool.average(files, output, shares, force=force, progress=progress)
-    _report(outcome)
+    report(outcome)
 
 
 def _choice(rank: int | None, energy: float | None, threshold: float | None) -> RankChoice:
@@ -354,107 +352,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError as error:
         raise UserError(f"{text!r} is no number") from error
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int], None]]:
-    """A line with how much was done and at what rate, on a terminal while it goes on, else once at the end."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
-    begun = last = time.monotonic()
-    done = 0
-
-    def line() -> str:
-        rate = done / 1e6 / max(time.monotonic() - begun, 1e-6)
-        return f"{done / 1e6:,.0f} MB {what}, {rate:,.0f} MB/s"
-
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
-        if console.is_terminal and time.monotonic() - last > 0.2:
-            last = time.monotonic()
-            console.print(f"\r{line()}   ", end="")
-
-    yield advance
-    console.print(f"\r{line()}   " if console.is_terminal else line())
-
-
-def _report(outcome: Outcome) -> None:
-    size = sum(one.stat().st_size for one in _files(outcome.path)) / 2**20
-    typer.echo(
-        f"{outcome.path}: {outcome.modules} modules, {outcome.tensors} tensors, {size:,.1f} MiB, "
-        f"format {outcome.format}"
-    )
-    losses = outcome.losses
-    if losses.squared_norm:
-        typer.echo(
-            f"rounded off: {losses.relative:.3%} of the change as a whole"
-            + (f"; most in {losses.worst_module}, {losses.worst:.3%}" if losses.worst_module else "")
-        )
-    for note in outcome.notes:
-        typer.echo(note)
-
-
-def _files(path: Path) -> list[Path]:
-    return [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else [path]
-
-
-def _show(found: Inspection) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    for key, value in _rows(found):
-        table.add_row(key, escape(value))
-    console.print(table)
-    if not found.norms:
-        return
-    blocks = Table(box=None, title="Change by block (Frobenius norm)", title_justify="left")
-    blocks.add_column("block", no_wrap=True)
-    blocks.add_column("norm", justify="right")
-    blocks.add_column("")
-    most = max(found.norms.values()) or 1.0
-    for block, norm in found.norms.items():
-        blocks.add_row(escape(block), f"{norm:.4g}", "#" * round(30 * norm / most))
-    console.print(blocks)
-
-
-def _rows(found: Inspection) -> list[tuple[str, str]]:
-    also = f"; or {', '.join(found.also)}, whose adapters look the same" if found.also else ""
-    family = f" ({found.family})" if found.family else ""
-    rows = [
-        ("file", f"{found.path}  {found.mib:.1f} MiB, {', '.join(found.dtypes)}"),
-        ("for", f"{found.title}{family}{also}"),
-        ("kind", _counted(found.kinds)),
-        ("modules", f"{found.modules} of the denoiser, {found.text_encoder_modules} of text encoders"),
-        ("rank", _counted(found.ranks)),
-        ("alpha", _counted(found.alphas)),
-        ("format", f"{found.format}; {found.example}"),
-    ]
-    if found.norm is not None:
-        rows.append(("change", f"{found.norm:.4g} in the Frobenius norm"))
-    rows += [("loads in", f"{one.name}: {'yes' if one.loads else 'no, ' + one.why}") for one in found.readers]
-    rows += [("note", note) for note in found.notes]
-    if found.unknown_keys:
-        shown = ", ".join(found.unknown_keys[:3])
-        rows.append(("unknown", f"{len(found.unknown_keys)} keys, such as {shown}"))
-    for key in (
-        "modelspec.title",
-        "modelspec.trigger_phrase",
-        "ss_sd_model_name",
-        "ss_steps",
-        "burnish.version",
-    ):
-        if found.metadata.get(key):
-            rows.append((key.partition(".")[2] or key.removeprefix("ss_"), found.metadata[key]))
-    return rows
-
-
-def _counted(counts: dict[str, int]) -> str:
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{value} ({number})" for value, number in counts.items())

@@ -26,7 +26,7 @@ from burnish.family import ModelSource, NativeModule
 from burnish.toolbox.base import Base
 from burnish.toolbox.convert import Outcome
 from burnish.toolbox.low_rank import Factored, RankChoice, factored
-from burnish.toolbox.models import Model, model_named
+from burnish.toolbox.models import Model, model_of_family
 from burnish.toolbox.pieces import ModuleAdapter
 from burnish.toolbox.regroup import Targeted
 from burnish.toolbox.stream import refuse_existing
@@ -101,7 +101,7 @@ def extract(
     """
     refuse_existing(path, force=force)
     kind = family_named(family) if family else detect_family(ModelSource(str(base_path)))
-    model = model_named(kind.name)
+    model = model_of_family(kind)
     with Base(base_path, kind, denoiser) as base, Base(tuned_path, kind, denoiser) as tuned:
         _refuse_strangers(base, tuned)
         if wanted.biases and model.keys.default == "diffusers" and format in ("auto", "diffusers"):

@@ -16,7 +16,7 @@ from burnish.adapters.layer import adaptable_modules, weight_shape
 from burnish.errors import AdapterError
 from burnish.export.formats import key_prefix
 from burnish.export.stacking import native_module
-from burnish.families.registry import families
+from burnish.families.registry import families, family_named
 from burnish.family import ExportKeys, Family, NativeModule
 
 _FIRST_NUMBER = re.compile(r"(?<![0-9A-Za-z])\d+(?![0-9A-Za-z])")
@@ -182,25 +182,22 @@ def _general(name: str) -> str:
     return name if match is None else f"{name[: match.start()]}#{name[match.end() :]}"
 
 
-@cache
 def known_models() -> tuple[Model, ...]:
     """Every family's, in the order of the registry; a few seconds."""
-    return tuple(_model(name, family) for name, family in families().items())
+    return tuple(model_of_family(family) for family in families().values())
 
 
-def _model(name: str, family: type[Family]) -> Model:
+@cache
+def model_of_family(family: type[Family]) -> Model:
     skeleton = family.skeleton()
     part, denoiser = next(iter(skeleton.denoisers.items()))
     shapes = {module: weight_shape(layer) for module, layer in adaptable_modules(denoiser).items()}
-    return Model(name, family, skeleton.export, part, shapes, family.title)
+    return Model(family.name, family, skeleton.export, part, shapes, family.title)
 
 
 def model_named(name: str) -> Model:
     """Raises UserError where there is no such family."""
-    from burnish.families.registry import family_named
-
-    family = family_named(name)
-    return next(model for model in known_models() if model.family is family)
+    return model_of_family(family_named(name))
 
 
 @dataclass(frozen=True, slots=True)
