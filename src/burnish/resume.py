@@ -151,6 +151,7 @@ def restore(run: Training, loaded: Loaded) -> list[str]:
     if run.scaler.is_enabled() and state.scaler:
         run.scaler.load_state_dict(state.scaler)
     run.step, run.skipped = state.step, set(state.skipped)
+    run.updating = False  # whatever was half done is gone
     run.position, converted = _position(state.position, state.batches_per_epoch, run.batches_per_epoch)
     notes = [_restore_average(run, loaded), _restore_best(run, state), converted]
     if converted:

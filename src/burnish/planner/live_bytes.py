@@ -8,7 +8,7 @@ tensor on it does. Work is counted per operation: multiply-adds of matrix produc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,11 +62,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         rounding: bytes that an allocation is a multiple of.
+        elsewhere: storages (`_cdata`) that are not on the device.
     """
 
-    def __init__(self, *, rounding: int = ROUNDING) -> None:
+    def __init__(self, *, rounding: int = ROUNDING, elsewhere: Collection[int] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._rounding = rounding
+        self.elsewhere = elsewhere
         self.current = 0
         self.peak = 0
         self.stretches: list[Stretch] = []
@@ -95,7 +97,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = -(-storage.nbytes() // self._rounding) * self._rounding
-        if key in self._alive or size == 0:
+        if key in self._alive or size == 0 or key in self.elsewhere:
             return
 
         def gone(_: object) -> None:
