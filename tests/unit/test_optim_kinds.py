@@ -363,7 +363,8 @@ def test_schedule_free_prodigy_finds_one_rate_for_all_groups_and_multiplies_it_b
     optimizer = build_optimizer(section("prodigy_schedule_free", weight_decay=0.0, d0=1e-3), groups)
     for step in range(5):
         for number, parameter in enumerate(parameters):
-            parameter.grad = torch.full_like(parameter, 1.0 + (number == 1 and step > 0) * 5)
+            turns = number == 1 and step % 2  # by itself it would find no rate
+            parameter.grad = torch.full_like(parameter, -1.0 if turns else 1.0)
         optimizer.step()
         if step == 0:
             moved = [float((1 - parameter.detach()).mean()) for parameter in parameters]
