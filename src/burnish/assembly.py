@@ -152,9 +152,12 @@ def build_training(
     train = config.train
     groups: list[dict[str, Any]] = []
     parameters: dict[str, torch.nn.Parameter] = {}
+    constants: dict[str, torch.Tensor] = {}
     for part, one in trained.items():
         groups += one.parameter_groups(train.optimizer.learning_rate)
         parameters |= {f"{part}.{name}": value for name, value in one.named_parameters().items()}
+        if isinstance(one, AdapterSet):
+            constants |= {f"{part}.{name}": value for name, value in one.constants().items()}
     optimizer = build_steps(config, groups, device)
     release = None
     if config.memory.gradient_release:
@@ -176,6 +179,7 @@ def build_training(
         accumulate=train.accumulate,
         max_grad_norm=train.max_grad_norm,
         ema=Ema(parameters, train.ema.decay) if train.ema else None,
+        constants=constants,
         model_identity=family.identity("denoiser"),
         data_fingerprint=prepared.plan.fingerprint,
         held_out_fingerprint=held_out_fingerprint(config, prepared),

@@ -373,8 +373,8 @@ class ExportKeys:
     or find otherwise than trained, in a format; `complete` those without which a reader refuses a `comfy` file, which
     are written without effect where they were not trained.
 
-    `comfyui` tells whether ComfyUI has the family at all. `lokr` stands before diffusers' names in a LoKr that diffusers
-    reads as well as ComfyUI: `lycoris_` (with underscores) or `diffusion_model.`; None where it reads none.
+    `comfyui` tells whether ComfyUI has the family at all. `lokr` stands before names of diffusers in a LoKr that it
+    reads as ComfyUI does: `lycoris_` (with underscores) or `diffusion_model.`; None where it reads none.
     """
 
     default: AdapterFormat

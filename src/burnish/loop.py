@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -49,6 +49,7 @@ class Training:
     accumulate: int = 1
     max_grad_norm: float = 1.0
     ema: Ema | None = None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)  # what parameters are relative to, in checkpoints
     model_identity: str = ""  # hash of the frozen weights: a checkpoint belongs to them
     data_fingerprint: str = ""  # of what is drawn in which order
     held_out_fingerprint: str = ""  # of what the held-out loss is measured on
