@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from burnish.config.optimizers import AnyOptimizer
+from burnish.config.schedules import AnySchedule
 from burnish.config.shape import alternatives, kind_of
 from burnish.errors import ConfigError, MissingPackage
 from burnish.optim.build import build_optimizer, check_optimizer
@@ -66,6 +68,12 @@ def close(parameter: Tensor, expected: np.ndarray, tolerance: float = 1e-9) -> N
 
 def test_every_kind_is_here() -> None:
     assert list(RATES) == [kind_of(member) for member in alternatives(AnyOptimizer)]
+
+
+@pytest.mark.parametrize("union", [AnyOptimizer, AnySchedule], ids=["optimizers", "schedules"])
+def test_the_manual_has_every_kind(union: Any) -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    assert not [kind for member in alternatives(union) if f"`{(kind := kind_of(member))}`" not in manual]
 
 
 def loss_of(parameters: list[Parameter], target: Tensor) -> Tensor:
