@@ -16,11 +16,10 @@ from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose
 from burnish.compute.compile import Compilation, compile_blocks
 from burnish.config.schema import RunConfig
-from burnish.config.train import LogitNormalTimesteps, Objective, SigmoidTimesteps, UniformTimesteps
 from burnish.data.batch import Batch
 from burnish.events import Events
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family, ResolutionShift, TokenShift
+from burnish.family import Family
 from burnish.generate import attach_adapter
 from burnish.hardware import shares_memory
 from burnish.loop import Training
@@ -30,7 +29,7 @@ from burnish.memory.gradient_release import GradientRelease
 from burnish.memory.state_offload import StatesOnHost
 from burnish.memory.streaming import stream_weights
 from burnish.memory.transfer import transfer_to, waited_for
-from burnish.objective import Denoising, Timesteps
+from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer
 from burnish.optim.ema import Ema
 from burnish.optim.one_by_one import OneByOne
@@ -165,7 +164,7 @@ def build_training(
         release = GradientRelease(list(parameters.values()), optimizer.step_one, train.max_grad_norm)
     return Training(
         family=family,
-        objective=build_objective(train.objective, family),
+        objective=Denoising.of(train.objective, family),
         parameters=parameters,
         optimizer=optimizer,
         learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
@@ -206,39 +205,6 @@ def held_out_fingerprint(config: RunConfig, prepared: Prepared) -> str:
     if section is None or prepared.held_out is None:
         return ""
     return f"{prepared.held_out.fingerprint} at {section.times}"
-
-
-def build_objective(section: Objective, family: Family) -> Denoising:
-    """Fill what the section leaves to the family."""
-    first, last = family.schedule.times
-    low, high = (first + (last - first) * time for time in section.range)
-    match section.timesteps:
-        case None if family.schedule.is_flow:
-            times = Timesteps("logit_normal", 0.0, 1.0, low, high)
-        case None | UniformTimesteps():
-            times = Timesteps("uniform", low=low, high=high)
-        case LogitNormalTimesteps(mean=mean, std=std):
-            times = Timesteps("logit_normal", mean, std, low, high)
-        case SigmoidTimesteps(scale=scale):
-            times = Timesteps("logit_normal", 0.0, scale, low, high)
-    shift: float | TokenShift
-    match section.shift:
-        case "family":
-            shift = family.schedule.shift
-        case "resolution":
-            released = family.schedule.shift
-            shift = ResolutionShift() if isinstance(released, float | int) else released
-        case number:
-            shift = number
-    return Denoising(
-        schedule=family.schedule,
-        timesteps=times,
-        shift=shift,
-        sampler_steps=family.defaults.steps,
-        min_snr_gamma=section.min_snr_gamma,
-        noise_offset=section.noise_offset,
-        guidance=None if section.guidance == "bypass" else section.guidance,
-    )
 
 
 def build_validate(config: RunConfig, prepared: Prepared, events: Events) -> Validate | None:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from burnish.assembly import build_objective
 from burnish.config.method import Full
 from burnish.config.schema import RunConfig
 from burnish.errors import BurnishError, ModelError, UserError
@@ -16,6 +15,7 @@ from burnish.families.registry import family_named
 from burnish.family import Conditioning, Family, Part
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
 from burnish.model import DTYPES, choose_model, source_of
+from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer, check_optimizer
 from burnish.planner.choose import (
     Beside,
@@ -147,7 +147,7 @@ class _Planner:
 
         recipe = Recipe(
             choices={},
-            objective=build_objective(train.objective, self.known),
+            objective=Denoising.of(train.objective, self.known),
             optimizer=partial(build_optimizer, train.optimizer, one_by_one=memory.steps_singly),
             kept_as=None if kept_as == "native" else kept_as,
             keep_activations=keep,

@@ -80,6 +80,7 @@ class Validate:
     def loss(self, run: Training) -> float:
         """Mean over held-out samples and times, each with noise that depends on the sample and time alone."""
         losses = []
+        objective = run.objective.comparable()
         begin, end = run.family.schedule.times
         for batch in self.batches():
             batch = batch.to(run.device)
@@ -90,7 +91,7 @@ class Validate:
                     shape = batch.audio_BCLF.shape[1:]
                     audio_noise = held_noise(run.seed, "validation audio", shape, batch.sample_ids, t)
                 t_B = torch.full((len(noise),), begin + (end - begin) * t)
-                loss_B = run.objective.losses_at(run.family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
+                loss_B = objective.losses_at(run.family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
                 losses.append(loss_B.flatten())
         return float(torch.cat(losses).mean())
 

@@ -55,6 +55,12 @@ _OTHER_NAMES = {
     "optimizer_kwargs": "arguments",
     "stochastic_rounding": "rounding",
     "use_kahan_summation": "rounding",
+    "min_snr_gamma": "weighting",
+    "snr_gamma": "weighting",
+    "loss_type": "loss",
+    "multires_noise_iterations": "multires",
+    "ip_noise_gamma": "input_perturbation",
+    "timestep_bias_strategy": "emphasis",
 }
 
 
