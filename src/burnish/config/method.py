@@ -173,7 +173,7 @@ class Boft(Turning):
     """Butterfly orthogonal fine-tuning (arXiv 2311.06243): turns in several stages, each with other partners."""
 
     kind: Literal["boft"]
-    block_size: int = Field(8, ge=2, le=256, description="Largest block, an even number.")
+    block_size: int = Field(16, ge=2, le=256, description="Largest block, an even number.")
     stages: int | None = Field(
         None, ge=1, le=16, description="How many; as many as let every output move every other if absent."
     )
