@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -379,3 +379,39 @@ def test_schedule_free_prodigy_finds_one_rate_for_all_groups_and_multiplies_it_b
     assert moved[1] == pytest.approx(0.5 * moved[0])
     found = [group["d"] for group in optimizer.param_groups]
     assert found[0] == found[1] > 1e-3
+
+
+class Elsewhere:
+    """Keeps states away from the parameters between their steps."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Parameter, dict[str, Any]] = {}
+
+    def bring(self, parameter: Parameter, state: dict[str, Any]) -> None:
+        state.update(self.kept.pop(parameter, {}))
+
+    def send(self, parameter: Parameter, state: dict[str, Any]) -> None:
+        self.kept[parameter] = dict(state)
+        state.clear()
+
+    def settle(self) -> None: ...
+
+    def is_kept(self, tensors: Mapping[str, Tensor]) -> bool:
+        return True
+
+
+def test_the_average_of_states_that_are_kept_elsewhere_is_found() -> None:
+    averages = []
+    for keeper in (None, Elsewhere()):
+        parameter = Parameter(torch.ones(6, 40))
+        chosen = section("adamw_schedule_free", learning_rate=0.1)
+        optimizer = build_optimizer(chosen, [{"params": [parameter]}], one_by_one=True)
+        assert isinstance(optimizer, OneByOne)
+        optimizer.keeper = keeper
+        for _, target in targets(4):
+            parameter.grad = parameter.detach() - target
+            optimizer.step()
+        with averaged_point(optimizer):
+            averages.append(parameter.detach().clone())
+        assert not torch.equal(averages[-1], parameter)
+    assert torch.equal(*averages)

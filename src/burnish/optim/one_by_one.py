@@ -141,9 +141,11 @@ class OneByOne(torch.optim.Optimizer):
     def eval(self) -> None:
         """Put the averaged points of a schedule-free optimizer into the parameters; the state stays in training."""
         for unit in self._units:
+            self._bring(unit.slots)
             self._enter(unit, unit.slots)
             unit.optimizer.eval()  # type: ignore[attr-defined]
             unit.optimizer.state.clear()
+            self._send(unit.slots)
             for inner in unit.optimizer.param_groups:
                 inner["train_mode"] = True
             for slot in unit.slots:
@@ -181,9 +183,7 @@ class OneByOne(torch.optim.Optimizer):
         slots = [slot for slot in unit.slots if slot.parameter.grad is not None]
         if not slots:
             return
-        if self.keeper is not None:
-            for slot in slots:
-                self.keeper.bring(slot.parameter, self.state[slot.parameter])
+        self._bring(slots)
         self._enter(unit, slots)
         for slot in slots:
             if slot.is_rounded:
@@ -191,6 +191,14 @@ class OneByOne(torch.optim.Optimizer):
                 slot.moved.grad = slot.parameter.grad.float()
         unit.optimizer.step()
         self._leave(unit, slots)
+        self._send(slots)
+
+    def _bring(self, slots: Sequence[_Slot]) -> None:
+        if self.keeper is not None:
+            for slot in slots:
+                self.keeper.bring(slot.parameter, self.state[slot.parameter])
+
+    def _send(self, slots: Sequence[_Slot]) -> None:
         if self.keeper is not None:
             for slot in slots:
                 self.keeper.send(slot.parameter, self.state[slot.parameter])
