@@ -20,6 +20,8 @@ from burnish.families.scales import spread
 from burnish.family import Family, ModelSource, NativeModule
 from burnish.toolbox.stream import TensorFile
 
+_NUMBERS_AT_ONCE = 1 << 22  # of a large tensor
+
 
 class Base:
     """The weights of a denoiser on disk; a context manager.
@@ -82,6 +84,19 @@ class Base:
         if piece.scale is not None:
             stored = stored.float() * spread(file.read(piece.scale), tuple(stored.shape))
         return piece.turned_from(piece.cut_from(stored)).float()
+
+    def add_to(self, total: Tensor, name: str, factor: float) -> None:
+        """Add a tensor times `factor` to a float32 `total` of its shape, by rows, so that little of it is in memory."""
+        piece = self.layout[name]
+        if type(piece) is not Piece or piece.scale is not None or piece.transposed or not piece.shape:
+            total += factor * self.read(name)
+            return
+        begin, end = piece.rows or (0, piece.shape[0])
+        step = max(1, _NUMBERS_AT_ONCE * (end - begin) // total.numel())
+        for first in range(begin, end, step):
+            rows = self.file(piece.file).rows(piece.name, first, min(first + step, end)).float()
+            own = total[first - begin : first - begin + len(rows)]
+            own.add_(rows.reshape(own.shape), alpha=factor)
 
     def weight(self, target: NativeModule) -> Tensor:
         """The weight of a module, or of several stacked as a native one has them, in float32."""

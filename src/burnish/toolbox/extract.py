@@ -209,11 +209,17 @@ def _extract_group(
 
 def _difference(target: NativeModule, base: Base, tuned: Base, least: float) -> Tensor | None:
     """None where it is nothing, or too little beside the weight."""
-    difference, before = tuned.weight(target), base.weight(target)
-    norm = float(before.norm())
-    difference -= before
+    parts = []
+    for part in target.holds:
+        one = torch.zeros(base.shape(part))
+        tuned.add_to(one, f"{part}.weight", 1.0)
+        base.add_to(one, f"{part}.weight", -1.0)
+        parts.append(one)
+    difference = parts[0] if len(parts) == 1 else torch.cat(parts)
+    difference = torch.cat(difference.chunk(2)[::-1]) if target.halves_swapped else difference
     change = float(difference.norm())
-    return None if change == 0.0 or change <= least * norm else difference
+    little = least * float(base.weight(target).norm()) if least else 0.0
+    return None if change <= little else difference
 
 
 def _kronecker(difference: Tensor, wanted: Extraction) -> tuple[ModuleAdapter, Factored]:

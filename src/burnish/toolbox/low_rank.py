@@ -1,8 +1,8 @@
 """The best approximation of a matrix by a product of two thin ones, and how much of it that leaves out.
 
 Small matrices are decomposed exactly. Of large ones the leading directions are found by subspace iteration (Halko,
-Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4), which goes on until another round adds less than a ten-thousandth
-of the matrix; where it does not get there the decomposition is exact after all.
+Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4), which goes on until another round makes the squared error smaller by
+less than a thousandth; where it does not get there the decomposition is exact after all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ EXACT_UP_TO = 512  # the shorter side of a matrix that is decomposed as a whole
 _SPARE = 16  # directions beside those that are wanted, for which iteration converges faster
 _FIRST_GUESS = 32
 _ROUNDS = 12
-_NEGLIGIBLE = 1e-4  # of the squared norm, found in one more round
+_NEGLIGIBLE = 1e-3  # of the squared error, by which one more round makes it smaller
+_ROUNDING = 1e-7  # of the squared norm, below which float32 tells nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,14 @@ class RankChoice:
         return self.energy is not None and held >= self.energy * total
 
 
+    def at_least(self, singular_values: Tensor, total: float) -> int:
+        """How many values are needed if those that follow are as large as the last, which they are at most."""
+        if self.energy is None or not singular_values[-1]:
+            return 0
+        missing = self.energy * total - float(singular_values.double().square().sum())
+        return len(singular_values) + int(missing / float(singular_values[-1]) ** 2)
+
+
 @dataclass(frozen=True, slots=True)
 class Factored:
     """up (rows, rank) @ down (rank, columns), with the singular values shared out evenly between the two."""
@@ -100,12 +109,19 @@ def factored(matrix: Tensor, choice: RankChoice) -> Factored:
     kept = choice.count(s, total)
     root = s[:kept].sqrt()
     up, down = u[:, :kept] * root, root[:, None] * v[:, :kept].T
-    return Factored(up, down, total, _squared_norm(torch.addmm(matrix, up, down, alpha=-1.0)))
+    return Factored(up, down, total, _squared_residual(matrix, up, down))
 
 
 def _squared_norm(matrix: Tensor) -> float:
     """In float64, by parts that are small beside the matrix."""
     return sum(float(part.double().square().sum()) for part in torch.split(matrix.reshape(-1), 1 << 20))
+
+
+def _squared_residual(matrix: Tensor, up: Tensor, down: Tensor) -> float:
+    """Of the matrix less up @ down, by rows, so that no second matrix is in memory."""
+    rows = max(1, (1 << 22) // matrix.shape[1])
+    pairs = zip(torch.split(matrix, rows), torch.split(up, rows), strict=True)
+    return sum(_squared_norm(torch.addmm(own, part, down, alpha=-1.0)) for own, part in pairs)
 
 
 def _leading(matrix: Tensor, choice: RankChoice, total: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,7 +134,7 @@ def _leading(matrix: Tensor, choice: RankChoice, total: float) -> tuple[Tensor, 
             break
         if choice.is_answered(found[1], total):
             return found
-        wanted *= 2
+        wanted = max(2 * wanted, choice.at_least(found[1], total))
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u, s, vh.T
 
@@ -136,7 +152,7 @@ def _iterated(matrix: Tensor, wanted: int, total: float) -> tuple[Tensor, Tensor
         small = basis.T @ matrix
         values, vectors = torch.linalg.eigh(small.double() @ small.double().T)
         now = float(values[-wanted:].sum())
-        if held >= 0 and now - held <= _NEGLIGIBLE * total:
+        if held >= 0 and now - held <= _NEGLIGIBLE * (total - now) + _ROUNDING * total:
             order = torch.arange(len(values) - 1, len(values) - 1 - wanted, -1)
             s = values[order].clamp(min=0).sqrt()
             u = basis @ vectors[:, order].float()

@@ -131,7 +131,7 @@ def _rewritten(
                 wanted = tensor.reshape(stored.shape) if tensor.numel() == 1 else tensor
                 spool.add(key, wanted.to(kept).contiguous())
             outcome.modules += 1
-            ranks |= {changed["down"].shape[0]} if "down" in changed else {entry.rank}
+            ranks |= {changed["down"].shape[0] if "down" in changed else entry.rank} - {None}
         metadata = {key: value for key, value in source.metadata.items() if key not in STALE}
         if "ss_network_dim" in metadata and ranks:
             metadata["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
