@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,39 +10,35 @@ from typing import Any
 
 import torch
 
-from burnish.adapters.casting import cast_once
 from burnish.adapters.attached import AdapterSet
-from burnish.adapters.targeting import choose_modules
 from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose
 from burnish.compute.compile import Compilation, compile_blocks
 from burnish.config.schema import RunConfig
-from burnish.config.train import LogitNormalTimesteps, Objective, SigmoidTimesteps, UniformTimesteps
 from burnish.data.batch import Batch
 from burnish.events import Events
-from burnish.export.formats import resolve_format
-from burnish.export.metadata import Provenance, adapter_metadata
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family, ResolutionShift, TokenShift
-from burnish.generate import attach_adapter, part_labels
+from burnish.family import Family
+from burnish.generate import attach_adapter
 from burnish.hardware import shares_memory
 from burnish.loop import Training
 from burnish.memory.activation_offload import offload_activations
 from burnish.memory.activations import activation_modes, set_activations
-from burnish.memory.quantized import choose_products
+from burnish.memory.gradient_release import GradientRelease
+from burnish.memory.state_offload import StatesOnHost
 from burnish.memory.streaming import stream_weights
-from burnish.memory.transfer import transfer_to
-from burnish.objective import Denoising, Timesteps
+from burnish.memory.transfer import transfer_to, waited_for
+from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer
 from burnish.optim.ema import Ema
+from burnish.optim.one_by_one import OneByOne
 from burnish.optim.schedule import learning_rate_factor
 from burnish.preparation import Prepared
 from burnish.run_folder import RunFolder
 from burnish.signals import StopRequest
 from burnish.tasks import Sample, Save, Validate
-
-EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from burnish.trained import Told, Trained, keeps_all, results_of, trained_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +69,19 @@ def assemble(
     events: Events,
     stop: StopRequest,
 ) -> Assembled:
-    """Attach adapters to the loaded denoisers and build all that trains them.
+    """Make ready what the method trains of the loaded denoisers, and build all that trains it.
 
     Args:
-        resolved: the config as YAML text, kept in every adapter.
+        resolved: the config as YAML text, kept in every file.
 
     Raises:
-        AdapterError: targets that match nothing, or that the export format cannot hold.
+        AdapterError, ConfigError: targets that match nothing, or that the export format cannot hold.
         MissingPackage: the optimizer needs one.
     """
     assistants = []
     if config.model.training_adapter is not None:
         assistants = [attach_adapter(family, config.model.training_adapter, events.warned)]
-    adapters = {}
-    targets = family.targets
-    if family.audio is not None:
-        targets = {name: target.with_audio() for name, target in targets.items()}
-    for part, denoiser in family.denoisers.items():
-        choose_products(denoiser, device)
-        choices = choose_modules(denoiser, targets, family.default_targets, config.method)
-        resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
-        adapters[part] = AdapterSet.attach(denoiser, choices, dropout=config.method.dropout, seed=config.seed)
-        cast_once(denoiser, list(adapters[part].layers.values()), dtype)
+    trained = trained_parts(config, family, device, dtype)
     assert config.memory.activations != "auto", "what is open is settled first"
     assert config.memory.stream != "auto"
     assert config.memory.offload_activations != "auto"
@@ -105,7 +92,7 @@ def assemble(
         stream_weights(denoisers, blocks, config.memory.stream, transfer_to(device), device)
     if config.memory.offload_activations:
         offload_activations(denoisers, blocks, transfer_to(device))
-    training = build_training(config, family, adapters, prepared, device, dtype)
+    training = build_training(config, family, trained, prepared, device, dtype)
     attention = build_attention(config, training, prepared)
     compilation = None
     if config.memory.compile:  # after the attention's choice, which watches the blocks as they are
@@ -113,7 +100,7 @@ def assemble(
     return Assembled(
         training=training,
         validate=build_validate(config, prepared, events),
-        save=build_save(config, resolved, family, adapters, prepared, folder, events, stop),
+        save=build_save(config, resolved, family, trained, prepared, folder, events, stop),
         sample=build_sample(config, prepared, folder, assistants, attention, events, stop),
         attention=attention,
         compilation=compilation,
@@ -156,7 +143,7 @@ def build_attention(config: RunConfig, run: Training, prepared: Prepared) -> Att
 def build_training(
     config: RunConfig,
     family: Family,
-    adapters: dict[str, AdapterSet],
+    trained: Mapping[str, Trained],
     prepared: Prepared,
     device: torch.device,
     dtype: torch.dtype,
@@ -164,14 +151,22 @@ def build_training(
     train = config.train
     groups: list[dict[str, Any]] = []
     parameters: dict[str, torch.nn.Parameter] = {}
-    for part, adapter in adapters.items():
-        groups += adapter.parameter_groups(train.optimizer.learning_rate)
-        parameters |= {f"{part}.{name}": value for name, value in adapter.named_parameters().items()}
+    constants: dict[str, torch.Tensor] = {}
+    for part, one in trained.items():
+        groups += one.parameter_groups(train.optimizer.learning_rate)
+        parameters |= {f"{part}.{name}": value for name, value in one.named_parameters().items()}
+        if isinstance(one, AdapterSet):
+            constants |= {f"{part}.{name}": value for name, value in one.constants().items()}
+    optimizer = build_steps(config, groups, device)
+    release = None
+    if config.memory.gradient_release:
+        assert isinstance(optimizer, OneByOne)
+        release = GradientRelease(list(parameters.values()), optimizer.step_one, train.max_grad_norm)
     return Training(
         family=family,
-        objective=build_objective(train.objective, family),
+        objective=Denoising.of(train.objective, family),
         parameters=parameters,
-        optimizer=build_optimizer(train.optimizer, groups, seed=config.seed),
+        optimizer=optimizer,
         learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
         batches=partial(prepared.batches, workers=train.loader_workers),
         batches_per_epoch=prepared.plan.batches_per_epoch,
@@ -183,10 +178,25 @@ def build_training(
         accumulate=train.accumulate,
         max_grad_norm=train.max_grad_norm,
         ema=Ema(parameters, train.ema.decay) if train.ema else None,
+        constants=constants,
         model_identity=family.identity("denoiser"),
         data_fingerprint=prepared.plan.fingerprint,
         held_out_fingerprint=held_out_fingerprint(config, prepared),
+        release=release,
     )
+
+
+def build_steps(
+    config: RunConfig, groups: list[dict[str, Any]], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer, weight by weight and with its state on the host where the memory section says so."""
+    memory = config.memory
+    section, singly = config.train.optimizer, memory.steps_singly
+    optimizer = build_optimizer(section, groups, seed=config.seed, one_by_one=singly)
+    if memory.offload_optimizer:
+        assert isinstance(optimizer, OneByOne)
+        optimizer.keeper = StatesOnHost(transfer_to(device), partial(waited_for, device))
+    return optimizer
 
 
 def held_out_fingerprint(config: RunConfig, prepared: Prepared) -> str:
@@ -195,39 +205,6 @@ def held_out_fingerprint(config: RunConfig, prepared: Prepared) -> str:
     if section is None or prepared.held_out is None:
         return ""
     return f"{prepared.held_out.fingerprint} at {section.times}"
-
-
-def build_objective(section: Objective, family: Family) -> Denoising:
-    """Fill what the section leaves to the family."""
-    first, last = family.schedule.times
-    low, high = (first + (last - first) * time for time in section.range)
-    match section.timesteps:
-        case None if family.schedule.is_flow:
-            times = Timesteps("logit_normal", 0.0, 1.0, low, high)
-        case None | UniformTimesteps():
-            times = Timesteps("uniform", low=low, high=high)
-        case LogitNormalTimesteps(mean=mean, std=std):
-            times = Timesteps("logit_normal", mean, std, low, high)
-        case SigmoidTimesteps(scale=scale):
-            times = Timesteps("logit_normal", 0.0, scale, low, high)
-    shift: float | TokenShift
-    match section.shift:
-        case "family":
-            shift = family.schedule.shift
-        case "resolution":
-            released = family.schedule.shift
-            shift = ResolutionShift() if isinstance(released, float | int) else released
-        case number:
-            shift = number
-    return Denoising(
-        schedule=family.schedule,
-        timesteps=times,
-        shift=shift,
-        sampler_steps=family.defaults.steps,
-        min_snr_gamma=section.min_snr_gamma,
-        noise_offset=section.noise_offset,
-        guidance=None if section.guidance == "bypass" else section.guidance,
-    )
 
 
 def build_validate(config: RunConfig, prepared: Prepared, events: Events) -> Validate | None:
@@ -247,45 +224,19 @@ def build_save(
     config: RunConfig,
     resolved: str,
     family: Family,
-    adapters: dict[str, AdapterSet],
+    trained: Mapping[str, Trained],
     prepared: Prepared,
     folder: RunFolder,
     events: Events,
     stop: StopRequest,
 ) -> Save:
-    side = max(side for source in config.data for side in source.resolutions)
-
-    def metadata(run: Training, part: str) -> dict[str, str]:
-        return adapter_metadata(
-            run.family.export,
-            adapters[part].weights(),
-            Provenance(
-                name=config.name,
-                base_model=config.model.path,
-                resolution=(side, side),
-                step=run.step,
-                epoch=run.position // run.batches_per_epoch,
-                seed=config.seed,
-                config=resolved,
-                part=part,
-                tag_frequency=prepared.tag_frequency,
-                trigger=config.trigger,
-            ),
-        )
-
     return Save(
         store=CheckpointStore(folder.checkpoints),
-        adapters=adapters,
-        labels=part_labels(family),
-        folder=folder,
-        name=config.name,
+        results=results_of(Told(config, resolved, prepared, trained), family, folder),
         every=config.save.every,
         keep=config.save.keep,
-        keep_adapters=config.save.adapters == "all",
-        format=config.save.format,
-        dtype=EXPORT_DTYPES[config.save.dtype],
+        keep_results=keeps_all(config),
         config_hash=prepared.config_hash,
-        metadata=metadata,
         events=events,
         stop_requested=lambda: stop.requested is not None,
         wait_for_space=config.save.on_disk_full == "wait",

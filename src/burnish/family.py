@@ -372,6 +372,9 @@ class ExportKeys:
     Modules are named by `fnmatch` patterns over diffusers' names: `unreadable` those that some reader would not find,
     or find otherwise than trained, in a format; `complete` those without which a reader refuses a `comfy` file, which
     are written without effect where they were not trained.
+
+    `comfyui` tells whether ComfyUI has the family at all. `lokr` stands before names of diffusers in a LoKr that it
+    reads as ComfyUI does: `lycoris_` (with underscores) or `diffusion_model.`; None where it reads none.
     """
 
     default: AdapterFormat
@@ -385,6 +388,8 @@ class ExportKeys:
     # Shapes of a denoiser's tensors by name -> those of a single file of it; None where none is written.
     tensors: NativeTensors | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # of several denoisers, by part, in file names
+    comfyui: bool = True
+    lokr: str | None = None
     # Who loads a format, where that is not ComfyUI and diffusers for the default one and one of them for another.
     readers: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
     # Further names in files of others -> diffusers' modules, stacked by rows; `#` is the block's number.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from burnish.data.batch import Batch
 from burnish.errors import NonFiniteLoss
 from burnish.events import Events, StepReport
 from burnish.family import Family
+from burnish.memory.gradient_release import GradientRelease
 from burnish.objective import Denoising
 from burnish.optim.ema import Ema
 from burnish.optim.schedule import apply_learning_rate
@@ -48,6 +49,7 @@ class Training:
     accumulate: int = 1
     max_grad_norm: float = 1.0
     ema: Ema | None = None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)  # what parameters are relative to, in checkpoints
     model_identity: str = ""  # hash of the frozen weights: a checkpoint belongs to them
     data_fingerprint: str = ""  # of what is drawn in which order
     held_out_fingerprint: str = ""  # of what the held-out loss is measured on
@@ -59,6 +61,7 @@ class Training:
     patience_loss: float | None = None  # the last loss that counted as an improvement for early stopping
     validations_without_improvement: int = 0
     updating: bool = False  # inside the optimizer's update: weights and state are not to be saved now
+    release: GradientRelease | None = None  # weights move in backward, not after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,8 @@ def train(
     """Train until `run.steps`, going on from `run.step`; each task is called after every step.
 
     Raises:
-        NonFiniteLoss: loss or gradient is NaN or inf; the weights are as they were before the step.
+        NonFiniteLoss: loss or gradient is NaN or inf; the weights are as they were before the step, unless `release`
+            moved them.
     """
     events.started(run.step, run.steps)
     with closing(take(run)) as stream:
@@ -103,12 +107,14 @@ def train_from(
 
         batches = [next(stream) for _ in range(run.accumulate)]
         samples = sum(len(batch.sample_ids) for batch in batches)  # a partial batch counts for less
-        judged = [micro_step(run, batch, samples) for batch in batches]
-        run.scaler.unscale_(run.optimizer)
-        grad_norm = total_norm([one.grad for one in parameters if one.grad is not None])
-        loss = torch.stack([(one.loss_B * one.batch.weight_B).sum() for one in judged]).sum() / samples
-
-        loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one host sync of a step
+        if run.release is not None:
+            judged, loss_value, norm_value = released_step(run, run.release, batches[0], samples)
+        else:
+            judged = [micro_step(run, batch, samples) for batch in batches]
+            run.scaler.unscale_(run.optimizer)
+            grad_norm = total_norm([one.grad for one in parameters if one.grad is not None])
+            loss = torch.stack([(one.loss_B * one.batch.weight_B).sum() for one in judged]).sum() / samples
+            loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one host sync of a step
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             overflows += 1
             if not (run.scaler.is_enabled() and math.isfinite(loss_value) and overflows <= MAX_OVERFLOWS):
@@ -119,12 +125,13 @@ def train_from(
             continue
 
         overflows = 0
-        if norm_value > CLIPPED_FROM * run.max_grad_norm:
-            clip_grads_with_norm_(parameters, run.max_grad_norm, grad_norm)
-        run.updating = True
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
+        if run.release is None:
+            if norm_value > CLIPPED_FROM * run.max_grad_norm:
+                clip_grads_with_norm_(parameters, run.max_grad_norm, grad_norm)
+            run.updating = True
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
         if run.ema is not None:
             run.ema.update()
         run.step += 1
@@ -149,6 +156,29 @@ def micro_step(run: Training, batch: Batch, samples: int) -> Judged:
     scaled = run.scaler.scale((loss_B * batch.weight_B).sum() / samples)
     torch.autograd.backward(scaled)
     return Judged(batch, loss_B.detach(), t_B)
+
+
+def released_step(
+    run: Training, release: GradientRelease, batch: Batch, samples: int
+) -> tuple[list[Judged], float, float]:
+    """Forward, and backward that moves the weights on its way; the loss and the gradient's norm.
+
+    Raises:
+        NonFiniteLoss: the loss is NaN or inf; the weights are as they were before the step.
+    """
+    seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
+    loss_B, t_B = run.objective.losses(run.family, batch, run.seed)
+    loss = (loss_B * batch.weight_B).sum() / samples
+    judged = [Judged(batch, loss_B.detach(), t_B)]
+    value = float(
+        loss.detach()
+    )  # known before the first weight moves, at the price of a second wait for the device
+    if not math.isfinite(value):
+        raise non_finite(run, judged, value, 0.0)
+    run.updating = True
+    with release.moving():
+        torch.autograd.backward(loss)
+    return judged, value, float(release.norm())
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -201,9 +231,14 @@ def non_finite(run: Training, judged: Sequence[Judged], loss: float, grad_norm: 
         for path, t, value in zip(one.batch.paths, one.t_B.tolist(), one.loss_B.tolist(), strict=True)
         if not bad or not math.isfinite(value)
     ]
+    weights = (
+        "some weights have moved and are not to be saved"
+        if run.updating
+        else "the weights are as they were before it"
+    )
     error = NonFiniteLoss(
         f"step {run.step + 1}: the {'loss' if bad else 'gradient'} is not finite (loss {loss:g}, gradient norm "
-        f"{grad_norm:g}, {run.dtype}); the weights are as they were before it. Samples: {'; '.join(named)}",
+        f"{grad_norm:g}, {run.dtype}); {weights}. Samples: {'; '.join(named)}",
         remedy="Lower train.optimizer.learning_rate, use train.precision: bf16 or fp32, look at the named pictures, "
         "or set train.on_nonfinite: {kind: rollback} to skip such batches.",
     )

@@ -1,4 +1,4 @@
-"""Noise, time, target, weighting: what is learned.
+"""What is learned: noise, time, target and loss, put together from the parts in `diffusion/`.
 
 An objective sees a batch and a family and gives one loss per sample. Noise and time are pure functions of
 (seed, micro-step, sample id), so that workers, ranks and resumes cannot change them (law L1).
@@ -7,55 +7,104 @@ An objective sees a batch and a family and gives one loss per sample. Noise and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from burnish.config.objective import (
+    AnyLoss,
+    AnyWeighting,
+    Multires,
+    Objective,
+    SigmoidTimesteps,
+    Squared,
+    UniformTimesteps,
+)
 from burnish.data.batch import Batch
-from burnish.family import Conditioning, Family, Schedule, TokenShift
+from burnish.diffusion.distance import delta_at, mean_distance, squared_error
+from burnish.diffusion.mixing import noisy_and_target
+from burnish.diffusion.noise import noise_of
+from burnish.diffusion.times import Timesteps
+from burnish.diffusion.weights import weight_at
+from burnish.family import Conditioning, Family, ResolutionShift, Schedule, TokenShift
 from burnish.hardware import sent
 from burnish.randomness import torch_generator
 
-TimestepLaw = Literal["uniform", "logit_normal"]
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Timesteps:
-    """How training times are drawn before the shift."""
-
-    law: TimestepLaw = "uniform"
-    mean: float = 0.0  # of the normal whose sigmoid is taken
-    std: float = 1.0
-    low: float = 0.0  # the drawn times are squeezed into [low, high]
-    high: float = 1.0
+Streams = tuple[Tensor, ...]  # of the frames, and of the sound where there is some
 
 
 @dataclass(frozen=True, slots=True)
 class Denoising:
-    """Predict the velocity, the noise or v from noisy latents; mean squared error per sample."""
+    """Predict the velocity, the noise or v from noisy latents."""
 
     schedule: Schedule
-    timesteps: Timesteps = Timesteps()
+    timesteps: Timesteps = field(default_factory=Timesteps)
     shift: float | TokenShift = 1.0
     sampler_steps: int = 50  # what a shift that depends on the number of steps is told
-    min_snr_gamma: float | None = None
+    weighting: AnyWeighting | None = None
+    loss: AnyLoss = field(default_factory=Squared)
     noise_offset: float = 0.0
+    multires: Multires | None = None
+    input_perturbation: float = 0.0
     guidance: float | None = 1.0  # value fed to a guidance embedding; None bypasses it
+    # Within it the family predicts as before training; None where it cannot, which no such batch is then given to.
+    frozen: Callable[[], AbstractContextManager[None]] | None = None
+
+    @classmethod
+    def of(cls, section: Objective, family: Family) -> Self:
+        """Fill what the section leaves to the family."""
+        first, last = family.schedule.times
+        low, high = (first + (last - first) * time for time in section.range)
+        law = section.timesteps
+        if law is None:
+            law = SigmoidTimesteps(kind="sigmoid") if family.schedule.is_flow else UniformTimesteps()
+        shift: float | TokenShift
+        match section.shift:
+            case "family":
+                shift = family.schedule.shift
+            case "resolution":
+                released = family.schedule.shift
+                shift = ResolutionShift() if isinstance(released, float | int) else released
+            case number:
+                shift = number
+        return cls(
+            schedule=family.schedule,
+            timesteps=Timesteps(law, low, high, tuple(section.emphasis)),
+            shift=shift,
+            sampler_steps=family.defaults.steps,
+            weighting=section.weighting,
+            loss=section.loss,
+            noise_offset=section.noise_offset,
+            multires=section.multires,
+            input_perturbation=section.input_perturbation,
+            guidance=None if section.guidance == "bypass" else section.guidance,
+        )
+
+    def comparable(self) -> Self:
+        """Plain squared error at all times alike: what held-out losses are counted in, whatever trains. Where there
+        are masks it is that of the places that count."""
+        plain = replace(self.timesteps, emphasis=())
+        return replace(self, loss=Squared(), weighting=None, timesteps=plain, frozen=None)
 
     def losses(
         self, family: Family, batch: Batch, seed: int, predict: Predict | None = None
     ) -> tuple[Tensor, Tensor]:
         """Loss per sample in float32, shape (B,), and the times drawn, shape (B,).
 
-        `predict` stands in for `family.predict` where a caller wraps it (autocast, adapters off).
+        `predict` stands in for `family.predict` where a caller wraps it (autocast).
         """
         noise_BCHW = self.draw_noise(batch, seed)
         t_B = self.draw_times(batch, seed, family.latents.tokens(batch.latents_BCHW.shape))
         audio_noise_BCLF = self.draw_audio_noise(batch, seed)
-        return self.losses_at(family, batch, noise_BCHW, t_B, predict, audio_noise_BCLF), t_B
+        mixed_BCHW = None
+        if self.input_perturbation:
+            further_BCHW = plain_noise(batch, seed, "perturbation", batch.latents_BCHW.shape[1:])
+            mixed_BCHW = noise_BCHW + self.input_perturbation * further_BCHW
+        return self.losses_at(family, batch, noise_BCHW, t_B, predict, audio_noise_BCLF, mixed_BCHW), t_B
 
     def losses_at(
         self,
@@ -65,155 +114,115 @@ class Denoising:
         t_B: Tensor,
         predict: Predict | None = None,
         audio_noise_BCLF: Tensor | None = None,
+        mixed_BCHW: Tensor | None = None,
     ) -> Tensor:
         """Loss per sample at given noise and times: what validation holds fixed.
 
         Times that are on the CPU stay there for all that is computed of them alone: no device is asked.
+
+        Args:
+            mixed_BCHW: noise that is mixed in, where it is another than the one that is learned.
         """
         device = batch.latents_BCHW.device
-        data_BCHW, noise_BCHW = batch.latents_BCHW.float(), sent(noise_BCHW, device)
+        conditioning = self._told(family, batch, t_B)
+        noisy_BCHW, target_BCHW = noisy_and_target(
+            self.schedule,
+            batch.latents_BCHW.float(),
+            sent(noise_BCHW, device),
+            t_B,
+            None if mixed_BCHW is None else sent(mixed_BCHW, device),
+        )
+        noisy: Streams = (noisy_BCHW,)
+        targets: Streams = (target_BCHW,)
+        if batch.audio_BCLF is not None:
+            assert audio_noise_BCLF is not None, "sound has noise of its own"
+            sound = noisy_and_target(
+                self.schedule, batch.audio_BCLF.float(), sent(audio_noise_BCLF, device), t_B
+            )
+            noisy, targets = (*noisy, sound[0]), (*targets, sound[1])
+
+        def predicted() -> Streams:
+            if len(noisy) == 1:
+                return ((predict or family.predict)(noisy[0], sent(t_B, device), conditioning),)
+            assert family.audio is not None, "a batch has sound for a family with sound"
+            return family.audio.predict(noisy[0], noisy[1], sent(t_B, device), conditioning)
+
+        loss_B = self._loss(batch, targets, predicted, t_B)
+        if self.weighting is not None:
+            loss_B = loss_B * sent(weight_at(self.weighting, self.schedule, t_B), device)
+        if any(part.weight != 1 for part in self.timesteps.emphasis):
+            loss_B = loss_B * sent(self.timesteps.weight(t_B), device)
+        return loss_B
+
+    def _told(self, family: Family, batch: Batch, t_B: Tensor) -> Conditioning:
         conditioning = batch.conditioning
         if family.capabilities.guidance_embedding and self.guidance is not None:
-            guidance_B = torch.full(t_B.shape, self.guidance, dtype=t_B.dtype, device=device)
+            guidance_B = torch.full(
+                t_B.shape, self.guidance, dtype=t_B.dtype, device=batch.latents_BCHW.device
+            )
             conditioning = conditioning.merged({"guidance_B": guidance_B})
         if family.capabilities.picks_by_time:
             conditioning = conditioning.merged({"time_B": t_B})
+        return conditioning
 
-        noisy_BCHW, target_BCHW = noisy_and_target(self.schedule, data_BCHW, noise_BCHW, t_B)
-        if batch.audio_BCLF is not None:
-            assert family.audio is not None, "a batch has sound for a family with sound"
-            assert audio_noise_BCLF is not None, "sound has noise of its own"
-            # As LTX-2's trainer does: frames and sound at one time, as in sampling, and their errors added up.
-            noisy_BCLF, target_BCLF = noisy_and_target(
-                self.schedule, batch.audio_BCLF.float(), sent(audio_noise_BCLF, device), t_B
-            )
-            both = family.audio.predict(noisy_BCHW, noisy_BCLF, sent(t_B, device), conditioning)
-            loss_B = squared_error(both[0], target_BCHW) + squared_error(both[1], target_BCLF)
-        else:
-            predicted_BCHW = (predict or family.predict)(noisy_BCHW, sent(t_B, device), conditioning)
-            loss_B = squared_error(predicted_BCHW, target_BCHW)
-        return loss_B if self.min_snr_gamma is None else loss_B * sent(self.snr_weight(t_B), device)
+    def _loss(self, batch: Batch, targets: Streams, predicted: Callable[[], Streams], t_B: Tensor) -> Tensor:
+        """As LTX-2's trainer does: errors of frames and sound, which are at one time, are added up."""
+        if batch.counted is None and isinstance(self.loss, Squared):
+            errors = [squared_error(*both) for both in zip(predicted(), targets, strict=True)]
+            return errors[0] if len(errors) == 1 else errors[0] + errors[1]
+        kept = self._kept(batch, predicted)
+        delta_B = delta_at(self.loss, self.schedule, t_B)
+        said = predicted()
+        loss_B = mean_distance(self.loss, said[0], targets[0], delta_B, batch.counted)
+        if kept is not None:
+            loss_B = loss_B + mean_distance(self.loss, said[0], kept[0].float(), delta_B, batch.kept)
+        if len(said) == 1:
+            return loss_B
+        if batch.counted is None or kept is None:
+            return loss_B + mean_distance(self.loss, said[1], targets[1], delta_B)
+        # Masks are of frames; a sample whose frames are not learned at all has sound that is to stay as well.
+        learned_B = batch.counted.flatten(1).amax(1) > 0
+        target = torch.where(learned_B.view(-1, 1, 1, 1), targets[1], kept[1].float())
+        return loss_B + mean_distance(self.loss, said[1], target, delta_B)
+
+    def _kept(self, batch: Batch, predicted: Callable[[], Streams]) -> Streams | None:
+        """What the model said before training, where some place of the batch is to stay at that."""
+        if batch.kept is None or self.frozen is None:
+            return None
+        with torch.no_grad(), self.frozen():
+            return predicted()
 
     def draw_noise(self, batch: Batch, seed: int) -> Tensor:
-        """Standard normal noise (B, C, H, W) on the CPU, plus the offset that lets pictures turn dark or bright.
-
-        Noise offset: one normal value per sample and channel, Guttenberg 2023,
-        https://www.crosslabs.org/blog/diffusion-with-offset-noise
-        """
+        """Noise (B, C, H, W) on the CPU: see `noise_of`."""
         shape = batch.latents_BCHW.shape[1:]
         rows = []
         for sample_id in batch.sample_ids:
             generator = torch_generator(seed, "noise", batch.position, sample_id)
-            noise_CHW = torch.randn(shape, generator=generator)
-            if self.noise_offset:
-                offset = torch.randn((shape[0],) + (1,) * (len(shape) - 1), generator=generator)
-                noise_CHW = noise_CHW + self.noise_offset * offset
-            rows.append(noise_CHW)
+            rows.append(noise_of(shape, generator, self.noise_offset, self.multires))
         return torch.stack(rows)
 
     def draw_audio_noise(self, batch: Batch, seed: int) -> Tensor | None:
         """Standard normal noise (B, C, L, F) on the CPU; None without sound."""
         if batch.audio_BCLF is None:
             return None
-        shape = batch.audio_BCLF.shape[1:]
-        return torch.stack(
-            [
-                torch.randn(shape, generator=torch_generator(seed, "audio noise", batch.position, sample_id))
-                for sample_id in batch.sample_ids
-            ]
-        )
+        return plain_noise(batch, seed, "audio noise", batch.audio_BCLF.shape[1:])
 
     def draw_times(self, batch: Batch, seed: int, tokens: int) -> Tensor:
         """Times in [0, 1], shape (B,), float32 on the CPU."""
-        draws = []
-        for sample_id in batch.sample_ids:
-            generator = torch_generator(seed, "time", batch.position, sample_id)
-            if self.timesteps.law == "uniform":
-                draws.append(torch.rand((), generator=generator))
-            else:
-                normal = torch.randn((), generator=generator) * self.timesteps.std + self.timesteps.mean
-                draws.append(torch.sigmoid(normal))
-        low, high = self.timesteps.low, self.timesteps.high
-        t_B = torch.stack(draws)
-        if self.schedule.is_flow:
-            return low + (high - low) * shift_time(t_B, self.shift_at(tokens))
-        # An older denoiser knows whole indices only: 0 to 999, as a rule.
-        steps = self.schedule.steps
-        return ((low + (high - low) * t_B) * steps).floor().clamp(max=steps - 1) / steps
+        generators = [torch_generator(seed, "time", batch.position, one) for one in batch.sample_ids]
+        return self.timesteps.draw(self.schedule, self.shift_at(tokens), generators)
 
     def shift_at(self, tokens: int) -> float:
         if isinstance(self.shift, float | int):
             return self.shift
         return self.shift.factor(tokens, self.sampler_steps)
 
-    def snr_weight(self, t_B: Tensor) -> Tensor:
-        """Min-SNR weight (arXiv 2303.09556, equation 6 and its v form); ones where it is off.
 
-        The weight of an error in the data is min(snr, gamma). An error in epsilon is snr times as large, one in v
-        snr + 1 times. A flow has snr = ((1 - t) / t)^2, and data = x_t - t * velocity makes it 1 / t^2 times.
-        """
-        if self.min_snr_gamma is None:
-            return torch.ones_like(t_B)
-        snr_B = signal_to_noise(self.schedule, t_B)
-        clipped_B = snr_B.clamp(max=self.min_snr_gamma)
-        match self.schedule.prediction:
-            case "epsilon":
-                return clipped_B / snr_B
-            case "v":
-                return clipped_B / (snr_B + 1)
-            case "velocity":
-                return clipped_B * t_B**2
-
-
-def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean over each sample, (B,) float32."""
-    return (predicted.float() - target).square().flatten(1).mean(1)
-
-
-def shift_time(t_B: Tensor, shift: float) -> Tensor:
-    """Move training time toward the noisy end, as the sampler will at inference.
-
-    `shift = 1` changes nothing; `shift = 3` sends t = 0.5 to 0.75. Stable Diffusion 3 paper
-    (arXiv 2403.03206), equation 23.
-
-    Raises:
-        ValueError: `shift` is not positive.
-    """
-    if shift <= 0:
-        raise ValueError(f"shift must be positive; got {shift}")
-    return shift * t_B / (1 + (shift - 1) * t_B)
-
-
-def signal_to_noise(schedule: Schedule, t_B: Tensor) -> Tensor:
-    """Ratio of signal variance to noise variance at `t_B`, shape (B,), float32, kept off 0 and infinity."""
-    signal_B, noise_B = _mixing(schedule, t_B)
-    return ((signal_B / noise_B.clamp(min=1e-6)) ** 2).clamp(min=1e-8)
-
-
-def noisy_and_target(
-    schedule: Schedule, data_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The noisy latents at `t_B` and what the denoiser should say about them, both of the data's shape.
-
-    The times may be on the CPU whatever the device of the data.
-    """
-    column = (-1,) + (1,) * (data_BCHW.dim() - 1)
-    signal, sigma = (sent(factor_B, data_BCHW.device).view(column) for factor_B in _mixing(schedule, t_B))
-    noisy_BCHW = signal * data_BCHW + sigma * noise_BCHW
-    match schedule.prediction:
-        case "velocity":
-            return noisy_BCHW, noise_BCHW - data_BCHW
-        case "epsilon":
-            return noisy_BCHW, noise_BCHW
-        case "v":
-            return noisy_BCHW, signal * noise_BCHW - sigma * data_BCHW
-
-
-def _mixing(schedule: Schedule, t_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of data and noise at `t_B`, each (B,) float32."""
-    if schedule.alphas_cumprod is None:
-        return 1 - t_B, t_B
-    index_B = (t_B * schedule.steps).round().long().clamp(0, schedule.steps - 1)
-    # On the CPU, in float64: not every device has that type.
-    alpha_B = schedule.alphas_cumprod.cpu()[index_B.cpu()]
-    return alpha_B.sqrt().float().to(t_B.device), (1 - alpha_B).sqrt().float().to(t_B.device)
+def plain_noise(batch: Batch, seed: int, what: str, shape: torch.Size) -> Tensor:
+    """Standard normal noise on the CPU, a row of `shape` for each sample."""
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch_generator(seed, what, batch.position, sample_id))
+            for sample_id in batch.sample_ids
+        ]
+    )

@@ -8,16 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from burnish.adapters.layer import ModuleChoice
-from burnish.adapters.targeting import choose_modules
-from burnish.assembly import build_objective
+from burnish.config.method import Full
 from burnish.config.schema import RunConfig
 from burnish.errors import BurnishError, ModelError, UserError
 from burnish.families.registry import family_named
 from burnish.family import Conditioning, Family, Part
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
 from burnish.model import DTYPES, choose_model, source_of
-from burnish.optim.build import build_optimizer
+from burnish.objective import Denoising
+from burnish.optim.build import build_optimizer, check_optimizer
 from burnish.planner.choose import (
     Beside,
     Choice,
@@ -46,6 +45,7 @@ from burnish.planner.store import ProfileStore
 from burnish.planner.trace import Recipe, Shape
 from burnish.planning_shapes import drawn_shape, numbers_in, shapes_of, tokens_of
 from burnish.run_plan import Row, RunPlan, Timed, cache_of
+from burnish.trained import chosen
 
 # Outside of what torch counts: CUDA's context and its libraries' workspaces, and what the allocator cannot hand out.
 CONTEXT = int(0.5 * GIB)
@@ -70,6 +70,7 @@ def plan_run(
     Raises:
         ModelError: no such weights, and the config names no family whose released sizes could stand in.
         UserError: nothing fits.
+        MissingPackage: the optimizer's library is not here.
     """
     return _Planner(config, card, budget, cuda, can_compile).plan()
 
@@ -79,6 +80,8 @@ class _Planner:
         self, config: RunConfig, card: Card, budget: int | None, cuda: bool, can_compile: bool
     ) -> None:
         self.config, self.card = config, card
+        # Before anything is traced: what a library makes of numbers when it is first used must have values.
+        check_optimizer(config.train.optimizer)
         self.rates: Rates = card.rates
         self.budget = (int(card.gib * GIB) if budget is None else budget) - CONTEXT - FRAGMENTED
         self.dtype = DTYPES[config.train.precision]
@@ -132,15 +135,11 @@ class _Planner:
     def tokens(self, shape: Shape) -> int:
         return self.known.latents.tokens(self.known.latents.of(shape.height, shape.width, shape.frames))
 
-    def choose(self, family: Family) -> Mapping[str, Mapping[str, ModuleChoice]]:
-        method = self.config.method
-        return {
-            part: choose_modules(denoiser, family.targets, family.default_targets, method)
-            for part, denoiser in family.denoisers.items()
-        }
+    def choose(self, family: Family) -> Mapping[str, Mapping[str, Any]]:
+        return {part: chosen(self.config.method, family, one) for part, one in family.denoisers.items()}
 
     def profile(self, shape: Shape, kept_as: str, mode: str | float) -> Profile:
-        train, method = self.config.train, self.config.method
+        train, method, memory = self.config.train, self.config.method, self.config.memory
 
         def keep(family: Family) -> None:
             blocks = family.blocks()
@@ -148,13 +147,16 @@ class _Planner:
 
         recipe = Recipe(
             choices={},
-            objective=build_objective(train.objective, self.known),
-            optimizer=partial(build_optimizer, train.optimizer),
+            objective=Denoising.of(train.objective, self.known),
+            optimizer=partial(build_optimizer, train.optimizer, one_by_one=memory.steps_singly),
             kept_as=None if kept_as == "native" else kept_as,
             keep_activations=keep,
             accumulates=train.accumulate > 1,
             averages=train.ema is not None,
-            dropout=method.dropout,
+            dropout=0.0 if isinstance(method, Full) else method.dropout,
+            own_weights=isinstance(method, Full),
+            releases=memory.gradient_release,
+            offloads=memory.offload_optimizer,
             shown=self._told,
         )
         facts = {
@@ -169,6 +171,8 @@ class _Planner:
             "recipe": [self.cuda, kept_as, mode, recipe.accumulates, recipe.averages, str(self.dtype)],
             "shape": [shape.height, shape.width, shape.frames, shape.batch],
         }
+        if memory.steps_singly:
+            facts["singly"] = [memory.gradient_release, memory.offload_optimizer]
         if shape.references:
             facts["references"] = [shape.references, shape.masked]
         if self.of.audio is not None:
@@ -192,6 +196,8 @@ class _Planner:
         wanted = self.config.memory.weights
         if wanted != "auto":
             return [(wanted,)]
+        if isinstance(self.config.method, Full):
+            return [("native",)]
         first = ("native", "fp8" if self.rates.fp8 else "int8")
         return [first, (*first, "nf4")]
 
@@ -323,7 +329,7 @@ class _Planner:
         where = "" if not best.host else f"; {best.host / GIB:.1f} GiB of them in host memory"
         return (
             Row("  weights", weights - best.host, f"frozen, {settings.weights}{where}"),
-            Row("  trained", trained, "adapter, its optimizer state"),
+            Row("  trained", trained, self._trained_in_words()),
             Row(
                 "  activations",
                 max(0, step.peak - (weights - best.host) - trained - beside.always),
@@ -331,6 +337,12 @@ class _Planner:
             ),
             Row("training", step.peak, "all of these" + self._held_besides()),
         )
+
+    def _trained_in_words(self) -> str:
+        memory = self.config.memory
+        what = "weights" if isinstance(self.config.method, Full) else "adapter"
+        average = ", their average" if self.config.train.ema is not None else ""
+        return f"{what}{average}" + ("" if memory.offload_optimizer else ", the optimizer's state")
 
     def _held_besides(self) -> str:
         held = [

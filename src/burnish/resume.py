@@ -24,7 +24,9 @@ FIXED = (
     "model.prediction",
     "model.training_adapter",
     *(f"method.{name}" for name in ("kind", "rank", "alpha", "conv_rank", "conv_alpha")),
-    *(f"method.{name}" for name in ("targets", "include", "exclude", "groups")),
+    *(f"method.{name}" for name in ("targets", "include", "exclude", "groups", "rs_scaling", "tucker")),
+    *(f"method.{name}" for name in ("dora", "start")),
+    *(f"method.{name}" for name in ("factor", "full_rank", "decompose_both", "block_size", "stages")),
     "seed",
     *(f"train.optimizer.{name}" for name in ("kind", "class_path", "rounding")),
     "train.precision",
@@ -103,6 +105,8 @@ def checkpoint_content(run: Training) -> tuple[dict[str, dict[str, Tensor]], dic
         "adapter": {name: parameter.detach() for name, parameter in run.parameters.items()},
         "optimizer": optimizer_tensors,
     }
+    if run.constants:
+        tensors["start"] = {name: tensor.detach() for name, tensor in run.constants.items()}
     average = None
     if run.ema is not None:
         tensors["ema"], average = run.ema.state_dict()
@@ -146,11 +150,13 @@ def restore(run: Training, loaded: Loaded) -> list[str]:
             remedy="Put the old weights back, or start a new run with --name.",
         )
     _copy_into(run.parameters, loaded.tensors["adapter"])
+    _copy_into(run.constants, loaded.tensors.get("start", {}))
     names = {parameter: name for name, parameter in run.parameters.items()}
     unpack_state(run.optimizer, names, loaded.tensors["optimizer"], state.optimizer)
     if run.scaler.is_enabled() and state.scaler:
         run.scaler.load_state_dict(state.scaler)
     run.step, run.skipped = state.step, set(state.skipped)
+    run.updating = False  # whatever was half done is gone
     run.position, converted = _position(state.position, state.batches_per_epoch, run.batches_per_epoch)
     notes = [_restore_average(run, loaded), _restore_best(run, state), converted]
     if converted:
@@ -165,7 +171,7 @@ def restore(run: Training, loaded: Loaded) -> list[str]:
     return [note for note in notes if note]
 
 
-def _copy_into(parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
+def _copy_into(parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
     if parameters.keys() != tensors.keys():
         differing = sorted(parameters.keys() ^ tensors.keys())
         raise CheckpointError(

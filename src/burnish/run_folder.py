@@ -8,6 +8,7 @@ runs/NAME/
   data_report.json   every picture skipped or fixed, buckets, captions
   checkpoints/       what a resume reads
   adapters/          NAME-00000250.safetensors per save, NAME.safetensors at the end
+  models/            in their place the denoisers themselves, where these are trained
   samples/           pictures drawn on the way, and a grid
   logs/              one file per start
 """
@@ -134,6 +135,11 @@ class RunFolder:
         return self.path / "adapters"
 
     @property
+    def models(self) -> Path:
+        """Trained denoisers: NAME/transformer as a part of a diffusers model, NAME.safetensors as a single file."""
+        return self.path / "models"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -222,7 +228,7 @@ class Recorder(Listener):
 
     def __init__(self, folder: RunFolder, steps: int) -> None:
         folder.make()
-        for place in (folder.path, folder.adapters, folder.samples):
+        for place in (folder.path, folder.adapters, folder.samples, *_below(folder.models)):
             sweep(place)  # what a killed process was writing
         self._folder = folder
         self._metrics: Metrics | None = None
@@ -264,7 +270,9 @@ class Recorder(Listener):
             self._update(urgent=True, best_step=step, best_loss=loss)
 
     def saved(self, step: int, checkpoint: Path, adapter: Path, facts: Mapping[str, object]) -> None:
-        self._update(urgent=True, adapters={**self._status.adapters, adapter.name: dict(facts)})
+        folder = self._folder
+        name = adapter.name if adapter.parent == folder.adapters else str(adapter.relative_to(folder.path))
+        self._update(urgent=True, adapters={**self._status.adapters, name: dict(facts)})
 
     def finished(self, result: RunResult) -> None:
         state: State = (
@@ -321,6 +329,10 @@ class Recorder(Listener):
             with suppress(sqlite3.Error):  # what is written is in the file or in its journal
                 self._metrics.close()
             self._metrics = None
+
+
+def _below(models: Path) -> list[Path]:
+    return [models, *(one for one in models.iterdir() if one.is_dir())] if models.is_dir() else []
 
 
 def _beginning(before: Status | None, steps: int) -> Status:

@@ -1,4 +1,4 @@
-"""What happens beside the steps: held-out loss, checkpoints with verified adapters, samples.
+"""What happens beside the steps: held-out loss, checkpoints with verified results, samples.
 
 Each task is called after every step and decides by itself whether it is due. The order is validate, save, sample,
 so that a new best is saved at once and a picture never stands in the way of a checkpoint.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,21 +19,17 @@ from PIL import Image
 from torch import Tensor
 
 from burnish.adapters.attached import AdapterSet
-from burnish.adapters.layer import adaptable_modules
 from burnish.checkpoint.space import nap
 from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention
 from burnish.data.batch import Batch
 from burnish.errors import DataError, DiskFull, Interrupted, NonFiniteLoss
 from burnish.events import Events
-from burnish.export.adapter_file import write_adapter
-from burnish.export.verify import verify_adapter
 from burnish.loop import Training
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
-from burnish.optim.schedule_free import averaged_point, is_schedule_free
 from burnish.randomness import torch_generator
+from burnish.results import Facts, Result, averaged
 from burnish.resume import checkpoint_content
-from burnish.run_folder import RunFolder
 from burnish.sampling.clip_file import middle_frame
 from burnish.sampling.decoding import Drawn, decode_pictures
 from burnish.sampling.grid import LARGEST_CELL, save_grid
@@ -43,13 +40,6 @@ DISK_POLL_S = 5.0
 GRID_COLUMNS = 10  # of more steps than this, the grid shows some
 
 _SAMPLE = re.compile(r"step-(\d+)-(\d+)\.(?:png|mp4)")
-
-
-def averaged(run: Training) -> AbstractContextManager[None]:
-    """The average in place of the live weights, where there is one: the moving one, or a schedule-free optimizer's."""
-    if run.ema is not None:
-        return run.ema.swapped()
-    return averaged_point(run.optimizer) if is_schedule_free(run.optimizer) else nullcontext()
 
 
 @dataclass
@@ -90,6 +80,7 @@ class Validate:
     def loss(self, run: Training) -> float:
         """Mean over held-out samples and times, each with noise that depends on the sample and time alone."""
         losses = []
+        objective = run.objective.comparable()
         begin, end = run.family.schedule.times
         for batch in self.batches():
             batch = batch.to(run.device)
@@ -100,7 +91,7 @@ class Validate:
                     shape = batch.audio_BCLF.shape[1:]
                     audio_noise = held_noise(run.seed, "validation audio", shape, batch.sample_ids, t)
                 t_B = torch.full((len(noise),), begin + (end - begin) * t)
-                loss_B = run.objective.losses_at(run.family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
+                loss_B = objective.losses_at(run.family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
                 losses.append(loss_B.flatten())
         return float(torch.cat(losses).mean())
 
@@ -117,25 +108,22 @@ def held_noise(seed: int, what: str, shape: Sequence[int], sample_ids: Sequence[
 
 @dataclass
 class Save:
-    """A checkpoint, then the adapter in its export format, read back and verified, then retention."""
+    """A checkpoint, then what is for use elsewhere, read back and verified, then retention."""
 
     store: CheckpointStore
-    adapters: Mapping[str, AdapterSet]  # by denoiser
-    labels: Mapping[str, str]  # what file names call each denoiser; those alone in their model have none
-    folder: RunFolder
-    name: str
+    results: Sequence[Result]
     every: int
     keep: int
-    keep_adapters: bool
-    format: str
-    dtype: torch.dtype
+    keep_results: bool
     config_hash: str
-    metadata: Callable[[Training, str], Mapping[str, str]]  # of the adapter of one denoiser
     events: Events
     stop_requested: Callable[[], bool]
     wait_for_space: bool = False
     saved_step: int | None = None
     last_adapter: Path | None = None
+    written: dict[str, int] = field(
+        default_factory=dict
+    )  # by label: the step of what this process wrote last
 
     def __call__(self, run: Training) -> None:
         new_best = run.best_step == run.step and run.best_step is not None
@@ -143,13 +131,13 @@ class Save:
             self.save(run)
 
     def save(self, run: Training) -> None:
-        """A checkpoint of `run.step` and its adapters, unless that was saved already."""
+        """A checkpoint of `run.step` and its results, unless that was saved already."""
         if self.saved_step == run.step:
             return
         checkpoint = self.checkpoint(run)
-        self.write_adapters(run, checkpoint, f"-{run.step:08d}" if self.keep_adapters else "")
+        self.write_results(run, checkpoint, f"-{run.step:08d}" if self.keep_results else "")
         if run.best_step == run.step:
-            self.write_adapters(run, checkpoint, "-best")
+            self.write_results(run, checkpoint, "-best")
 
     def checkpoint(self, run: Training) -> Path:
         """Commit the state of `run.step`; older checkpoints go only after this one verified (rule R3)."""
@@ -170,31 +158,30 @@ class Save:
         return checkpoint
 
     def finish(self, run: Training, ended: bool) -> None:
-        """Save what is not saved yet; at the end of the run also write the adapter under its plain name."""
+        """Save what is not saved yet; at the end of the run also write the results under their plain names."""
         self.save(run)
-        if ended:
-            self.write_adapters(run, self.store.folder / f"step-{run.step:08d}", "")
+        if ended and self.written.get("") != run.step:
+            self.write_results(run, self.store.folder / f"step-{run.step:08d}", "")
 
-    def write_adapters(self, run: Training, checkpoint: Path, label: str) -> None:
-        """Write and verify NAME<label>.safetensors, one per denoiser."""
-        with averaged(run):
-            for part, adapter in self.adapters.items():
-                path = self.adapter_path(part, label)
-                facts = self.export_one(run, part, adapter, path)
-                self.events.saved(run.step, checkpoint, path, facts)
-                if label != "-best":
-                    self.last_adapter = path
+    def write_results(self, run: Training, checkpoint: Path, label: str) -> None:
+        """Write and verify every result under this label."""
+        for result in self.results:
+            path = result.path(label)
+            facts = self.when_there_is_space(partial(result.write, run, path))
+            self.events.saved(run.step, checkpoint, path, facts)
+            if label != "-best":
+                self.last_adapter = path
+        self.written[label] = run.step
 
-    def when_there_is_space(self, write: Callable[[], object]) -> None:
-        """Call `write`; at a full disk, and if waiting is wanted, again until there is space or a stop is asked for.
+    def when_there_is_space(self, write: Callable[[], Facts]) -> Facts:
+        """What `write` gives; at a full disk, and if waiting is wanted, it is called again until there is space or a stop.
 
         Raises:
             DiskFull: it is full, and waiting is not wanted or was ended by a stop.
         """
         while True:
             try:
-                write()
-                return
+                return write()
             except DiskFull as full:
                 if not self.wait_for_space:
                     raise
@@ -202,39 +189,15 @@ class Save:
                 if not nap(DISK_POLL_S, self.stop_requested):
                     raise
 
-    def adapter_path(self, part: str, label: str) -> Path:
-        suffix = f"-{self.labels[part]}" if part in self.labels else ""
-        return self.folder.adapters / f"{self.name}{suffix}{label}.safetensors"
-
     def resumed(self, run: Training, checkpoint: Path) -> None:
-        """Go on from a checkpoint; adapters that a kill kept from being written after it are written now."""
+        """Go on from a checkpoint; results that a kill kept from being written after it are written now."""
         self.saved_step = run.step
-        labels = [f"-{run.step:08d}"] if self.keep_adapters and run.step else []
+        labels = [f"-{run.step:08d}" if self.keep_results else ""] if run.step else []
         if run.best_step == run.step:
             labels.append("-best")
         for label in labels:
-            if label == "-best" or not all(self.adapter_path(part, label).exists() for part in self.adapters):
-                self.write_adapters(run, checkpoint, label)
-
-    def export_one(self, run: Training, part: str, adapter: AdapterSet, path: Path) -> Mapping[str, object]:
-        weights = adapter.weights()
-        modules = adaptable_modules(adapter.denoiser)
-        self.when_there_is_space(
-            lambda: write_adapter(
-                path,
-                weights,
-                part=part,
-                keys=run.family.export,
-                modules=modules,
-                format=self.format,
-                dtype=self.dtype,
-                metadata=self.metadata(run, part),
-            )
-        )
-        verified = verify_adapter(
-            path, weights, run.family.denoisers[part], part=part, keys=run.family.export
-        )
-        return verified.facts()
+            if label == "-best" or not all(result.path(label).exists() for result in self.results):
+                self.write_results(run, checkpoint, label)
 
 
 @dataclass

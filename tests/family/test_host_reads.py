@@ -12,6 +12,7 @@ import torch
 from pretend_device import DEVICE, pretended, reading
 from test_devices import FAMILY_OF, PROMPTS, SIDE, on_the_device
 
+from burnish.config.objective import MinSnr
 from burnish.data.batch import Batch
 from burnish.events import Events
 from burnish.family import Conditioning, Family, PictureInfo
@@ -116,7 +117,7 @@ def test_the_loop_reads_once_per_step(tiny_folder: TinyFolder, name: str) -> Non
     }
     run = Training(
         family=family,
-        objective=Denoising(family.schedule, min_snr_gamma=5.0),
+        objective=Denoising(family.schedule, weighting=MinSnr(gamma=5.0)),
         parameters=parameters,
         optimizer=torch.optim.AdamW(
             [{"params": list(parameters.values()), "initial_lr": 1e-4}], foreach=False

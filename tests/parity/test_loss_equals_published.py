@@ -16,10 +16,14 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from torch import Tensor
 
+from burnish.config.objective import MinSnr
 from burnish.data.batch import Batch
+from burnish.diffusion.mixing import noisy_and_target
+from burnish.diffusion.times import Timesteps, shift_time
+from burnish.diffusion.weights import weight_at
 from burnish.families.registry import detect_family
 from burnish.family import Conditioning, Family, ModelSource, PictureInfo, Prediction, Schedule
-from burnish.objective import Denoising, Timesteps, noisy_and_target, shift_time
+from burnish.objective import Denoising
 
 TOLERANCE = 1e-6
 TinyFolder = Callable[[str], Path]
@@ -60,7 +64,8 @@ def test_epsilon_and_v(
     family = loaded(tiny_folder(name), prediction)
     batch, noise = batch_of(family, 4)
     timesteps = torch.tensor([1, 250, 700, 999])
-    ours = Denoising(family.schedule, min_snr_gamma=gamma).losses_at(family, batch, noise, timesteps / 1000)
+    weighting = None if gamma is None else MinSnr(gamma=gamma)
+    ours = Denoising(family.schedule, weighting=weighting).losses_at(family, batch, noise, timesteps / 1000)
 
     scheduler = DDPMScheduler(
         beta_start=0.00085,
@@ -166,9 +171,8 @@ def test_min_snr_of_a_flow_weighs_the_error_in_the_data(t: float) -> None:
     draw = torch.Generator().manual_seed(0)
     data, noise, wrong = (torch.randn(1, 4, 2, 2, generator=draw) for _ in range(3))
     noisy = (1 - t) * data + t * noise
-    weight = Denoising(
-        Schedule("velocity", {"_class_name": "FlowMatchEulerDiscreteScheduler"}), min_snr_gamma=gamma
-    ).snr_weight(torch.tensor([t]))
+    schedule = Schedule("velocity", {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    weight = weight_at(MinSnr(gamma=gamma), schedule, torch.tensor([t]))
     error_in_velocity = (wrong - (noise - data)).square().mean()
     error_in_data = (noisy - t * wrong - data).square().mean()
     snr = ((1 - t) / t) ** 2

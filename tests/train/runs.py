@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from burnish.checkpoint.store import CheckpointStore, Loaded
@@ -99,5 +100,5 @@ def digest(loaded: Loaded) -> str:
     for file in sorted(loaded.tensors):
         for name in sorted(loaded.tensors[file]):
             total.update(f"{file}/{name}".encode())
-            total.update(loaded.tensors[file][name].contiguous().cpu().numpy().tobytes())
+            total.update(loaded.tensors[file][name].contiguous().cpu().flatten().view(torch.uint8).numpy())
     return total.hexdigest()

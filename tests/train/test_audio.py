@@ -26,12 +26,13 @@ from burnish.config.schema import RunConfig
 from burnish.data.audio import sound_of
 from burnish.data.batch import Batch
 from burnish.data.clips import inspect_clip
+from burnish.diffusion.distance import squared_error
 from burnish.errors import UserError
 from burnish.events import Listener, StepReport
 from burnish.families.ltx2 import LTX2
 from burnish.family import ModelSource
 from burnish.generate import attach_adapter, generate_pictures
-from burnish.objective import Denoising, squared_error
+from burnish.objective import Denoising
 from burnish.run import train_run
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
 

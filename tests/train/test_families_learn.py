@@ -13,7 +13,7 @@ from numpy.random import default_rng
 from PIL import Image
 from released_widths import tiny_loaders
 from tiny import Case, cases
-from torch import Tensor
+from torch import Tensor, nn
 
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
@@ -165,11 +165,16 @@ def told(one: EncodedRequest, more: Conditioning) -> EncodedRequest:
     )
 
 
-def theirs(model: Path, adapter: Path, case: Case) -> Tensor:
+def theirs(model: Path, adapter: Path | None, case: Case, **parts: nn.Module) -> Tensor:
+    """What diffusers draws with an adapter, or with `parts` in place of the pipeline's own."""
     pipeline = case.pipeline.from_pretrained(model)
+    pipeline.register_modules(
+        **parts
+    )  # `from_pretrained` passes over those that a pipeline calls optional, as Wan's
     pipeline.set_progress_bar_config(disable=True)
-    with tiny_loaders(case.loader_widths):
-        pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    if adapter is not None:
+        with tiny_loaders(case.loader_widths):
+            pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
     height, width = case.size
     drawn = pipeline(
         prompt=[CAPTION],

@@ -14,9 +14,8 @@ from diffusers import WanPipeline
 from runs import picture_folder, run_config
 from safetensors import safe_open
 
-from burnish.assembly import build_objective
+from burnish.config.objective import Objective
 from burnish.config.schema import Memory, Model
-from burnish.config.train import Objective
 from burnish.data.batch import Batch
 from burnish.events import Events, Listener
 from burnish.families.wan22 import Wan22
@@ -102,7 +101,7 @@ def test_times_are_those_of_the_denoiser(
         position=0,
     )
     for section in (Objective(), Objective(range=(0.5, 1.0))):
-        times = build_objective(section, family).draw_times(batch, seed=1, tokens=1)
+        times = Denoising.of(section, family).draw_times(batch, seed=1, tokens=1)
         first = low + section.range[0] * (high - low)
         assert first <= times.min() < first + 0.2 * (high - first)
         assert high - 0.2 * (high - first) < times.max() <= high

@@ -12,9 +12,10 @@ from ruamel.yaml import YAML
 from burnish.config.data import Folder, Generated
 from burnish.config.document import plain_value
 from burnish.config.load import load_config
+from burnish.config.objective import SigmoidTimesteps, UniformTimesteps
 from burnish.config.optimizers import AdamW, Prodigy
 from burnish.config.schema import RunConfig
-from burnish.config.train import RollBackOnNonFinite, SigmoidTimesteps, UniformTimesteps
+from burnish.config.train import RollBackOnNonFinite
 from burnish.errors import ConfigError
 
 MINIMAL = "name: robot\nmodel: {path: demo}\ndata: [{path: pictures}]\n"

@@ -187,6 +187,36 @@ MISTAKES = [
         alone=True,
     ),
     Mistake(
+        "option of another kind by another trainer's name",
+        "train:\n  schedule: {kind: cosine, num_cycles: 3}\n",
+        "run.yaml:8  train.schedule.num_cycles",
+        ("no such option of kind cosine", "cycles belongs to kind cosine_restarts"),
+    ),
+    Mistake(
+        "class by the word for it",
+        "train:\n  optimizer: {kind: custom, class: torch.optim.SGD}\n",
+        "run.yaml:8  train.optimizer.class",
+        ("did you mean class_path?",),
+    ),
+    Mistake(
+        "rate given twice",
+        "train:\n  optimizer: {kind: custom, class_path: torch.optim.SGD, arguments: {lr: 1}}\n",
+        "run.yaml:8  train.optimizer.arguments",
+        ("lr does not belong here", "learning_rate"),
+    ),
+    Mistake(
+        "two averages",
+        "train:\n  optimizer: {kind: adamw_schedule_free}\n  ema: {decay: 0.9}\n",
+        "run.yaml:7  train",
+        ("adamw_schedule_free keeps an average of its own; leave ema out",),
+    ),
+    Mistake(
+        "average and falling rate",
+        "train:\n  optimizer: {kind: prodigy_schedule_free}\n  schedule: {kind: cosine}\n",
+        "run.yaml:7  train",
+        ("schedule.kind should be constant", "got cosine"),
+    ),
+    Mistake(
         "unknown kind",
         "train:\n  optimizer: {kind: adam}\n",
         "run.yaml:8  train.optimizer",

@@ -179,7 +179,7 @@ TO_Q = "lora_unet_down_blocks_0_attn1_to_q"
     ("change", "expected"),
     [
         (lambda t: t.update({"lora_unet_mid.lora_down.weight": torch.zeros(1)}), "lora_unet_mid.lora_down"),
-        (lambda t: t.update({f"{TO_Q}.lora_mid.weight": torch.zeros(1)}), "lora_mid"),
+        (lambda t: t.update({f"{TO_Q}.rescale": torch.zeros(1)}), "rescale"),
         (lambda t: t.pop(f"{TO_Q}.lora_up.weight"), "no up (B) matrix"),
         (lambda t: t[f"{TO_Q}.lora_up.weight"].fill_(float("nan")), "NaN"),
         (lambda t: t.update({f"{TO_Q}.lora_up.weight": torch.zeros(6, 3)}), "do not fit each other"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from burnish.config.optimizers import AnyOptimizer
+from burnish.config.schedules import AnySchedule
 from burnish.config.shape import alternatives, kind_of
 from burnish.errors import ConfigError, MissingPackage
 from burnish.optim.build import build_optimizer, check_optimizer
 from burnish.optim.one_by_one import OneByOne
+from burnish.optim.schedule import apply_learning_rate
 from burnish.optim.schedule_free import averaged_point, is_schedule_free
+from burnish.optim.state import pack_state, unpack_state
 
 # Rates at which each gets there in `STEPS` steps.
 RATES = {
@@ -64,6 +68,12 @@ def close(parameter: Tensor, expected: np.ndarray, tolerance: float = 1e-9) -> N
 
 def test_every_kind_is_here() -> None:
     assert list(RATES) == [kind_of(member) for member in alternatives(AnyOptimizer)]
+
+
+@pytest.mark.parametrize("union", [AnyOptimizer, AnySchedule], ids=["optimizers", "schedules"])
+def test_the_manual_has_every_kind(union: Any) -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    assert not [kind for member in alternatives(union) if f"`{(kind := kind_of(member))}`" not in manual]
 
 
 def loss_of(parameters: list[Parameter], target: Tensor) -> Tensor:
@@ -317,3 +327,91 @@ def test_looking_at_the_average_changes_nothing(kind: str, rounding: str) -> Non
                         assert not torch.equal(parameter, trained)
         ended.append(parameter)
     assert torch.equal(*ended)
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_a_rounded_run_ends_in_the_same_bits_after_a_resume(kind: str) -> None:
+    """Each with an optimizer of its own keeps what that one learned in its group, and follows the rate of the run."""
+
+    def built() -> tuple[Parameter, torch.optim.Optimizer]:
+        parameter = Parameter(torch.ones(6, 40, dtype=torch.bfloat16))
+        options = {"d0": 1e-3} if "prodigy" in kind else {}
+        chosen = section(kind, rounding="stochastic", learning_rate=RATES[kind], **options)
+        return parameter, build_optimizer(chosen, [{"params": [parameter]}], seed=5)
+
+    def train(parameter: Parameter, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+        for step, target in list(targets(last))[first:]:
+            apply_learning_rate(optimizer, 1 - step / 10)
+            parameter.grad = (parameter.detach() - target).bfloat16()
+            optimizer.step()
+
+    straight, optimizer = built()
+    train(straight, optimizer, 0, 6)
+    first, stopped = built()
+    train(first, stopped, 0, 4)
+    second, resumed = built()
+    train(second, resumed, 0, 1)
+    with torch.no_grad():
+        second.copy_(first)
+    unpack_state(resumed, {second: "w"}, *pack_state(stopped, {first: "w"}))
+    train(second, resumed, 4, 6)
+    assert torch.equal(straight, second)
+
+    parameter, still = built()
+    apply_learning_rate(still, 0.0)
+    for _, target in targets(2):
+        parameter.grad = target.bfloat16()
+        still.step()
+    assert (parameter == 1).all()
+
+
+def test_schedule_free_prodigy_finds_one_rate_for_all_groups_and_multiplies_it_by_theirs() -> None:
+    parameters = [Parameter(torch.ones(4, 4)) for _ in range(2)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.5}]
+    optimizer = build_optimizer(section("prodigy_schedule_free", weight_decay=0.0, d0=1e-3), groups)
+    for step in range(5):
+        for number, parameter in enumerate(parameters):
+            turns = number == 1 and step % 2  # by itself it would find no rate
+            parameter.grad = torch.full_like(parameter, -1.0 if turns else 1.0)
+        optimizer.step()
+        if step == 0:
+            moved = [float((1 - parameter.detach()).mean()) for parameter in parameters]
+    assert moved[1] == pytest.approx(0.5 * moved[0])
+    found = [group["d"] for group in optimizer.param_groups]
+    assert found[0] == found[1] > 1e-3
+
+
+class Elsewhere:
+    """Keeps states away from the parameters between their steps."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Parameter, dict[str, Any]] = {}
+
+    def bring(self, parameter: Parameter, state: dict[str, Any]) -> None:
+        state.update(self.kept.pop(parameter, {}))
+
+    def send(self, parameter: Parameter, state: dict[str, Any]) -> None:
+        self.kept[parameter] = dict(state)
+        state.clear()
+
+    def settle(self) -> None: ...
+
+    def is_kept(self, tensors: Mapping[str, Tensor]) -> bool:
+        return True
+
+
+def test_the_average_of_states_that_are_kept_elsewhere_is_found() -> None:
+    averages = []
+    for keeper in (None, Elsewhere()):
+        parameter = Parameter(torch.ones(6, 40))
+        chosen = section("adamw_schedule_free", learning_rate=0.1)
+        optimizer = build_optimizer(chosen, [{"params": [parameter]}], one_by_one=True)
+        assert isinstance(optimizer, OneByOne)
+        optimizer.keeper = keeper
+        for _, target in targets(4):
+            parameter.grad = parameter.detach() - target
+            optimizer.step()
+        with averaged_point(optimizer):
+            averages.append(parameter.detach().clone())
+        assert not torch.equal(averages[-1], parameter)
+    assert torch.equal(*averages)

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.layer import ModuleChoice, adaptable_modules
+from burnish.config.method import AdapterMethod, Loha, Lokr, Lora, Oft
 from burnish.data.batch import Batch
 from burnish.errors import UserError
 from burnish.families.registry import family_named
@@ -38,11 +39,14 @@ def adam(groups: object) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-4, foreach=True)  # type: ignore[arg-type]
 
 
-def everything(family: Family) -> dict[str, dict[str, ModuleChoice]]:
+LORA = Lora()
+
+
+def everything(family: Family, method: AdapterMethod = LORA) -> dict[str, dict[str, ModuleChoice]]:
     inside = {module for block in family.blocks() for module in block.modules()}
     return {
         part: {
-            name: ModuleChoice(RANK, RANK)
+            name: ModuleChoice(RANK, RANK, method=method)
             for name, module in adaptable_modules(denoiser).items()
             if module in inside and isinstance(module, torch.nn.Linear)
         }
@@ -58,11 +62,11 @@ def kept(modes: Mode | float | dict[Mode, int]) -> Callable[[Family], None]:
     return keep
 
 
-def real_peak(family: Family, shape: Shape, mode: Mode) -> int:
+def real_peak(family: Family, shape: Shape, mode: Mode, method: AdapterMethod = LORA) -> int:
     """Bytes that torch's CPU allocator held at most during a step, above those before it."""
     adapters = [
         AdapterSet.attach(family.denoisers[part], chosen, dropout=0.0, seed=0)
-        for part, chosen in everything(family).items()
+        for part, chosen in everything(family, method).items()
     ]
     kept(mode)(family)
     parameters = [
@@ -81,6 +85,11 @@ def real_peak(family: Family, shape: Shape, mode: Mode) -> int:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    return allocated(step)
+
+
+def allocated(step: Callable[[], None]) -> int:
+    """Bytes that torch's CPU allocator held at most during a second step, above those before it."""
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
@@ -111,6 +120,32 @@ def test_a_traced_step_takes_what_the_allocator_says(
         cuda=False,
     )
     assert peak_of(traced) - traced.resident == pytest.approx(real, rel=tolerance)
+
+
+KINDS: tuple[AdapterMethod, ...] = (
+    Lora(dora=True),
+    Lora(start="olora"),
+    Loha(kind="loha"),
+    Lokr(kind="lokr", factor=4),
+    Oft(kind="oft", block_size=8),
+)
+
+
+@pytest.mark.parametrize(
+    "method", KINDS, ids=lambda method: type(method).__name__ + "-".join(method.model_fields_set)
+)
+def test_a_traced_step_of_every_kind_of_adapter_takes_what_the_allocator_says(
+    tiny_folder: TinyFolder, method: AdapterMethod
+) -> None:
+    kind = family_named("flux")
+    load = partial(kind.load, ModelSource(str(tiny_folder("flux"))), dtype=torch.float32, device="cpu")
+    shape = Shape(256, 256, batch=4)
+    real = real_peak(load(frozenset({"denoiser"})), shape, "keep", method)
+    known = load(frozenset())
+    choices = everything(kind.skeleton(of=known), method)
+    recipe = Recipe(choices, Denoising(known.schedule), adam, keep_activations=kept("keep"))
+    traced = trace_step(lambda: kind.skeleton(of=known, dtype=torch.float32), shape, recipe, cuda=False)
+    assert peak_of(traced) - traced.resident == pytest.approx(real, rel=0.03)
 
 
 def peak_of(profile: Profile) -> int:

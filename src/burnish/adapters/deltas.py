@@ -108,42 +108,43 @@ def split_width(width: int, factor: int) -> tuple[int, int]:
     return divisors[-1], width // divisors[-1]
 
 
-def rotations(blocks: Tensor) -> Tensor:
-    """Orthogonal matrices by Cayley's transform, (I + Q)(I - Q)^-1 with Q = blocks - blocks^T; (..., n, n) each."""
+def turns_less_one(blocks: Tensor) -> Tensor:
+    """R - I of turns by Cayley's transform, R = (I + Q)(I - Q)^-1 with Q = blocks - blocks^T; all (..., b, b).
+
+    That difference is (I - Q)^-1 2 Q, which keeps its digits where a turn is small.
+    """
     skew = blocks - blocks.transpose(-1, -2)
     one = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    # Both factors commute, so that one equation is solved instead of an inverse made.
-    rotated: Tensor = torch.linalg.solve(one - skew, one + skew)
-    return rotated
+    moved: Tensor = torch.linalg.solve(one - skew, 2 * skew)
+    return moved
 
 
-def oft_turned(rows: Tensor, turns: Tensor) -> Tensor:
+def oft_turned(rows: Tensor, moves: Tensor) -> Tensor:
     """What OFT (arXiv 2306.07280) adds to a tensor whose last axis is a layer's outputs.
 
     Args:
         rows: (..., out).
-        turns: (n, out / n, out / n): each turns its part of the outputs, y -> R^T y as LyCORIS' diag-OFT has it.
+        moves: (n, out / n, out / n), turns R less the identity: each turns its part of the outputs, y -> R^T y as
+            LyCORIS' diag-OFT has it.
     """
-    parts = rows.reshape(*rows.shape[:-1], *turns.shape[:2])
-    one = torch.eye(turns.shape[-1], dtype=turns.dtype, device=turns.device)
-    return torch.einsum("knm,...kn->...km", (turns - one).to(rows.dtype), parts).flatten(-2)
+    parts = rows.reshape(*rows.shape[:-1], *moves.shape[:2])
+    return torch.einsum("knm,...kn->...km", moves, parts).flatten(-2)
 
 
-def boft_turned(rows: Tensor, turns: Tensor) -> Tensor:
+def boft_turned(rows: Tensor, moves: Tensor) -> Tensor:
     """What BOFT (arXiv 2311.06243) adds to a tensor (..., out): a butterfly of block rotations.
 
     Args:
-        turns: (m, n, out / n, out / n), n a power of two and at least 2^(m-1), out / n even; stage i turns entries
-            that lie 2^i half blocks apart, y -> R y.
+        moves: (m, n, out / n, out / n), turns R less the identity; n a power of two and at least 2^(m-1), out / n even.
+            Stage i turns entries that lie 2^i half blocks apart, y -> R y.
     """
-    shape, (_, count, size, _) = rows.shape, turns.shape
-    one = torch.eye(size, dtype=turns.dtype, device=turns.device)
+    shape, (_, count, size, _) = rows.shape, moves.shape
     added = torch.zeros_like(rows)
-    for stage, turn in enumerate(turns):
+    for stage, move in enumerate(moves):
         apart = 2**stage * (size // 2)
         pairs = (rows + added).reshape(*shape[:-1], -1, 2, apart).transpose(-1, -2)
         parts = pairs.reshape(*shape[:-1], count, size)
-        moved = torch.einsum("kij,...kj->...ki", (turn - one).to(rows.dtype), parts)
+        moved = torch.einsum("kij,...kj->...ki", move, parts)
         added = added + moved.reshape(*shape[:-1], -1, apart, 2).transpose(-1, -2).reshape(shape)
     return added
 
@@ -151,7 +152,7 @@ def boft_turned(rows: Tensor, turns: Tensor) -> Tensor:
 def turned_delta(weight: Tensor, blocks: Tensor) -> Tensor:
     """What OFT (3 axes of `blocks`) or BOFT (4 axes) adds to a weight."""
     turned = oft_turned if blocks.dim() == 3 else boft_turned
-    added = turned(torch.movedim(weight, 0, -1), rotations(blocks))
+    added = turned(torch.movedim(weight, 0, -1), turns_less_one(blocks))
     delta: Tensor = torch.movedim(added, -1, 0)
     return delta
 

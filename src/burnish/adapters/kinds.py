@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from burnish.adapters.layer import AdapterLayer, AdapterWeights
+from burnish.adapters.loha import LohaLayer, LohaWeights
+from burnish.adapters.lokr import LokrLayer, LokrWeights
 from burnish.adapters.lora import LoraLayer, LoraWeights
-from burnish.config.method import AdapterMethod, Lora
+from burnish.adapters.oft import OftLayer, OftWeights
+from burnish.config.method import AdapterMethod, Boft, Loha, Lokr, Lora, Oft
 
-_BY_METHOD: Mapping[type[AdapterMethod], type[AdapterLayer]] = {Lora: LoraLayer}
-_BY_WEIGHTS: Mapping[type, type[AdapterLayer]] = {LoraWeights: LoraLayer}
+_BY_METHOD: Mapping[type[AdapterMethod], type[AdapterLayer]] = {
+    Lora: LoraLayer,
+    Loha: LohaLayer,
+    Lokr: LokrLayer,
+    Oft: OftLayer,
+    Boft: OftLayer,
+}
+_BY_WEIGHTS: Mapping[type, type[AdapterLayer]] = {
+    LoraWeights: LoraLayer,
+    LohaWeights: LohaLayer,
+    LokrWeights: LokrLayer,
+    OftWeights: OftLayer,
+}
 
 
 def layer_of(method: AdapterMethod) -> type[AdapterLayer]:

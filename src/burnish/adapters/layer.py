@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Protocol, Self
@@ -220,6 +220,17 @@ def kernel_of(module: Adaptable) -> tuple[int, ...]:
 def kernel_volume(module: Adaptable) -> int:
     """1 for a linear layer and a 1x1 convolution, 9 for 3x3."""
     return math.prod(kernel_of(module))
+
+
+def shape_problem(found: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> str | None:
+    """How tensors differ from the shapes that are needed, in words."""
+    shapes = {name: tuple(one.shape) for name, one in found.items()}
+    if shapes == {name: tuple(shape) for name, shape in wanted.items()}:
+        return None
+    names = sorted({*found, *wanted})
+    told = ", ".join(f"{one} {shapes.get(one, 'absent')}" for one in names)
+    needed = ", ".join(f"{one} {wanted.get(one, 'absent')}" for one in names)
+    return f"has shapes {told}; this model needs {needed}"
 
 
 def placed(base: nn.Module, tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ Of the same matrices also:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -64,6 +64,13 @@ class LoraWeights:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def untuckered(self) -> LoraWeights:
+        """The same without a core, which becomes part of A: exact, of the same rank, and read by every program."""
+        if self.mid is None:
+            return self
+        down = torch.einsum("mn...,nc->mc...", self.mid, self.down.flatten(1)).contiguous()
+        return replace(self, down=down, mid=None)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """What is added to the base weight: float32, in the shape of that weight, which DoRA asks for.

@@ -19,7 +19,7 @@ from burnish.adapters.layer import (
     kernel_volume,
     largest_rank,
 )
-from burnish.config.method import AdapterMethod
+from burnish.config.method import AdapterMethod, LoraGroup, LowRank, Turning
 from burnish.errors import AdapterError
 from burnish.family import TargetSet
 
@@ -59,7 +59,8 @@ def choose_modules(
             _must_match("groups", pattern, names, denoiser)
 
     choices = {name: _choice(name, modules[name], method) for name in names}
-    _check_ranks({name: (choice.rank, largest_rank(modules[name])) for name, choice in choices.items()})
+    if isinstance(method, LowRank):
+        _check_ranks({name: (choice.rank, largest_rank(modules[name])) for name, choice in choices.items()})
     return choices
 
 
@@ -76,20 +77,21 @@ def named_set(targets: Mapping[str, TargetSet], name: str) -> TargetSet:
 
 
 def _choice(name: str, module: nn.Linear | Convolution, method: AdapterMethod) -> ModuleChoice:
+    group = next((group for group in method.groups if _matches(name, group.match)), None)
+    rate = group.learning_rate if group is not None else None
+    if isinstance(method, Turning):
+        return ModuleChoice(method.block_size, 0.0, rate, method)
     rank, alpha = method.rank, method.alpha
-    if kernel_volume(module) > 1:
+    if isinstance(method, LowRank) and kernel_volume(module) > 1:
         if method.conv_rank is not None:
             rank, alpha = method.conv_rank, None
         alpha = method.conv_alpha if method.conv_alpha is not None else alpha
-    group = next((group for group in method.groups if _matches(name, group.match)), None)
-    rate = None
-    if group is not None:
+    if isinstance(group, LoraGroup):
         rank = group.rank if group.rank is not None else rank
         alpha = group.alpha if group.alpha is not None else alpha
-        rate = group.learning_rate
     if alpha is None:
         alpha = rank
-    elif method.rs_scaling:
+    elif isinstance(method, LowRank) and method.rs_scaling:
         alpha *= rank**0.5  # divided by the rank, as everywhere, it is alpha / sqrt(rank)
     return ModuleChoice(rank, float(alpha), rate, method)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from burnish import __version__
-from burnish.cli import configs, demo, doctor, families, generate, plan, runs, train
+from burnish.cli import adapter, configs, demo, doctor, families, generate, plan, runs, train
 from burnish.cli.edge import EXIT_CODES
 
 app = typer.Typer(
@@ -43,3 +43,4 @@ app.command("doctor", epilog=EXIT_CODES)(doctor.doctor)
 app.command("demo", epilog=EXIT_CODES)(demo.demo)
 app.add_typer(configs.app, name="config")
 app.add_typer(runs.app, name="run")
+app.add_typer(adapter.app, name="adapter")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from burnish.config.data import Folder
 from burnish.config.document import Document
-from burnish.config.problems import Problem
+from burnish.config.method import Full
+from burnish.config.problems import KeyPath, Problem
 from burnish.config.schema import RunConfig
 
 
@@ -26,4 +28,64 @@ def cross_checks(config: RunConfig, document: Document) -> list[Problem]:
                 "and find its own samples there; set save.folder to a folder elsewhere"
             )
             problems.append(Problem(document.place(path), path, text))
-    return problems
+    return [*problems, *(Problem(document.place(path), path, text) for path, text in contradictions(config))]
+
+
+def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
+    """Options that do not go together: the path of the one to change, and why."""
+    if isinstance(config.method, Full):
+        yield from _of_full(config, config.method)
+    yield from _of_single_steps(config)
+
+
+def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
+    full = "method.kind: full trains the denoiser's own weights"
+    memory = config.memory
+    if memory.weights not in ("auto", "native"):
+        yield (
+            ("memory", "weights"),
+            f"{full}, which cannot be {memory.weights}; leave it out, or train an adapter",
+        )
+    if config.train.precision == "fp16":
+        yield ("train", "precision"), f"{full}, which fp16 is too narrow for; use bf16 or fp32"
+    if config.model.training_adapter is not None:
+        yield ("model", "training_adapter"), f"{full}; a training adapter goes with adapters"
+    everything = method.targets is None and not method.include and not method.exclude
+    if everything and isinstance(memory.stream, float) and memory.stream > 0:
+        yield (
+            ("memory", "stream"),
+            f"{full}, and with all of them none is frozen, which is what can be streamed",
+        )
+    if config.save.format == "kohya":
+        yield (
+            ("save", "format"),
+            "kohya is a spelling of adapters; whole models are diffusers, comfy, or both: auto",
+        )
+
+
+def _of_single_steps(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
+    """What steps weight by weight, and what asks for the gradients of all."""
+    memory, train, optimizer = config.memory, config.train, config.train.optimizer
+    for option, is_on in (
+        ("gradient_release", memory.gradient_release),
+        ("offload_optimizer", memory.offload_optimizer),
+    ):
+        if is_on and optimizer.together:
+            text = f"steps weight by weight, and {optimizer.kind} steps all together; use adamw, adafactor or came"
+            yield ("memory", option), text
+    if memory.offload_optimizer and optimizer.schedule_free:
+        text = (
+            f"{optimizer.kind} draws and saves with all of its state at once, which is then not on the device"
+        )
+        yield ("memory", "offload_optimizer"), text
+    if memory.gradient_release and train.accumulate > 1:
+        text = (
+            f"gradients are gone as soon as a weight has moved, and train.accumulate: {train.accumulate} adds them up; "
+            "use a larger train.batch_size"
+        )
+        yield ("memory", "gradient_release"), text
+    if memory.gradient_release and train.precision == "fp16":
+        yield (
+            ("memory", "gradient_release"),
+            "fp16 looks at all gradients before a step; use train.precision: bf16",
+        )

@@ -18,6 +18,13 @@ class LoraGroup(Section):
     learning_rate: float | None = Field(None, gt=0, le=10, description="Instead of the optimizer's rate.")
 
 
+class RateGroup(Section):
+    """Modules that get their own learning rate; the first group that matches wins."""
+
+    match: list[str] = Field(min_length=1, description="Patterns over module names, such as `*attn.to_q`.")
+    learning_rate: float = Field(gt=0, le=10, description="Instead of the optimizer's rate.")
+
+
 class Adapter(Section):
     """What every kind of adapter has."""
 
@@ -25,19 +32,22 @@ class Adapter(Section):
         0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped while training."
     )
     module_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of the adapters that are left out as a whole, drawn for each step."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the adapters that are left out as a whole, drawn for each step.",
     )
     targets: str | None = Field(
         None, description="Named set: attention, attention+mlp or all; the family's default if absent."
     )
     include: list[str] = Field([], description="Patterns of further modules to train.")
     exclude: list[str] = Field([], description="Patterns of modules to leave out; wins over everything.")
-    groups: list[LoraGroup] = Field([], description="Modules with their own rank, alpha or learning rate.")
 
 
 class LowRank(Adapter):
     """Kinds made of thin matrices, with a scale of alpha / rank."""
 
+    groups: list[LoraGroup] = Field([], description="Modules with their own rank, alpha or learning rate.")
     rank: int = Field(16, ge=1, le=4096, description="Rank of linear layers.")
     alpha: float | None = Field(
         None,
@@ -56,7 +66,8 @@ class LowRank(Adapter):
         description="Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732): an alpha that suits one rank suits all.",
     )
     tucker: bool = Field(
-        False, description="Convolutions larger than 1x1 in Tucker form: thin matrices and a core of rank x rank."
+        False,
+        description="Convolutions larger than 1x1 in Tucker form: thin matrices and a core of rank x rank.",
     )
 
     @model_validator(mode="after")
@@ -93,6 +104,81 @@ class Lora(LowRank):
         return self
 
 
+class Loha(LowRank):
+    """Two low-rank products, multiplied entry by entry (FedPara, arXiv 2108.06098): a higher rank for the same size."""
+
+    kind: Literal["loha"]
+    rank: int = Field(
+        8, ge=1, le=512, description="Rank of both products; the adapter's is up to its square."
+    )
+
+
+class Lokr(Adapter):
+    """A Kronecker product of a small and a larger matrix (LyCORIS, arXiv 2309.14859): small files, full rank."""
+
+    kind: Literal["lokr"]
+    groups: list[LoraGroup] = Field([], description="Modules with their own rank, alpha or learning rate.")
+    factor: int = Field(
+        8,
+        ge=-1,
+        le=4096,
+        description="Rows and columns of the small matrix; -1 makes both about equally large.",
+    )
+    full_rank: bool = Field(
+        True, description="Keep the larger matrix whole instead of two thin ones of `rank`."
+    )
+    rank: int = Field(16, ge=1, le=4096, description="Rank of the thin matrices, where there are any.")
+    alpha: float | None = Field(
+        None, gt=0, le=65536, description="Scale of thin matrices is alpha / rank; 1 if absent."
+    )
+    decompose_both: bool = Field(
+        False, description="Thin matrices for the small one as well, where it is large enough."
+    )
+    tucker: bool = Field(
+        False, description="Thin matrices of convolutions larger than 1x1 in Tucker form, with a core."
+    )
+
+    @model_validator(mode="after")
+    def options_must_have_effect(self) -> Self:
+        if self.factor == 0:
+            raise ValueError("factor must be -1 or at least 1; got 0")
+        thin = [name for name in ("decompose_both", "tucker") if getattr(self, name)]
+        if self.full_rank and (thin or self.alpha is not None):
+            raise ValueError(
+                f"{thin[0] if thin else 'alpha'} has no effect with full_rank; set full_rank: false"
+            )
+        return self
+
+
+class Turning(Adapter):
+    """Kinds that turn a layer's outputs in blocks."""
+
+    block_size: int = Field(
+        32,
+        ge=2,
+        le=256,
+        description="Outputs that are turned together; the largest divisor of a layer's width up to it.",
+    )
+    groups: list[RateGroup] = Field([], description="Modules with their own learning rate.")
+
+
+class Oft(Turning):
+    """Orthogonal fine-tuning (arXiv 2306.07280): outputs are turned in blocks, so that what the model knows keeps its
+    angles; steady, and slow to overfit."""
+
+    kind: Literal["oft"]
+
+
+class Boft(Turning):
+    """Butterfly orthogonal fine-tuning (arXiv 2311.06243): turns in several stages, each with other partners."""
+
+    kind: Literal["boft"]
+    block_size: int = Field(16, ge=2, le=256, description="Largest block, an even number.")
+    stages: int | None = Field(
+        None, ge=1, le=16, description="How many; as many as let every output move every other if absent."
+    )
+
+
 class WeightGroup(Section):
     """Weights that get their own learning rate; the first group that matches wins."""
 
@@ -106,8 +192,8 @@ class Full(Section):
     kind: Literal["full"]
     targets: str | None = Field(
         None,
-        description="Named set of modules whose weights train: attention, attention+mlp or all (of the blocks). Without "
-        "it and without `include`, every weight does.",
+        description="Named set of modules whose weights train: attention, attention+mlp or all (of the blocks). "
+        "Without it and without `include`, every weight does.",
     )
     include: list[str] = Field(
         [],
@@ -119,5 +205,7 @@ class Full(Section):
     groups: list[WeightGroup] = Field([], description="Weights with their own learning rate.")
 
 
-AdapterMethod = Lora
-AnyMethod = Annotated[Lora | Full, Field(discriminator="kind"), default_kind("lora")]
+AdapterMethod = Lora | Loha | Lokr | Oft | Boft
+AnyMethod = Annotated[
+    Lora | Loha | Lokr | Oft | Boft | Full, Field(discriminator="kind"), default_kind("lora")
+]

@@ -185,11 +185,11 @@ class Soap(DecayingOptimizer):
     eps: float = Field(1e-8, gt=0, le=1, description=_EPS)
     every: int = Field(10, ge=1, le=1000, description="Steps between new directions.")
     largest_side: int = Field(
-        512,
+        256,
         ge=1,
         le=100_000,
         description="Sides of a matrix that are longer keep their own directions. Two square matrices of float32 are "
-        "kept for each other side: 2 MiB at 512.",
+        "kept for each other side: 0.5 MiB at 256, 8 MiB at 1024.",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from burnish.config.data import DataSource
-from burnish.config.method import Lora
+from burnish.config.method import AnyMethod, Lora
 from burnish.config.section import Section
 from burnish.config.train import Train
 
@@ -109,19 +109,23 @@ class Sample(Section):
 
 
 class Save(Section):
-    """Checkpoints to resume from, and adapters to use."""
+    """Checkpoints to resume from, and adapters or models to use."""
 
     folder: Path = Field(Path("runs"), description="Run folders are made in here, one per name.")
     every: int = Field(250, ge=1, description="Optimizer steps between checkpoints.")
     keep: int = Field(3, ge=2, le=1000, description="Newest checkpoints kept; the best is kept besides.")
-    adapters: Literal["all", "last"] = Field(
-        "all", description="Keep the adapter of every save, or the last and the best only."
+    adapters: Literal["auto", "all", "last"] = Field(
+        "auto",
+        description="Keep the result of every save, or the last and the best only; `auto` keeps all adapters, and of "
+        "whole models the last and the best.",
     )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "bfloat16", description="Number type of the exported adapter; training keeps float32."
+        "bfloat16", description="Number type of what is exported; checkpoints keep that of training."
     )
     format: Literal["auto", "kohya", "diffusers", "comfy"] = Field(
-        "auto", description="Key names of the adapter; `auto` loads in ComfyUI and diffusers alike."
+        "auto",
+        description="Key names of the adapter; `auto` loads in ComfyUI and diffusers alike. Of whole models: a part "
+        "of a diffusers folder, a single file in the names of the release, or with `auto` both where there are such names.",
     )
     on_disk_full: Literal["stop", "wait"] = Field(
         "stop", description="Stop with exit code 3, or wait until space is free."
@@ -184,9 +188,23 @@ class Memory(Section):
         "auto",
         description="What blocks keep for backward waits in host memory; for clips, with `recompute`.",
     )
+    gradient_release: bool = Field(
+        False,
+        description="Each weight moves in backward, as soon as its gradient is there, which is then let go: no more than "
+        "a few gradients are in memory. `train.max_grad_norm` then clips each weight's gradient by itself.",
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="The optimizer's state waits in host memory and comes to the GPU weight by weight.",
+    )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads for torch; its own choice if absent."
     )
+
+    @property
+    def steps_singly(self) -> bool:
+        """Whether weights are stepped one by one."""
+        return self.gradient_release or self.offload_optimizer
 
 
 class RunConfig(Section):
@@ -203,11 +221,11 @@ class RunConfig(Section):
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Everything random follows from it.")
     model: Model = Field(description="Which weights to train on.")
-    method: Lora = Field(default_factory=lambda: Lora(kind="lora"), description="What is trained.")
+    method: AnyMethod = Field(default_factory=lambda: Lora(kind="lora"), description="What is trained.")
     data: list[DataSource] = Field(min_length=1, description="Where the pictures come from.")
     train: Train = Field(default_factory=Train, description="How long and how fast.")
     sample: Sample = Field(default_factory=Sample, description="Pictures drawn on the way.")
-    save: Save = Field(default_factory=Save, description="Checkpoints and adapters.")
+    save: Save = Field(default_factory=Save, description="Checkpoints, and adapters or models.")
     memory: Memory = Field(default_factory=Memory, description="Where things live.")
 
     @model_validator(mode="after")

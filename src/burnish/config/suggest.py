@@ -44,6 +44,23 @@ _OTHER_NAMES = {
     "guidance_scale": "guidance",
     "sample_steps": "steps",
     "mixed_precision": "precision",
+    "lr_warmup_steps": "warmup_steps",
+    "warmup_ratio": "warmup_share",
+    "num_cycles": "cycles",
+    "lr_scheduler_num_cycles": "cycles",
+    "lr_scheduler_power": "power",
+    "min_lr_ratio": "end_factor",
+    "class": "class_path",
+    "optimizer_args": "arguments",
+    "optimizer_kwargs": "arguments",
+    "stochastic_rounding": "rounding",
+    "use_kahan_summation": "rounding",
+    "min_snr_gamma": "weighting",
+    "snr_gamma": "weighting",
+    "loss_type": "loss",
+    "multires_noise_iterations": "multires",
+    "ip_noise_gamma": "input_perturbation",
+    "timestep_bias_strategy": "emphasis",
 }
 
 
@@ -72,6 +89,11 @@ def likeness(word: str, choice: str) -> float:
 
 def _plain(word: str) -> str:
     return word.lower().replace("-", "_").replace(" ", "_")
+
+
+def called_elsewhere(key: str) -> str:
+    """Our name for what another trainer calls `key`; `key` itself where none does."""
+    return _OTHER_NAMES.get(_plain(key), key)
 
 
 def unknown_key_hint(key: str, own_keys: Sequence[str], root: type[Section], prefix: str) -> str:

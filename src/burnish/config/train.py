@@ -6,73 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from burnish.config.objective import Objective
 from burnish.config.optimizers import AdamW, AnyOptimizer
 from burnish.config.schedules import AnySchedule, Constant
 from burnish.config.section import Section, default_kind
-
-
-class UniformTimesteps(Section):
-    """All times alike."""
-
-    kind: Literal["uniform"] = "uniform"
-
-
-class LogitNormalTimesteps(Section):
-    """Sigmoid of a normal: most in the middle (arXiv 2403.03206)."""
-
-    kind: Literal["logit_normal"]
-    mean: float = Field(0.0, ge=-10, le=10, description="Positive leans to noise.")
-    std: float = Field(1.0, gt=0, le=10, description="Spread.")
-
-
-class SigmoidTimesteps(Section):
-    """Sigmoid of scaled standard noise, as ai-toolkit and kohya name it: logit-normal of mean 0."""
-
-    kind: Literal["sigmoid"]
-    scale: float = Field(1.0, gt=0, le=10, description="Larger spreads towards both ends.")
-
-
-AnyTimesteps = Annotated[
-    UniformTimesteps | LogitNormalTimesteps | SigmoidTimesteps,
-    Field(discriminator="kind"),
-    default_kind("uniform"),
-]
-
-
-class Objective(Section):
-    """What is learned: noise, time, target, weighting."""
-
-    timesteps: AnyTimesteps | None = Field(
-        None, description="How times are drawn; sigmoid for flow models and uniform for older ones if absent."
-    )
-    range: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = Field(
-        (0.0, 1.0), description="Squeeze times into this part of [0, 1]; 0 is clean, 1 is noise."
-    )
-    shift: float | Literal["family", "resolution"] = Field(
-        1.0,
-        description="Move times of a flow toward noise: a number (1 moves nothing), `family` for what the "
-        "model was released with, `resolution` to grow with the picture's size.",
-    )
-    min_snr_gamma: float | None = Field(None, gt=0, le=100, description="Min-SNR weighting; 5 is usual.")
-    noise_offset: float = Field(
-        0.0, ge=0, le=1, description="Lets epsilon models learn dark and bright pictures."
-    )
-    guidance: float | Literal["bypass"] = Field(
-        1.0,
-        description="Value for a guidance embedding (FLUX.1-dev); `bypass` trains without the embedding. "
-        "No effect on models that have none.",
-    )
-
-    @model_validator(mode="after")
-    def values_must_make_sense(self) -> Self:
-        low, high = self.range
-        if low >= high:
-            raise ValueError(f"range must rise; got {low} to {high}")
-        if isinstance(self.shift, float) and not 0 < self.shift <= 100:
-            raise ValueError(f"shift must be above 0 and at most 100; got {self.shift}")
-        if isinstance(self.guidance, float) and not 0 <= self.guidance <= 50:
-            raise ValueError(f"guidance must be from 0 to 50; got {self.guidance}")
-        return self
 
 
 class Ema(Section):

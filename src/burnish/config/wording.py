@@ -13,7 +13,7 @@ from burnish.config.document import Document
 from burnish.config.problems import KeyPath, Problem, starts_with
 from burnish.config.section import Section
 from burnish.config.shape import Location, alternatives, is_scalar, is_section, kind_of, locate
-from burnish.config.suggest import nearest, unknown_key_hint
+from burnish.config.suggest import called_elsewhere, nearest, unknown_key_hint
 
 MAX_SHOWN = 60
 MISSING = "missing;"
@@ -101,12 +101,13 @@ def _unknown_key(location: Location, values: Any, root: type[Section]) -> str:
     for fork in location.forks:
         if not fork.is_tagged or fork.path != location.path[:-1]:
             continue
-        others = [member for member in fork.members if key in member.model_fields]
-        if others:
+        meant = key if any(key in one.model_fields for one in fork.members) else called_elsewhere(key)
+        others = [member for member in fork.members if meant in member.model_fields]
+        if others and meant not in owner.model_fields:
             given = _value_at(values, (*fork.path, "kind"))
             why = "" if given else f" (no kind is given, which means {kind_of(owner)})"
             kinds = _either(str(kind_of(member)) for member in others)
-            return f"no such option of kind {kind_of(owner)}{why}; {key} belongs to kind {kinds}"
+            return f"no such option of kind {kind_of(owner)}{why}; {meant} belongs to kind {kinds}"
     prefix = "".join("[]" if isinstance(part, int) else f".{part}" for part in location.path[:-1]).lstrip(".")
     return unknown_key_hint(key, tuple(owner.model_fields), root, prefix)
 

@@ -26,6 +26,11 @@ class Batch:
     paths: tuple[str, ...]  # for messages: the file behind each sample
     position: int
     audio_BCLF: Tensor | None = None  # latents of the clips' sound; of a batch all rows have it, or none
+    # Weights of the loss by place, with one channel and, of clips, one frame; None: everything counts alike.
+    counted: Tensor | None = None  # of the error against the sample
+    kept: Tensor | None = (
+        None  # of the error against what the model said before training; only with `counted`
+    )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         return replace(
@@ -34,4 +39,6 @@ class Batch:
             conditioning=self.conditioning.to(device, dtype),
             weight_B=sent(self.weight_B, device),
             audio_BCLF=None if self.audio_BCLF is None else sent(self.audio_BCLF, device, dtype),
+            counted=None if self.counted is None else sent(self.counted, device),
+            kept=None if self.kept is None else sent(self.kept, device),
         )

@@ -16,19 +16,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from burnish.adapters.layer import Adaptable, weight_shape
-from burnish.adapters.lora import LoraWeights
+from burnish.adapters.layer import Adaptable, AdapterWeights, weight_shape
 from burnish.atomic import atomic_write_bytes
 from burnish.errors import AdapterError, NonFiniteLoss
 from burnish.export.formats import key_prefix, resolve_format, to_tensors
 from burnish.export.metadata import file_hashes
-from burnish.export.stacking import native_module, unstacked
+from burnish.export.reading import OTHER_PIECES, assembled, taken_apart
+from burnish.export.stacking import native_module
 from burnish.family import ExportKeys, NativeModule
 
 # One matrix each: what sd-scripts, peft (with and without adapter name) and older diffusers call A and B.
 _DOWN = ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight")
 _UP = ("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight")
-_ENDINGS = {**dict.fromkeys(_DOWN, "down"), **dict.fromkeys(_UP, "up"), "alpha": "alpha"}
+_ENDINGS = {
+    **dict.fromkeys(_DOWN, "down"),
+    **dict.fromkeys(_UP, "up"),
+    "lora_mid.weight": "mid",
+    **dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight"), "magnitude"),
+    **{name: name for name in ("alpha", "dora_scale", *OTHER_PIECES)},
+}
 _TEXT_ENCODER = re.compile(r"(lora_te\d*_|text_encoders?(_\d)?\.)")
 
 
@@ -36,7 +42,7 @@ _TEXT_ENCODER = re.compile(r"(lora_te\d*_|text_encoders?(_\d)?\.)")
 class AdapterFile:
     """What a file holds; `notes` says what had to be assumed."""
 
-    weights: dict[str, LoraWeights]  # by module name, float32
+    weights: dict[str, AdapterWeights]  # by module name, float32
     metadata: dict[str, str]
     notes: tuple[str, ...]
 
@@ -51,7 +57,7 @@ class _Found:
 
 def write_adapter(
     path: Path,
-    weights: Mapping[str, LoraWeights],
+    weights: Mapping[str, AdapterWeights],
     *,
     part: str,
     keys: ExportKeys,
@@ -99,7 +105,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_adapter(path: Path, modules: Mapping[str, Adaptable], *, part: str, keys: ExportKeys) -> AdapterFile:
-    """Read a LoRA for the modules named, whatever program wrote it.
+    """Read an adapter of any kind for the modules named, whatever program wrote it.
 
     Module names may be diffusers' or those of the original release. Known spellings: sd-scripts (`lora_unet_`),
     diffusers (`unet.`, `transformer.`), bare names or those after `diffusion_model.`, peft (`base_model.model.`,
@@ -107,7 +113,7 @@ def read_adapter(path: Path, modules: Mapping[str, Adaptable], *, part: str, key
     taken apart; of these, and of modules in the original names, those without any effect are left out.
 
     Raises:
-        AdapterError: the file is damaged, holds NaN, or holds keys that are no LoRA of these modules.
+        AdapterError: the file is damaged, holds NaN, or holds keys that are no adapter of these modules.
     """
     tensors, metadata = _load(path)
     names = _spellings(modules, part, keys)
@@ -134,27 +140,34 @@ def read_adapter(path: Path, modules: Mapping[str, Adaptable], *, part: str, key
     folded = {entry.spelling for entry in found.values() if entry.spelling.startswith(folds)}
     assumed = 0
     read = {}
+    shapes = {name: weight_shape(module) for name, module in modules.items()}
     for target, entry in found.items():
-        read[target], known = _assemble(path, target.name, entry, alphas)
+        parts = [shapes[part] for part in target.holds]
+        shape = (sum(part[0] for part in parts), *parts[0][1:])
+        where = f"{path}: the adapter of {target.name}"
+        read[target], known = assembled(where, entry.matrices, alphas.get(target.name), shape)
         assumed += not known and entry.spelling not in folded
     notes = (f"{path.name}: no alpha for {assumed} modules; strength 1 is assumed",) if assumed else ()
     return AdapterFile(_by_module(path, read, modules, keys), metadata, notes)
 
 
 def _by_module(
-    path: Path, read: Mapping[NativeModule, LoraWeights], modules: Mapping[str, Adaptable], keys: ExportKeys
-) -> dict[str, LoraWeights]:
+    path: Path,
+    read: Mapping[NativeModule, AdapterWeights],
+    modules: Mapping[str, Adaptable],
+    keys: ExportKeys,
+) -> dict[str, AdapterWeights]:
     """What was read by diffusers' names.
 
     Raises:
         AdapterError: two adapters of a file are for the same module, or none has any effect.
     """
     shapes = {name: weight_shape(module) for name, module in modules.items()}
-    weights: dict[str, LoraWeights] = {}
+    weights: dict[str, AdapterWeights] = {}
     for target, adapter in read.items():
         as_is = target.holds == (target.name,) and not target.halves_swapped
         filled = any(fnmatchcase(target.name, pattern) for pattern in keys.complete)
-        parts = {target.name: adapter} if as_is and not filled else unstacked(target, adapter, shapes)
+        parts = {target.name: adapter} if as_is and not filled else taken_apart(target, adapter, shapes)
         twice = [name for name in parts if name in weights]
         if twice:
             raise AdapterError(f"{path}: two adapters of {twice[0]}, one of them in {target.name}")
@@ -267,24 +280,6 @@ def metadata_alphas(
     return alphas
 
 
-def _assemble(path: Path, name: str, entry: _Found, alphas: Mapping[str, float]) -> tuple[LoraWeights, bool]:
-    """The adapter of one module, and whether its alpha was told."""
-    down, up, alpha = (entry.matrices.get(piece) for piece in ("down", "up", "alpha"))
-    if down is None or up is None:
-        missing = "down (A)" if down is None else "up (B)"
-        raise AdapterError(f"{path}: the adapter of {name} has no {missing} matrix")
-    if down.dim() < 2 or up.dim() < 2 or down.shape[0] != up.shape[1]:
-        raise AdapterError(
-            f"{path}: the matrices of {name} do not fit each other: {tuple(down.shape)} and {tuple(up.shape)}"
-        )
-    if alpha is not None:
-        if alpha.numel() != 1:
-            raise AdapterError(f"{path}: alpha of {name} is not one number but {tuple(alpha.shape)}")
-        return LoraWeights(down, up, float(alpha)), True
-    told = alphas.get(name)
-    return LoraWeights(down, up, float(down.shape[0]) if told is None else told), told is not None
-
-
 def _unknown_keys(path: Path, unknown: list[str], count: int, modules: Iterable[str]) -> AdapterError:
     shown = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
     text_encoder = [key for key in unknown if _TEXT_ENCODER.match(key)]
@@ -295,6 +290,6 @@ def _unknown_keys(path: Path, unknown: list[str], count: int, modules: Iterable[
         )
     expected = ", ".join(modules)[:200]
     return AdapterError(
-        f"{path}: {len(unknown)} of {count} keys are no LoRA of this model's modules: {shown}",
-        remedy=f"Is it for another family, or not a LoRA? Modules here are, for example: {expected}",
+        f"{path}: {len(unknown)} of {count} keys are no adapter of this model's modules: {shown}",
+        remedy=f"Is it for another family? Modules here are, for example: {expected}",
     )

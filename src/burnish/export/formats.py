@@ -18,26 +18,50 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from burnish.adapters.layer import Adaptable, weight_shape
+from burnish.adapters.layer import Adaptable, AdapterWeights, ModuleChoice, weight_shape
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
-from burnish.export.stacking import stacked
+from burnish.export.kinds import (
+    Kind,
+    format_for,
+    lengths,
+    one_kind,
+    pieces,
+    read_by,
+    refuse_modules,
+    refuse_unread,
+    stacked_lengths,
+    stacked_others,
+)
+from burnish.export.stacking import native_module, stacked
 from burnish.family import AdapterFormat, ExportKeys
 
 
-def resolve_format(requested: str, keys: ExportKeys, modules: Iterable[str] = ()) -> AdapterFormat:
+def resolve_format(
+    requested: str,
+    keys: ExportKeys,
+    modules: Iterable[str] | Mapping[str, ModuleChoice] | Mapping[str, AdapterWeights] = (),
+) -> AdapterFormat:
     """`auto` or one of the family's formats, able to hold `modules`; worth asking before training.
 
+    Of names alone the adapters are LoRAs.
+
     Raises:
-        AdapterError: this family's adapters, or one of the modules, cannot be written so that it is read.
+        AdapterError: this family's adapters, this kind, or one of the modules, cannot be written so that it is read.
     """
-    chosen = _named_format(requested, keys)
+    kind = one_kind(modules) if isinstance(modules, Mapping) and modules else "lora"
+    chosen = _named_format(requested, keys, kind)
+    modules = list(modules)
+    if kind != "lora":
+        refuse_unread(kind, chosen, keys)
+        refuse_modules(kind, chosen, keys, modules)
     unreadable = keys.unreadable.get(chosen, ())
     lost = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in unreadable)]
     if lost:
@@ -50,9 +74,9 @@ def resolve_format(requested: str, keys: ExportKeys, modules: Iterable[str] = ()
     return chosen
 
 
-def _named_format(requested: str, keys: ExportKeys) -> AdapterFormat:
+def _named_format(requested: str, keys: ExportKeys, kind: Kind) -> AdapterFormat:
     if requested == "auto":
-        return keys.default
+        return keys.default if kind == "lora" else format_for(kind, keys)
     for known in keys.formats:
         if known == requested:
             return known
@@ -83,7 +107,7 @@ def spelled_name(format: AdapterFormat, name: str) -> str:
 
 
 def to_tensors(
-    weights: Mapping[str, LoraWeights],
+    weights: Mapping[str, AdapterWeights],
     format: AdapterFormat,
     *,
     part: str,
@@ -98,8 +122,72 @@ def to_tensors(
     Raises:
         AdapterError: two modules would get the same key, or do not stack as the release stacks them.
     """
+    kind = one_kind(weights)
+    if kind in ("lora", "dora"):
+        loras = {name: one.untuckered() for name, one in weights.items() if isinstance(one, LoraWeights)}
+        tensors = _lora_tensors(loras, format, part, keys, dtype, modules)
+        if kind == "dora":
+            tensors |= _length_tensors(loras, format, part, keys, modules)
+        return tensors
+    others = dict(weights)
     if format == "comfy":
-        weights = stacked(weights, keys, {name: weight_shape(module) for name, module in modules.items()})
+        shapes = {name: weight_shape(module) for name, module in modules.items()}
+        natives = {native.name: native for native in (native_module(keys, name) for name in weights)}
+        others = {name: stacked_others(native, weights, shapes) for name, native in natives.items()}
+    return _keyed(
+        {_start(format, kind, part, keys, name): pieces(one, dtype) for name, one in others.items()}
+    )
+
+
+def _start(format: AdapterFormat, kind: Kind, part: str, keys: ExportKeys, name: str) -> str:
+    """What stands before the endings of a module's keys."""
+    if kind == "lokr" and format == "diffusers" and keys.lokr is not None:
+        return keys.lokr + (name.replace(".", "_") if keys.lokr.endswith("_") else name)
+    return key_prefix(format, part, keys) + spelled_name(format, name)
+
+
+def _keyed(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{start}.{ending}": one for start, own in found.items() for ending, one in own.items()}
+
+
+def _length_tensors(
+    weights: Mapping[str, LoraWeights],
+    format: AdapterFormat,
+    part: str,
+    keys: ExportKeys,
+    modules: Mapping[str, Adaptable],
+) -> dict[str, Tensor]:
+    """DoRA's; a native module's are those of its parts, with the base's own lengths for parts without an adapter."""
+    for_comfyui = "ComfyUI" in read_by("dora", format, keys)
+    if format != "comfy":
+        return _keyed(
+            {
+                _start(format, "dora", part, keys, name): lengths(one, modules[name], for_comfyui=for_comfyui)
+                for name, one in weights.items()
+            }
+        )
+    natives = {native.name: native for native in (native_module(keys, name) for name in weights)}
+    return _keyed(
+        {
+            _start(format, "dora", part, keys, name): stacked_lengths(native, weights, modules)
+            for name, native in natives.items()
+        }
+    )
+
+
+def _lora_tensors(
+    weights: Mapping[str, LoraWeights],
+    format: AdapterFormat,
+    part: str,
+    keys: ExportKeys,
+    dtype: torch.dtype,
+    modules: Mapping[str, Adaptable],
+) -> dict[str, Tensor]:
+    if format == "comfy":
+        shapes = {name: weight_shape(module) for name, module in modules.items()}
+        dora = any(one.magnitude is not None for one in weights.values())
+        # diffusers reads no DoRA in these names, so that nothing has to be there for its sake.
+        weights = stacked(weights, replace(keys, complete=()) if dora else keys, shapes)
     prefix = key_prefix(format, part, keys)
     common = Counter(adapter.alpha for adapter in weights.values()).most_common(1)[0][0]
     tensors: dict[str, Tensor] = {}

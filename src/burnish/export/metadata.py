@@ -19,7 +19,9 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 
 from burnish import __version__
+from burnish.adapters.layer import AdapterWeights
 from burnish.adapters.lora import LoraWeights
+from burnish.export.kinds import one_kind
 from burnish.family import ExportKeys
 
 PART = "burnish.part"  # where a model has several denoisers, a file is for one of them
@@ -46,7 +48,7 @@ class Provenance:
 
 
 def adapter_metadata(
-    keys: ExportKeys, weights: Mapping[str, LoraWeights], provenance: Provenance
+    keys: ExportKeys, weights: Mapping[str, AdapterWeights], provenance: Provenance
 ) -> dict[str, str]:
     """The metadata of an adapter file; hashes of its tensors are added when it is written."""
     height, width = provenance.resolution
@@ -59,7 +61,6 @@ def adapter_metadata(
         "modelspec.title": provenance.name,
         "modelspec.date": when.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.resolution": f"{width}x{height}",
-        "ss_network_module": "networks.lora",
         **_network(weights),
         "ss_base_model_version": keys.base_model_version,
         "ss_v2": str(keys.base_model_version.startswith("sd_v2")),
@@ -71,6 +72,28 @@ def adapter_metadata(
         "ss_seed": str(provenance.seed),
         "ss_tag_frequency": json.dumps(_most_frequent(provenance.tag_frequency), ensure_ascii=False),
         "burnish.version": __version__,
+        "burnish.config": provenance.config,
+    }
+    if provenance.part:
+        metadata[PART] = provenance.part
+    if provenance.trigger:
+        metadata["modelspec.trigger_phrase"] = provenance.trigger
+    return metadata
+
+
+def model_metadata(keys: ExportKeys, provenance: Provenance) -> dict[str, str]:
+    """The metadata of a whole denoiser's single file."""
+    height, width = provenance.resolution
+    when = (provenance.when or datetime.now(UTC)).astimezone(UTC)
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": keys.modelspec,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": provenance.name,
+        "modelspec.date": when.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.resolution": f"{width}x{height}",
+        "burnish.version": __version__,
+        "burnish.step": str(provenance.step),
         "burnish.config": provenance.config,
     }
     if provenance.part:
@@ -97,10 +120,24 @@ def file_hashes(serialised: bytes) -> dict[str, str]:
     }
 
 
-def _network(weights: Mapping[str, LoraWeights]) -> dict[str, str]:
-    """`ss_network_dim` and `_alpha`, "Dynamic" where modules differ, as sd-scripts' resize tool writes it."""
-    linear = [one for one in weights.values() if one.down.dim() == 2 or one.down[0, 0].numel() == 1]
-    convolutions = [one for one in weights.values() if one.down.dim() > 2 and one.down[0, 0].numel() > 1]
+def _network(weights: Mapping[str, AdapterWeights]) -> dict[str, str]:
+    """What sd-scripts calls the kind; `ss_network_dim` and `_alpha`, "Dynamic" where modules differ, as its resize
+    tool writes it. LyCORIS' kinds name their algorithm instead."""
+    kind = one_kind(weights)
+    if kind not in ("lora", "dora"):
+        algorithm = {"oft": "diag-oft"}.get(kind, kind)
+        return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": algorithm})}
+    loras = [one.untuckered() for one in weights.values() if isinstance(one, LoraWeights)]
+    described = {"ss_network_module": "networks.lora"} | _ranks(loras)
+    if kind == "dora":
+        told = json.loads(described.get("ss_network_args", "{}"))
+        described["ss_network_args"] = json.dumps({**told, "dora_wd": "True"})
+    return described
+
+
+def _ranks(weights: list[LoraWeights]) -> dict[str, str]:
+    linear = [one for one in weights if one.down.dim() == 2 or one.down[0, 0].numel() == 1]
+    convolutions = [one for one in weights if one.down.dim() > 2 and one.down[0, 0].numel() > 1]
     first = linear or convolutions
     described = {"ss_network_dim": _one_rank(first), "ss_network_alpha": _one_alpha(first)}
     if linear and convolutions:

@@ -1,34 +1,43 @@
 """A written adapter is read back as ComfyUI and diffusers read it, and compared with what was trained.
 
 ComfyUI logs a key that it does not know, or a shape that does not fit, and goes on: such a file seems to work
-and does less than it should. So each save is checked here. Nothing below is shared with the writer.
-
-Sources: ComfyUI `comfy/lora.py` and `comfy/weight_adapter/lora.py` (delta = up @ down over flattened
-matrices, times alpha / rank, or 1 without alpha); diffusers `loaders/lora_pipeline.py` and
-`utils/peft_utils.py`. A module of the original release that stacks several of diffusers' is taken apart by its rows.
+and does less than it should. So each save is checked here. Nothing in `verify*.py` is shared with the writer.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from burnish.adapters.layer import Adaptable, adaptable_modules, weight_shape
+from burnish.adapters.deltas import row_norms
+from burnish.adapters.layer import Adaptable, AdapterWeights, adaptable_modules, weight_shape
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import ExportError
+from burnish.export.verify_file import (
+    expect,
+    format_of,
+    module_start,
+    names_of,
+    natives_of,
+    read_tensors,
+)
+from burnish.export.verify_kinds import (
+    FileKind,
+    difference,
+    is_idle,
+    kind_in,
+    lengths_problem,
+    unswapped,
+    wrong_pieces,
+)
+from burnish.export.verify_lora import check_loras
 from burnish.family import AdapterFormat, ExportKeys, NativeModule
 
-_KEY = re.compile(
-    r"(?P<module>.+)\.(?:(?P<down>lora_down\.weight|lora_A\.weight)|(?P<up>lora_up\.weight|lora_B\.weight)"
-    r"|(?P<alpha>alpha))"
-)
+_LENGTHS = (".lora_magnitude_vector", ".dora_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +55,8 @@ class Verification:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """One module's adapter as a reader understands it: scale * up @ down."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-
 def verify_adapter(
-    path: Path, trained: Mapping[str, LoraWeights], denoiser: nn.Module, *, part: str, keys: ExportKeys
+    path: Path, trained: Mapping[str, AdapterWeights], denoiser: nn.Module, *, part: str, keys: ExportKeys
 ) -> Verification:
     """Check that an adapter file reads back as trained.
 
@@ -68,9 +68,10 @@ def verify_adapter(
     Raises:
         ExportError: anything of this is not so; names the keys or modules.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     modules = adaptable_modules(denoiser)
-    format = _format(path, tensors, part, keys, modules)
+    kind = kind_in(tensors)
+    format = format_of(path, tensors, part, keys, modules, kind)
     if format not in keys.formats:
         raise ExportError(
             f"{path.name} is in the {format} format, which {keys.modelspec} files are not read in"
@@ -78,239 +79,148 @@ def verify_adapter(
     if "lora_adapter_metadata" in metadata:
         raise ExportError(f"{path.name}: lora_adapter_metadata holds an alpha that ComfyUI does not read")
 
+    natives = {name: NativeModule(name, (name,)) for name in modules}
     if format == "comfy":
-        natives = _natives(modules, keys)
-        names = {_comfy_prefix(keys) + name: name for name in natives}
-        stacks = _as_reader(path, tensors, names, folded=True)
-        _check_filled(path, stacks, natives, trained, keys)
-        found = _taken_apart(path, stacks, natives, trained, modules)
+        natives = natives_of(modules, keys)
+    names = names_of(natives, format, part, keys, kind)
+    if kind in ("lora", "dora"):
+        loras = {name: one.untuckered() for name, one in trained.items() if isinstance(one, LoraWeights)}
+        expect(path, "trained as another kind of adapter", [name for name in trained if name not in loras])
+        lengths = {key: one for key, one in tensors.items() if key.endswith(_LENGTHS)}
+        rest = {key: one for key, one in tensors.items() if key not in lengths}
+        largest = check_loras(path, rest, loras, modules, natives, names, format, keys)
+        _check_lengths(path, lengths, loras, modules, natives, names, format, keys)
     else:
-        names = _names(modules, format, part)
-        found = _as_reader(path, tensors, names, folded=format == "diffusers")
-    _expect(path, "trained but not in the file", [name for name in trained if name not in found])
-    _expect(path, "in the file but not trained", [name for name in found if name not in trained])
-
-    largest = 0.0
-    wrong = []
-    for name, read in found.items():
-        _check_shape(path, name, read, weight_shape(modules[name]))
-        difference, allowed, norm = _difference(read, trained[name])
-        if not difference <= allowed:
-            wrong.append(f"{name} (by {difference / norm if norm else difference:.2g})")
-        largest = max(largest, difference / norm if norm else 0.0)
-    _expect(path, "with another effect than was trained", wrong)
-    dtypes = {str(read.down.dtype).removeprefix("torch.") for read in found.values()}
-    return Verification(format, len(tensors), len(found), ", ".join(sorted(dtypes)), largest)
+        largest = _check_others(path, tensors, trained, modules, natives, names, kind)
+    told = {one.dtype for key, one in tensors.items() if not key.endswith((".alpha", *_LENGTHS))}
+    dtypes = sorted(str(one).removeprefix("torch.") for one in told)
+    return Verification(format, len(tensors), len(trained), ", ".join(dtypes), largest)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            tensors, metadata = {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} does not read back: {error}") from error
-    _expect(path, "no floats", [name for name, tensor in tensors.items() if not tensor.is_floating_point()])
-    _expect(path, "not finite", [name for name, tensor in tensors.items() if not tensor.isfinite().all()])
-    return tensors, metadata
-
-
-def _format(
+def _check_lengths(
     path: Path,
     tensors: Mapping[str, Tensor],
-    part: str,
-    keys: ExportKeys,
-    modules: Mapping[str, Adaptable],
-) -> AdapterFormat:
-    plain, comfy = _diffusers_prefix(part), _comfy_prefix(keys) if "comfy" in keys.formats else None
-    flat = [key for key in tensors if key.startswith("lora_unet_")]
-    dotted = [key for key in tensors if key.startswith(plain)]
-    native = [key for key in tensors if comfy is not None and key.startswith(comfy)]
-    _expect(path, "that no reader knows", [key for key in tensors if key not in {*flat, *dotted, *native}])
-    if not tensors:
-        raise ExportError(f"{path.name} holds no tensors")
-    if comfy == plain and dotted:
-        # The same prefix for both, so that the names tell which it is.
-        known = {plain + name for name in modules}
-        dotted = [key for key in dotted if key.rpartition(".lora_")[0] in known]
-        native = [key for key in native if key not in dotted]
-    kinds: dict[AdapterFormat, list[str]] = {"kohya": flat, "diffusers": dotted, "comfy": native}
-    present: list[AdapterFormat] = [format for format, found in kinds.items() if found]
-    if len(present) > 1:
-        raise ExportError(
-            f"{path.name} mixes two spellings, {kinds[present[0]][0]} and {kinds[present[1]][0]}"
-        )
-    return present[0]
-
-
-def _diffusers_prefix(part: str) -> str:
-    """A second denoiser, `transformer_2`, is loaded from keys of `transformer.` as well."""
-    return "unet." if part == "unet" else "transformer."
-
-
-def _comfy_prefix(keys: ExportKeys) -> str:
-    return keys.prefix.get("comfy", "diffusion_model.")
-
-
-def _names(modules: Iterable[str], format: AdapterFormat, part: str) -> dict[str, str]:
-    """Prefix of a key -> module, as both readers look it up."""
-    if format == "diffusers":
-        return {f"{_diffusers_prefix(part)}{name}": name for name in modules}
-    names: dict[str, str] = {}
-    for name in modules:
-        flat = "lora_unet_" + name.replace(".", "_")
-        if flat in names:
-            raise ExportError(f"{flat} would mean both {names[flat]} and {name}")
-        names[flat] = name
-    return names
-
-
-def _natives(modules: Iterable[str], keys: ExportKeys) -> dict[str, NativeModule]:
-    """The modules of the original release, by name, as far as all they hold can be trained."""
-    if keys.native is None:
-        return {name: NativeModule(name, (name,)) for name in modules}
-    known = set(modules)
-    return {native.name: native for native in map(keys.native, known) if known.issuperset(native.holds)}
-
-
-def _as_reader(
-    path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str], *, folded: bool
-) -> dict[str, _Read]:
-    """Each module's adapter; `folded` where readers expect a scale of 1 and no alpha."""
-    pieces: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        name = names.get(match["module"]) if match else None
-        if match is None or name is None or match.lastgroup is None:
-            unknown.append(key)
-        else:
-            pieces.setdefault(name, {})[match.lastgroup] = tensor
-    _expect(path, "that belong to no module of the model", unknown)
-    _expect(
-        path,
-        "without both matrices",
-        [name for name, one in pieces.items() if not {"down", "up"} <= set(one)],
-    )
-    with_alpha = [name for name, one in pieces.items() if "alpha" in one]
-    if folded:
-        _expect(path, "with an alpha key, for which diffusers refuses the file", with_alpha)
-    alphas = {one["alpha"].item() for one in pieces.values() if "alpha" in one}
-    if with_alpha:
-        _expect(path, "whose alpha is missing", [name for name in pieces if name not in with_alpha])
-    if len(alphas) > 1:
-        raise ExportError(f"{path.name} has more than one alpha ({sorted(alphas)}); diffusers mixes them up")
-    return {
-        name: _Read(
-            one["down"],
-            one["up"],
-            one["alpha"].item() / one["down"].shape[0] if "alpha" in one else 1.0,
-        )
-        for name, one in pieces.items()
-    }
-
-
-def _taken_apart(
-    path: Path,
-    stacks: Mapping[str, _Read],
-    natives: Mapping[str, NativeModule],
     trained: Mapping[str, LoraWeights],
     modules: Mapping[str, Adaptable],
-) -> dict[str, _Read]:
-    """The adapters of diffusers' trained modules; whatever is beside them in a stack must be exactly zero."""
-    found = {}
-    stray = []
-    for name, stack in stacks.items():
-        up, inner = stack.up, 0
-        if natives[name].halves_swapped:
-            half = up.shape[0] // 2
-            up = torch.cat([up[half:], up[:half]])
-        shapes = [weight_shape(modules[part]) for part in natives[name].holds]
-        heights = [shape[0] for shape in shapes]
-        ranks = [trained[part].rank if part in trained else 0 for part in natives[name].holds]
-        total, rank = sum(heights), sum(ranks) or stack.up.shape[1]
-        if up.shape[0] != total or tuple(stack.down.shape) != (rank, *shapes[0][1:]):
-            raise ExportError(
-                f"{path.name}: {name} has matrices {tuple(stack.down.shape)} and {tuple(stack.up.shape)}; "
-                f"{(rank, *shapes[0][1:])} and {(total, rank)} were expected"
-            )
-        for part, rank, rows in zip(natives[name].holds, ranks, torch.split(up, heights), strict=True):
-            own = slice(inner, inner + rank)
-            if torch.cat([rows[:, :inner], rows[:, inner + rank :]], dim=1).count_nonzero():
-                stray.append(part)
-            if rank:
-                found[part] = _Read(stack.down[own], rows[:, own], stack.scale)
-            inner += rank
-    _expect(path, "affected by what was trained for others, or not at all", stray)
+    natives: Mapping[str, NativeModule],
+    names: Mapping[str, str],
+    format: AdapterFormat,
+    keys: ExportKeys,
+) -> None:
+    """DoRA's: each trained module has them, as both readers need them.
+
+    Raises:
+        ExportError: not so.
+    """
+    if not tensors and all(one.magnitude is None for one in trained.values()):
+        return
+    pieces = _by_module(path, tensors, names)
+    for_comfyui = keys.comfyui and format in (keys.default, "comfy")
+    wrong = [f"{name} (trained as DoRA, or not)" for name in pieces if not _any_in(natives[name], trained)]
+    for name, native in natives.items():
+        if not _any_in(native, trained):
+            continue
+        parts = [trained.get(part) for part in native.holds]
+        magnitudes = [part.magnitude if part is not None else None for part in parts]
+        norms = [_row_lengths(modules[one], part) for one, part in zip(native.holds, parts, strict=True)]
+        own = pieces.get(name, {})
+        if native.halves_swapped:
+            own = {
+                ending: torch.cat(one.flatten().chunk(2)[::-1]).reshape(one.shape)
+                for ending, one in own.items()
+            }
+        problem = lengths_problem(own, magnitudes, norms, for_comfyui)
+        if problem is not None:
+            wrong.append(f"{name} ({problem})")
+    expect(path, "with wrong lengths of rows", wrong)
+
+
+def _row_lengths(base: Adaptable, trained: LoraWeights | None) -> tuple[Tensor, Tensor]:
+    """(out,) |W| and |W + dW| by row."""
+    weight = base.weight.detach().double().flatten(1)
+    own = row_norms(weight)
+    if trained is None:
+        return own.cpu(), own.cpu()
+    up, down = (one.to(weight).flatten(1) for one in (trained.up, trained.down))
+    crossed = ((weight @ down.T) * up).sum(1) * trained.scale
+    squared = ((up @ (down @ down.T)) * up).sum(1) * trained.scale**2
+    return own.cpu(), (own.square() + 2 * crossed + squared).clamp(min=0).sqrt().cpu()
+
+
+def _check_others(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    trained: Mapping[str, AdapterWeights],
+    modules: Mapping[str, Adaptable],
+    natives: Mapping[str, NativeModule],
+    names: Mapping[str, str],
+    kind: FileKind,
+) -> float:
+    """The largest relative difference.
+
+    Raises:
+        ExportError: a module is missing or too many, cannot be read, or has another effect than was trained.
+    """
+    found = _by_module(path, tensors, names)
+    broken = {name: wrong_pieces(kind, pieces) for name, pieces in found.items()}
+    for problem in sorted({one for one in broken.values() if one is not None}):
+        expect(path, problem, [name for name, one in broken.items() if one == problem])
+    present = {part for name in found for part in natives[name].holds}
+    expect(path, "trained but not in the file", [name for name in trained if name not in present])
+    idle = [name for name in found if not _any_in(natives[name], trained)]
+    expect(path, "in the file but not trained", idle)
+
+    largest, wrong, stray = 0.0, [], []
+    for name, pieces in found.items():
+        native = natives[name]
+        if native.halves_swapped:
+            pieces = unswapped(kind, pieces)
+        for part, rows in _rows(native, modules).items():
+            if part not in trained:
+                if rows is not None and not is_idle(kind, pieces, rows):
+                    stray.append(part)
+                continue
+            off, allowed, norm = difference(kind, pieces, trained[part], rows)
+            if not off <= allowed:
+                wrong.append(f"{part} (by {off / norm if norm else off:.2g})")
+            largest = max(largest, off / norm if norm else 0.0)
+    expect(path, "affected by what was trained for others", stray)
+    expect(path, "with another effect than was trained", wrong)
+    return largest
+
+
+def _rows(native: NativeModule, modules: Mapping[str, Adaptable]) -> dict[str, slice | None]:
+    """The outputs of each layer in a module; None where it is the only one."""
+    if len(native.holds) == 1:
+        return {native.holds[0]: None}
+    found: dict[str, slice | None] = {}
+    first = 0
+    for part in native.holds:
+        height = weight_shape(modules[part])[0]
+        found[part] = slice(first, first + height)
+        first += height
     return found
 
 
-def _check_filled(
-    path: Path,
-    stacks: Mapping[str, _Read],
-    natives: Mapping[str, NativeModule],
-    trained: Mapping[str, LoraWeights],
-    keys: ExportKeys,
-) -> None:
-    """Modules without any trained part are there where a reader needs them, and only there."""
-    needed = {
-        name
-        for name, native in natives.items()
-        if any(fnmatchcase(part, pattern) for part in native.holds for pattern in keys.complete)
-    }
-    empty = {name for name in stacks if not any(part in trained for part in natives[name].holds)}
-    _expect(path, "needed by readers but not in the file", sorted(needed - set(stacks)))
-    _expect(path, "in the file but neither trained nor needed", sorted(empty - needed))
+def _by_module(
+    path: Path, tensors: Mapping[str, Tensor], names: Mapping[str, str]
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors by module and by the end of their keys.
 
-
-def _check_shape(path: Path, name: str, read: _Read, weight: tuple[int, ...]) -> None:
-    """(rank, in, *kernel) and (out, rank, 1, ...) for a weight (out, in, *kernel)."""
-    rank = read.down.shape[0]
-    down, up = (rank, *weight[1:]), (weight[0], rank, *(1 for _ in weight[2:]))
-    if (tuple(read.down.shape), tuple(read.up.shape)) != (down, up):
-        raise ExportError(
-            f"{path.name}: {name} has matrices {tuple(read.down.shape)} and {tuple(read.up.shape)}; "
-            f"the model's weight {weight} needs {down} and {up}"
-        )
-
-
-def _difference(read: _Read, trained: LoraWeights) -> tuple[float, float, float]:
-    """Norm of (read delta - trained delta), the norm that rounding explains, and that of the trained delta.
-
-    All without the deltas themselves, which are as large as the model: the difference is again a product of
-    thin factors, (up' - up) down' + up (down' - down), written so that nothing large cancels. Rounding to a
-    type with unit roundoff u moves each factor's entries by up to u, independently, so that the product moves
-    by about u * sqrt(2 sum_k |up_k|^2 |down_k|^2); 3 in place of sqrt(2) leaves room, and the delta's own norm
-    covers factors whose entries all round alike.
+    Raises:
+        ExportError: a key belongs to no module.
     """
-    read_up, read_down = read.scale * read.up.double().flatten(1), read.down.double().flatten(1)
-    up, down = trained.scale * trained.up.double().flatten(1), trained.down.double().flatten(1)
-    if read_up.shape != up.shape or read_down.shape != down.shape:
-        return float("inf"), 0.0, 0.0
-    difference = _product_norm(
-        torch.cat([read_up - up, up], dim=1), torch.cat([read_down, read_down - down], dim=0)
+    expect(
+        path,
+        "that belong to no module of the model",
+        [key for key in tensors if module_start(key) not in names],
     )
-    norm = _product_norm(up, down)
-
-    info = torch.finfo(read.down.dtype)
-    independent = float((up.square().sum(0) * down.square().sum(1)).sum().sqrt())
-    rounding = 3 * max(info.eps / 2, 1e-7) * max(independent, norm)
-    # Below the smallest normal number the error is absolute: half of the smallest step.
-    step = info.smallest_normal * info.eps / 2 * max(1.0, trained.scale, abs(read.scale))
-    underflow = step * float(up.numel() ** 0.5 * down.norm() + down.numel() ** 0.5 * up.norm())
-    return difference, rounding + underflow, norm
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        start = module_start(key)
+        found.setdefault(names[start], {})[key[len(start) + 1 :]] = tensor
+    return found
 
 
-def _product_norm(left: Tensor, right: Tensor) -> float:
-    """Frobenius norm of left @ right, from the small Gram matrices of both."""
-    squared = ((left.T @ left) * (right @ right.T)).sum()
-    return float(squared.clamp(min=0).sqrt())
-
-
-def _expect(path: Path, what: str, names: list[str]) -> None:
-    if names:
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise ExportError(
-            f"{path.name} does not read back as trained; {len(names)} {what}: {shown}",
-            remedy="The file must not be used. The checkpoint beside it is not affected.",
-        )
+def _any_in(native: NativeModule, trained: Mapping[str, object]) -> bool:
+    return any(part in trained for part in native.holds)

@@ -111,6 +111,7 @@ class CogView4(PipelineFamily):
         modelspec="cogview-4",
         base_model_version="cogview4",
         prefix={"diffusers": "transformer."},
+        comfyui=False,
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     defaults = SamplerDefaults(steps=50, guidance=5.0, size=(1024, 1024), negative_prompt=True)

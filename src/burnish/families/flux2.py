@@ -114,6 +114,7 @@ class Flux2(PipelineFamily):
         tensors=NAMES.tensors,
         # diffusers 0.42 does not trade the halves of the last modulation in native names.
         unreadable={"comfy": ("norm_out.linear",)},
+        lokr="lycoris_",
     )
     latents = LatentShape(channels=flux2_vae.CHANNELS, compression=flux2_vae.COMPRESSION)
     capabilities = Capabilities(guidance_embedding=True, references=REFERENCES)

@@ -36,6 +36,15 @@ BLOCKS: dict[str, str | tuple[str, ...]] = {
     "final_layer.linear": "proj_out",
 }
 KINDS = {"scale": "weight"}
+# As x-flux saves them (github.com/XLabs-AI/x-flux, `src/flux/modules/layers.py`): 1 for the picture, 2 for text.
+XFLUX: Mapping[str, tuple[str, ...]] = {
+    f"{_DOUBLE}.processor.qkv_lora1": tuple(f"{_OURS}.attn.to_{x}" for x in "qkv"),
+    f"{_DOUBLE}.processor.qkv_lora2": tuple(f"{_OURS}.attn.add_{x}_proj" for x in "qkv"),
+    f"{_DOUBLE}.processor.proj_lora1": (f"{_OURS}.attn.to_out.0",),
+    f"{_DOUBLE}.processor.proj_lora2": (f"{_OURS}.attn.to_add_out",),
+    f"{_SINGLE}.processor.qkv_lora": tuple(f"{_OURS_SINGLE}.attn.to_{x}" for x in "qkv"),
+    f"{_SINGLE}.processor.proj_lora": (f"{_OURS_SINGLE}.proj_out",),
+}
 
 _ATTENTION = (
     "*.attn.to_[qkv]",

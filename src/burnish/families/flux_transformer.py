@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from burnish.errors import ModelError
 from burnish.families import clip, t5
 from burnish.families.flux_embedding import TimeGuidanceText
-from burnish.families.flux_names import BLOCKS, KINDS, rows_of_stacks
+from burnish.families.flux_names import BLOCKS, KINDS, XFLUX, rows_of_stacks
 from burnish.families.native import NativeNames, depth
 from burnish.families.packing import pack, patch_positions
 from burnish.families.pipeline import PipelineFamily
@@ -68,6 +68,7 @@ def export_keys(modelspec: str, version: str) -> ExportKeys:
         modelspec=modelspec,
         base_model_version=version,
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        spellings=XFLUX,
         native=NAMES.native_module,
         tensors=NAMES.tensors,
     )

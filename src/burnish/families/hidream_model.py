@@ -63,6 +63,7 @@ def export_keys(modelspec: str) -> ExportKeys:
         modelspec=modelspec,
         base_model_version=modelspec,
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        readers={"comfy": ("ComfyUI", "diffusers")},
         tensors=NAMES.tensors,
     )
 

@@ -111,6 +111,7 @@ class HunyuanImage(PipelineFamily):
         base_model_version="hunyuan_image_2.1",
         prefix={"comfy": "transformer.", "diffusers": "transformer."},
         native=NAMES.native_module,
+        readers={"comfy": ("ComfyUI",), "diffusers": ("transformer.load_lora_adapter of diffusers",)},
         tensors=NAMES.tensors,
         # ComfyUI respells the blocks of Tencent's names alone.
         unreadable={"comfy": ("context_embedder*", "time_guidance_embed.*")},

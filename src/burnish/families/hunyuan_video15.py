@@ -108,6 +108,7 @@ class HunyuanVideo15(PipelineFamily):
         modelspec="hunyuan-video-1.5",
         base_model_version="hunyuan_video_1_5",
         prefix={"diffusers": "transformer."},
+        comfyui=False,
     )
     latents = LatentShape(channels=32, compression=16, frame_compression=4)
     defaults = SamplerDefaults(

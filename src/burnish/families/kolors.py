@@ -57,6 +57,7 @@ class Kolors(PipelineFamily):
         native=partial(native_module, top_attends=True),
         # diffusers 0.42 takes `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).
         unreadable={"kohya": ("add_embedding.*",)},
+        comfyui=False,
     )
     latents = LatentShape(channels=4, compression=8)
     defaults = SamplerDefaults(steps=50, guidance=5.0, size=(1024, 1024), negative_prompt=True)

@@ -121,6 +121,7 @@ class OmniGen2(PipelineFamily):
         base_model_version="omnigen2",
         # ComfyUI's, and those of the release's own pipeline.
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
+        readers={"comfy": ("ComfyUI",), "diffusers": ("OmniGen2's own pipeline",)},
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     capabilities = Capabilities(references=MAX_REFERENCES)

@@ -67,6 +67,7 @@ class PixArt(PipelineFamily):
         modelspec="pixart",
         base_model_version="pixart",
         prefix={"diffusers": "transformer."},
+        readers={"diffusers": ("ComfyUI", "peft")},
     )
     latents = LatentShape(channels=4, compression=8, patch=2)
     defaults = SamplerDefaults(steps=20, guidance=4.5, size=(1024, 1024), negative_prompt=True)

@@ -60,6 +60,7 @@ def export_keys(modelspec: str) -> ExportKeys:
         modelspec=modelspec,
         base_model_version="qwen_image",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        readers={"comfy": ("ComfyUI", "diffusers")},
         native=NAMES.native_module,
         tensors=NAMES.tensors,
     )

@@ -89,6 +89,7 @@ class Sana(PipelineFamily):
         modelspec="sana",
         base_model_version="sana",
         prefix={"diffusers": "transformer."},
+        comfyui=False,
     )
     latents = LatentShape(channels=32, compression=32)
     defaults = SamplerDefaults(steps=20, guidance=4.5, size=(1024, 1024), negative_prompt=True)

@@ -37,6 +37,7 @@ class StableDiffusion15(UNetFamily):
         modelspec="stable-diffusion-v1",
         base_model_version="sd_v1",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
+        readers={"kohya": ("ComfyUI", "diffusers", "A1111 and Forge")},
         native=partial(native_module, top_attends=False),
         tensors=partial(native_tensors, top_attends=False),
     )

@@ -59,6 +59,7 @@ class StableDiffusion2(UNetFamily):
         modelspec="stable-diffusion-v2-512",
         base_model_version="sd_v2",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
+        readers={"kohya": ("ComfyUI", "diffusers", "A1111 and Forge")},
         native=partial(native_module, top_attends=False),
         tensors=partial(native_tensors, top_attends=False),
     )

@@ -52,6 +52,7 @@ class StableDiffusionXL(UNetFamily):
         modelspec="stable-diffusion-xl-v1-base",
         base_model_version="sdxl_base_v1-0",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
+        readers={"kohya": ("ComfyUI", "diffusers", "A1111 and Forge")},
         native=partial(native_module, top_attends=True),
         tensors=partial(native_tensors, top_attends=True),
         # diffusers 0.42 takes `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).

@@ -118,6 +118,7 @@ class ZImage(PipelineFamily):
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
         tensors=NAMES.tensors,
+        lokr="diffusion_model.",
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     defaults = SamplerDefaults(

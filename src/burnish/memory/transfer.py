@@ -42,6 +42,12 @@ def transfer_to(device: torch.device) -> Transfer:
     return CudaTransfer(device) if device.type == "cuda" else PlainTransfer(device)
 
 
+def waited_for(device: torch.device) -> None:
+    """Wait until all that was asked of a device is done, copies that were finished among it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 @dataclass(frozen=True, slots=True)
 class PlainTransfer:
     """For devices without streams: a copy is done when it is asked for."""

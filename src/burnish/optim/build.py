@@ -62,7 +62,7 @@ def build_optimizer(
     return optimizer
 
 
-def check_optimizer(section: AnyOptimizer, device: torch.device) -> None:
+def check_optimizer(section: AnyOptimizer, device: torch.device | str = "cpu") -> None:
     """Build it for a single small weight: what is wrong shows before anything loads.
 
     Raises:

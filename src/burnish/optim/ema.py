@@ -47,9 +47,12 @@ class Ema:
         if self._swapped:
             raise RuntimeError("the parameters hold their averages now: updating would average the averages")
         kept = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        present = [_wide(parameter) for parameter in self._parameters.values()]
-        if present:
-            torch._foreach_lerp_(self._averages, present, 1.0 - kept)
+        pairs = list(zip(self._averages, self._parameters.values(), strict=True))
+        if pairs and all(average.dtype == parameter.dtype for average, parameter in pairs):
+            torch._foreach_lerp_(self._averages, [one.detach() for _, one in pairs], 1.0 - kept)
+        else:  # one after the other: all the weights of a model widened at once would take twice its memory
+            for average, parameter in pairs:
+                average.lerp_(_wide(parameter), 1.0 - kept)
         self.updates += 1
 
     @contextmanager

@@ -101,14 +101,16 @@ def _are_on_cuda(groups: Groups) -> bool:
 
 
 def _adamw8bit(section: AdamW8bit, groups: Groups) -> torch.optim.Optimizer:
-    bitsandbytes = library(section)
+    library(section)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     if not devices <= {"cuda", "cpu", "xpu"}:
         raise MissingPackage(
             f"train.optimizer.kind: adamw8bit is not there for {', '.join(sorted(devices))}",
             remedy="Use train.optimizer.kind: adamw, or adafactor, which also takes little memory.",
         )
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+    from burnish.optim.eight_bit import SharedTables
+
+    optimizer: torch.optim.Optimizer = SharedTables(
         groups,
         lr=section.learning_rate,
         betas=section.betas,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,26 @@ class _Unit:
     outer: list[dict[str, Any]]
 
 
+class StateKeeper(Protocol):
+    """Whoever keeps the state of parameters somewhere else between their steps."""
+
+    def bring(self, parameter: Parameter, state: dict[str, Any]) -> None:
+        """Before a step: have the tensors of `state` beside the parameter."""
+        ...
+
+    def send(self, parameter: Parameter, state: dict[str, Any]) -> None:
+        """After it."""
+        ...
+
+    def settle(self) -> None:
+        """Have everything where it can be read."""
+        ...
+
+    def is_kept(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a state of these tensors is for keeping."""
+        ...
+
+
 class OneByOne(torch.optim.Optimizer):
     """Each parameter has an optimizer of its own, and can be stepped as soon as its gradient is there.
 
@@ -75,6 +95,7 @@ class OneByOne(torch.optim.Optimizer):
             together: one optimizer for all, for kinds that find one rate for all weights; `step_one` is not for them.
         """
         self.rounding, self.seed, self.together = rounding, seed, together
+        self.keeper: StateKeeper | None = None
         super().__init__([dict(group) for group in groups], {})
         self._units: list[_Unit] = []
         self._unit_of: dict[Parameter, _Unit] = {}
@@ -120,9 +141,11 @@ class OneByOne(torch.optim.Optimizer):
     def eval(self) -> None:
         """Put the averaged points of a schedule-free optimizer into the parameters; the state stays in training."""
         for unit in self._units:
+            self._bring(unit.slots)
             self._enter(unit, unit.slots)
             unit.optimizer.eval()  # type: ignore[attr-defined]
             unit.optimizer.state.clear()
+            self._send(unit.slots)
             for inner in unit.optimizer.param_groups:
                 inner["train_mode"] = True
             for slot in unit.slots:
@@ -149,6 +172,8 @@ class OneByOne(torch.optim.Optimizer):
             group["lr"] = inner["lr"]
             if "train_mode" in inner:
                 group["train_mode"] = True
+            # Where a step's count is: on the device with these, else on the CPU.
+            group.update({key: inner[key] for key in ("fused", "capturable") if key in inner})
             if self.together:
                 group.update({key: inner[key] for key in learned_keys(unit.optimizer)})
         self._units.append(unit)
@@ -158,6 +183,7 @@ class OneByOne(torch.optim.Optimizer):
         slots = [slot for slot in unit.slots if slot.parameter.grad is not None]
         if not slots:
             return
+        self._bring(slots)
         self._enter(unit, slots)
         for slot in slots:
             if slot.is_rounded:
@@ -165,6 +191,17 @@ class OneByOne(torch.optim.Optimizer):
                 slot.moved.grad = slot.parameter.grad.float()
         unit.optimizer.step()
         self._leave(unit, slots)
+        self._send(slots)
+
+    def _bring(self, slots: Sequence[_Slot]) -> None:
+        if self.keeper is not None:
+            for slot in slots:
+                self.keeper.bring(slot.parameter, self.state[slot.parameter])
+
+    def _send(self, slots: Sequence[_Slot]) -> None:
+        if self.keeper is not None:
+            for slot in slots:
+                self.keeper.send(slot.parameter, self.state[slot.parameter])
 
     def _enter(self, unit: _Unit, slots: Sequence[_Slot]) -> None:
         """Give the unit's optimizer its parameters, state and options."""

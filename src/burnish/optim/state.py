@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from burnish.errors import CheckpointError
 from burnish.optim.learned import kind_of, learned_keys
+from burnish.optim.one_by_one import OneByOne
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -36,6 +37,8 @@ def pack_state(
     Raises:
         CheckpointError: a parameter without a name, or a value that is neither tensor nor plain.
     """
+    if isinstance(optimizer, OneByOne) and optimizer.keeper is not None:
+        optimizer.keeper.settle()
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Json] = {}
     shapes: dict[str, Json] = {}
@@ -72,6 +75,8 @@ def unpack_state(
 ) -> None:
     """Put back what `pack_state` gave, on the parameters' devices and without a change of dtype.
 
+    What a `StateKeeper` keeps elsewhere stays on the CPU until its parameter is stepped.
+
     Options such as learning rate, betas and weight decay stay as the optimizer was built. With the same
     options, training goes on in the same bits.
 
@@ -88,11 +93,17 @@ def unpack_state(
         for name, values in saved["plain"].items()
     }
     on_cpu = {id(parameter) for group in optimizer.param_groups for parameter in _counted_on_cpu(group)}
+    keeper = optimizer.keeper if isinstance(optimizer, OneByOne) else None
+    kept = {
+        name for name, held in _by_parameter(tensors).items() if keeper is not None and keeper.is_kept(held)
+    }
     nested = {name for values in saved["plain"].values() for name in _nested(list(values.values()))}
     for full_name in tensors.keys() - nested:
         name, _, key = full_name.rpartition(":")
         parameter = own[name]
-        device = "cpu" if key == "step" and id(parameter) in on_cpu else parameter.device
+        counter = key == "step" and id(parameter) in on_cpu
+        waits = name in kept and tensors[full_name].dim() > 0
+        device = "cpu" if counter or waits else parameter.device
         restored[name][key] = _held(optimizer, parameter, key, laid[full_name], device)
     optimizer.state.clear()
     for name, values in restored.items():
@@ -102,6 +113,15 @@ def unpack_state(
         # A changed learning rate may split or join groups; what is learned in them is the same in all.
         learned = saved["groups"][min(index, len(saved["groups"]) - 1)]
         group.update({key: _decoded(value, {}, torch.device("cpu")) for key, value in learned.items()})
+
+
+def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(":")
+        if tensor.dim() > 0:
+            found.setdefault(name, {})[key] = tensor
+    return found
 
 
 def _counted_on_cpu(group: Mapping[str, Any]) -> list[Parameter]:

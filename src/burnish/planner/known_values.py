@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _PICKING = (
     torch.ops.aten.index.Tensor,
@@ -38,6 +39,21 @@ def is_asked_of_unknown(func: Any, args: tuple[Any, ...]) -> bool:
         and isinstance(args[0], FakeTensor)
         and args[0].dtype == torch.bool
     )
+
+
+class Answered(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While an optimizer steps: a number that it reads from a tensor without values is 1, yes or no is no.
+
+    Prodigy reads its estimate of the rate so. What it does with it takes the same time and memory for every number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return args[0].dtype != torch.bool and 1.0
+        return func(*args, **(kwargs or {}))
 
 
 def _places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,12 +70,20 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         fake: the mode of the tensors without data; what a model fills with a constant has none either if it is large.
         rounding: bytes that an allocation is a multiple of.
+        elsewhere: storages (`_cdata`) that are not on the device.
     """
 
-    def __init__(self, fake: AbstractContextManager[Any] | None = None, *, rounding: int = ROUNDING) -> None:
+    def __init__(
+        self,
+        fake: AbstractContextManager[Any] | None = None,
+        *,
+        rounding: int = ROUNDING,
+        elsewhere: Collection[int] = (),
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fake = fake or nullcontext()
         self._rounding = rounding
+        self.elsewhere = elsewhere
         self.current = 0
         self.peak = 0
         self.stretches: list[Stretch] = []
@@ -104,7 +112,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = -(-storage.nbytes() // self._rounding) * self._rounding
-        if key in self._alive or size == 0:
+        if key in self._alive or size == 0 or key in self.elsewhere:
             return
 
         def gone(_: object) -> None:

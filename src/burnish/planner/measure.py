@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
-from burnish.adapters.layer import ModuleChoice
-from burnish.errors import AdapterError
+from burnish.errors import UserError
 from burnish.family import Family
 from burnish.planner.depth import SHALLOW, Run, deepened, runs_of, stands_for
 from burnish.planner.profile import Profile
 from burnish.planner.trace import Recipe, Shape, trace_step
 
-Choices = Mapping[str, Mapping[str, ModuleChoice]]
+Choices = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Measure:
 
     Args:
         skeleton: the family without weights, of so many repeats of each block, None for all.
-        choose: the modules that train.
+        choose: what trains, as in `Recipe.choices`.
     """
 
     skeleton: Callable[[int | None], Family]
@@ -34,7 +34,8 @@ class Measure:
         if depth is None:
             return trace_step(lambda: self.skeleton(None), shape, replace(recipe, choices=choices), cuda=cuda)
         traced = trace_step(lambda: self.skeleton(depth), shape, replace(recipe, choices=choices), cuda=cuda)
-        return deepened(traced, shallow_runs, self._deep[0])
+        singly = recipe.releases or recipe.offloads
+        return deepened(traced, shallow_runs, self._deep[0], singly=singly)
 
     @cached_property
     def _deep(self) -> tuple[list[Run], Choices]:
@@ -50,7 +51,7 @@ class Measure:
             shallow = self.skeleton(depth)
             try:
                 few = self.choose(shallow)
-            except AdapterError:  # a pattern that names a block by a number which the shallow model lacks
+            except UserError:  # a pattern that names a block by a number which the shallow model lacks
                 continue
             shallow_runs = runs_of(shallow, few)
             if stands_for(shallow_runs, runs):

@@ -19,11 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.casting import cast_once
-from burnish.adapters.layer import ModuleChoice
+from burnish.adapters.own_weights import OwnWeights
 from burnish.data.batch import Batch
 from burnish.family import Conditioning, Family
+from burnish.memory.gradient_release import GradientRelease
+from burnish.memory.state_offload import StatesOnHost
 from burnish.objective import Denoising
-from burnish.planner.live_bytes import LiveBytes
+from burnish.optim.one_by_one import OneByOne
+from burnish.planner.known_values import Answered
+from burnish.planner.live_bytes import ROUNDING, LiveBytes
 from burnish.planner.lowering import cuda_lowering
 from burnish.planner.profile import Profile, profile_of
 from burnish.planner.skeletons import keep_weights, without_data
@@ -47,7 +51,8 @@ class Shape:
 class Recipe:
     """How the step is made; each part is that of the run itself."""
 
-    choices: Mapping[str, Mapping[str, ModuleChoice]]  # by denoiser, then by module
+    # By denoiser, then by module what its adapter is; or, of its own weights, by weight its learning rate.
+    choices: Mapping[str, Mapping[str, Any]]
     objective: Denoising
     optimizer: Callable[[Groups], torch.optim.Optimizer]
     kept_as: str | None = None  # format of the large frozen layers; None: in the run's number type
@@ -55,6 +60,9 @@ class Recipe:
     accumulates: bool = False
     averages: bool = False
     dropout: float = 0.0
+    own_weights: bool = False  # the denoisers' own weights train, in place of adapters
+    releases: bool = False  # each is stepped in backward; the optimizer is then a OneByOne, as with the next
+    offloads: bool = False  # the optimizer's state waits on the host
     shown: Callable[[Shape], Conditioning] = lambda shape: Conditioning({})  # of the references
 
 
@@ -74,23 +82,66 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
     with fake:
         for denoiser in family.denoisers.values():
             without_data(denoiser)
-        adapters = [
-            AdapterSet.attach(family.denoisers[part], chosen, dropout=recipe.dropout, seed=0)
-            for part, chosen in recipe.choices.items()
-        ]
-        for part, adapter in zip(recipe.choices, adapters, strict=True):
-            cast_once(family.denoisers[part], list(adapter.layers.values()), noisy.dtype)
+        groups = _made_trainable(family, recipe, noisy.dtype)
         recipe.keep_activations(family)
-        groups = [group for adapter in adapters for group in adapter.parameter_groups(1e-4)]
         parameters = [one for group in groups for one in group["params"]]
-        optimizer = recipe.optimizer(groups)
+        optimizer, host = recipe.optimizer(groups), _Host()
+        if cuda:
+            _step_as_on_cuda(optimizer)
+        if recipe.offloads:
+            assert isinstance(optimizer, OneByOne)
+            optimizer.keeper = StatesOnHost(host, lambda: None)
         _touch_state(optimizer, parameters)
         batch = batch_without_data(noisy, conditioning, sound_of(family, shape))
     # The mode is off from here on: fake tensors bring their own, and what code makes out of nothing (positions, masks)
     # keeps its values, so that it can be read on the host as in a real step.
     with cuda_lowering() if cuda else nullcontext():
-        counted = LiveBytes(fake) if cuda else LiveBytes(fake, rounding=1)
+        counted = LiveBytes(fake, rounding=ROUNDING if cuda else 1, elsewhere=host.storages)
         return _step(family, batch, recipe, parameters, optimizer, counted)
+
+
+def _made_trainable(family: Family, recipe: Recipe, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Optimizer groups of what the recipe trains."""
+    groups: list[dict[str, Any]] = []
+    for part, chosen in recipe.choices.items():
+        denoiser = family.denoisers[part]
+        if recipe.own_weights:
+            groups += OwnWeights.unfreeze(denoiser, chosen).parameter_groups(1e-4)
+            continue
+        adapter = AdapterSet.attach(denoiser, chosen, dropout=recipe.dropout, seed=0)
+        cast_once(denoiser, list(adapter.layers.values()), dtype)
+        groups += adapter.parameter_groups(1e-4)
+    return groups
+
+
+def _step_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
+    """By one kernel, where torch's own optimizers would make copies of all that they step (optim/makers.py)."""
+    for group in optimizer.param_groups:
+        if "fused" in group and "foreach" in group:
+            group["fused"], group["foreach"] = True, False
+
+
+class _Host:
+    """Host memory of a trace: rooms whose storages are told apart from the device's."""
+
+    def __init__(self) -> None:
+        self.storages: set[int] = set()
+        self._rooms: list[Tensor] = []  # alive, so that no other storage takes a place that is noted
+
+    def host_room(self, size: int) -> Tensor:
+        room = torch.empty(size, dtype=torch.uint8)
+        self._rooms.append(room)
+        self.storages.add(room.untyped_storage()._cdata)
+        return room
+
+    def device_room(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def start(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def finish(self, begun: object) -> None:
+        return
 
 
 def sound_of(family: Family, shape: Shape) -> tuple[int, ...] | None:
@@ -149,12 +200,19 @@ def _step(
     counted.follow([parameter.grad for parameter in parameters if parameter.grad is not None])
     counted.follow([batch.latents_BCHW, batch.audio_BCLF, list(batch.conditioning.values()), averages])
     counted.follow(list(optimizer.state.values()))
+    if isinstance(optimizer, OneByOne) and isinstance(optimizer.keeper, StatesOnHost):
+        counted.follow(optimizer.keeper.device_rooms)
+    release = None
+    if recipe.releases:
+        assert isinstance(optimizer, OneByOne)
+        release = GradientRelease(parameters, optimizer.step_one, 1.0)
     once_more = int(recipe.averages) + int(recipe.accumulates)
 
     def with_state(one: Tensor) -> int:
         if not one.requires_grad:
             return 0
         state = [leaf for leaf in tree_leaves(optimizer.state.get(one)) if isinstance(leaf, Tensor)]
+        state = [leaf for leaf in state if leaf.untyped_storage()._cdata not in counted.elsewhere]
         return _size(one) * (1 + once_more) + sum(_size(leaf) for leaf in state)
 
     trained = _by_block(family, blocks, with_state)
@@ -165,12 +223,17 @@ def _step(
         audio_noise = None if audio is None else torch.empty_like(audio, dtype=torch.float32)
         loss_B = recipe.objective.losses_at(family, batch, noise, times_B, None, audio_noise)
         counted.mark("tail", None)
-        torch.autograd.backward((loss_B * batch.weight_B).sum() / len(batch.sample_ids))
+        loss = (loss_B * batch.weight_B).sum() / len(batch.sample_ids)
+        with nullcontext() if release is None else release.moving():
+            torch.autograd.backward(loss)
         counted.mark("rest", None)
-        clip_grad_norm_(parameters, 1.0)
+        if release is None:
+            clip_grad_norm_(parameters, 1.0)
         counted.mark("optimizer", None)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if release is None:
+            with Answered():
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return profile_of(counted, frozen, trained)
 
 
@@ -178,7 +241,8 @@ def _touch_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter
     """Give the optimizer its state, which it makes at the first step: the second is the one to trace."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
+    with Answered():
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 

@@ -1,0 +1,1 @@
+"""Noise, time, target and loss, each apart from the others."""

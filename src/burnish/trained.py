@@ -1,0 +1,139 @@
+"""What a run trains, as its method says, and what it leaves: adapters, or the denoisers' own weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.casting import cast_once
+from burnish.adapters.own_weights import OwnWeights, choose_weights
+from burnish.adapters.targeting import choose_modules
+from burnish.config.method import AnyMethod, Full
+from burnish.config.schema import RunConfig
+from burnish.errors import ConfigError
+from burnish.export.formats import resolve_format
+from burnish.export.metadata import Provenance, adapter_metadata, model_metadata
+from burnish.family import Family, TargetSet
+from burnish.generate import part_labels
+from burnish.loop import Training
+from burnish.memory.quantized import choose_products
+from burnish.preparation import Prepared
+from burnish.results import AdapterResult, DenoiserFile, DenoiserFolder, Result
+from burnish.run_folder import RunFolder
+
+EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Trained = AdapterSet | OwnWeights
+
+
+def trained_parts(
+    config: RunConfig, family: Family, device: torch.device, dtype: torch.dtype
+) -> dict[str, Trained]:
+    """What trains of each loaded denoiser, made ready to.
+
+    Raises:
+        AdapterError: targets that match nothing, or that the export format cannot hold.
+        ConfigError: patterns that match no weight, or a format of whole models that the family has not.
+    """
+    if isinstance(config.method, Full):
+        if config.save.format == "comfy" and family.export.tensors is None:
+            raise ConfigError(
+                f"save.format: comfy, and the release's names of {family.title} are not known for a single file",
+                remedy="Set save.format: auto or diffusers.",
+            )
+        return {
+            part: OwnWeights.unfreeze(denoiser, chosen(config.method, family, denoiser))
+            for part, denoiser in family.denoisers.items()
+        }
+    adapters: dict[str, Trained] = {}
+    for part, denoiser in family.denoisers.items():
+        choose_products(denoiser, device)
+        choices = chosen(config.method, family, denoiser)
+        resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
+        adapter = AdapterSet.attach(denoiser, choices, seed=config.seed)
+        cast_once(denoiser, list(adapter.layers.values()), dtype)
+        adapters[part] = adapter
+    return adapters
+
+
+def chosen(method: AnyMethod, family: Family, denoiser: nn.Module) -> Mapping[str, Any]:
+    """What trains of a denoiser: by module what its adapter is, or by weight its learning rate.
+
+    Raises:
+        AdapterError, ConfigError: patterns that match nothing.
+    """
+    targets = targets_of(family)
+    if isinstance(method, Full):
+        return choose_weights(denoiser, targets, method)
+    return choose_modules(denoiser, targets, family.default_targets, method)
+
+
+def targets_of(family: Family) -> Mapping[str, TargetSet]:
+    """The named sets, with those of sound where it is trained."""
+    if family.audio is None:
+        return family.targets
+    return {name: target.with_audio() for name, target in family.targets.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the files of a run say about themselves."""
+
+    config: RunConfig
+    resolved: str  # the config as YAML text
+    prepared: Prepared
+    trained: Mapping[str, Trained]
+
+    def metadata(self, run: Training, part: str) -> dict[str, str]:
+        one = self.trained[part]
+        about = self._provenance(run, part)
+        if isinstance(one, OwnWeights):
+            return model_metadata(run.family.export, about)
+        return adapter_metadata(run.family.export, one.weights(), about)
+
+    def _provenance(self, run: Training, part: str) -> Provenance:
+        config = self.config
+        side = max(side for source in config.data for side in source.resolutions)
+        return Provenance(
+            name=config.name,
+            base_model=config.model.path,
+            resolution=(side, side),
+            step=run.step,
+            epoch=run.position // run.batches_per_epoch,
+            seed=config.seed,
+            config=self.resolved,
+            part=part,
+            tag_frequency=self.prepared.tag_frequency,
+            trigger=config.trigger,
+        )
+
+
+def results_of(told: Told, family: Family, folder: RunFolder) -> Sequence[Result]:
+    """The files of every save."""
+    return list(_results(told, family, folder))
+
+
+def _results(told: Told, family: Family, folder: RunFolder) -> Iterator[Result]:
+    config = told.config
+    dtype, format = EXPORT_DTYPES[config.save.dtype], config.save.format
+    labels = part_labels(family)
+    for part, one in told.trained.items():
+        stem = f"{config.name}-{labels[part]}" if part in labels else config.name
+        if isinstance(one, AdapterSet):
+            yield AdapterResult(part, one, folder.adapters, stem, format, dtype, told.metadata)
+            continue
+        if format in ("auto", "diffusers"):
+            yield DenoiserFolder(part, one, folder.models, config.name, dtype)
+        if format == "comfy" or (format == "auto" and family.export.tensors is not None):
+            yield DenoiserFile(part, one, folder.models, stem, dtype, told.metadata)
+
+
+def keeps_all(config: RunConfig) -> bool:
+    """Whether the results of every save are kept."""
+    if config.save.adapters == "auto":
+        return not isinstance(config.method, Full)
+    return config.save.adapters == "all"
