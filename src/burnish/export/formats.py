@@ -135,11 +135,11 @@ def to_tensors(
         natives = {native.name: native for native in (native_module(keys, name) for name in weights)}
         others = {name: stacked_others(native, weights, shapes) for name, native in natives.items()}
     return _keyed(
-        {_start(format, kind, part, keys, name): pieces(one, dtype) for name, one in others.items()}
+        {key_start(format, kind, part, keys, name): pieces(one, dtype) for name, one in others.items()}
     )
 
 
-def _start(format: AdapterFormat, kind: Kind, part: str, keys: ExportKeys, name: str) -> str:
+def key_start(format: AdapterFormat, kind: Kind, part: str, keys: ExportKeys, name: str) -> str:
     """What stands before the endings of a module's keys."""
     if kind == "lokr" and format == "diffusers" and keys.lokr is not None:
         return keys.lokr + (name.replace(".", "_") if keys.lokr.endswith("_") else name)
@@ -162,14 +162,16 @@ def _length_tensors(
     if format != "comfy":
         return _keyed(
             {
-                _start(format, "dora", part, keys, name): lengths(one, modules[name], for_comfyui=for_comfyui)
+                key_start(format, "dora", part, keys, name): lengths(
+                    one, modules[name], for_comfyui=for_comfyui
+                )
                 for name, one in weights.items()
             }
         )
     natives = {native.name: native for native in (native_module(keys, name) for name in weights)}
     return _keyed(
         {
-            _start(format, "dora", part, keys, name): stacked_lengths(native, weights, modules)
+            key_start(format, "dora", part, keys, name): stacked_lengths(native, weights, modules)
             for name, native in natives.items()
         }
     )

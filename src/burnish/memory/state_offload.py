@@ -38,7 +38,7 @@ class _Home:
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Room:
     """Bytes on the device; `arriving` and `leaving` are copies under way, the latter of what `was`."""
 
