@@ -177,7 +177,7 @@ def _adds_up_in_place(first: Tensor, second: object) -> bool:
         and isinstance(second, Tensor)
         and (first.shape, first.dtype) == (second.shape, second.dtype)
         and is_dense(first)
-        and first._use_count() == HELD_BY_AUTOGRAD
+        and first._use_count() == HELD_BY_AUTOGRAD  # type: ignore[attr-defined]
         and torch._C._storage_Use_Count(first.untyped_storage()._cdata) == HELD_BY_ITS_TENSOR
     )
 
