@@ -47,12 +47,8 @@ def main() -> None:
     print(markdown(rows, given.cards) if given.markdown else json.dumps(rows, indent=2))
 
 
-def config_of(model: str, *, offload: bool = False) -> RunConfig:
-    """A LoRA of rank 16 on attention and feed-forward layers, batch 1, AdamW, bf16, without samples.
-
-    Args:
-        offload: activations wait on the host, which no plan chooses by itself.
-    """
+def config_of(model: str) -> RunConfig:
+    """A LoRA of rank 16 on attention and feed-forward layers, batch 1, AdamW, bf16, without samples."""
     family, path, resolution, frames = MODELS[model]
     return RunConfig.model_validate(
         {
@@ -68,20 +64,19 @@ def config_of(model: str, *, offload: bool = False) -> RunConfig:
                 }
             ],
             "train": {"steps": 2000},
-            "memory": {"offload_activations": offload},
         }
     )
 
 
-def planned(model: str, card: str, *, offload: bool = False) -> dict[str, Any]:
+def planned(model: str, card: str) -> dict[str, Any]:
     row = {"model": model, "card": card_named(card).title}
     try:
-        plan = plan_run(config_of(model, offload=offload), card_named(card))
+        plan = plan_run(config_of(model), card_named(card))
     except UserError as error:
-        return {**row, "error": error.message} if offload else planned(model, card, offload=True)
+        return {**row, "error": error.message}
     return {
         **row,
-        "offload_activations": offload,
+        "offload_activations": plan.choice.settings.offload,
         "size": list(MODELS[model][2:]),
         "weights": plan.choice.settings.weights,
         "activations": plan.choice.settings.kept,
@@ -91,13 +86,14 @@ def planned(model: str, card: str, *, offload: bool = False) -> dict[str, Any]:
         "peak_gib": round(plan.peak / GIB, 2),
         "host_gib": round(plan.choice.host / GIB, 2),
         "seconds_per_step": round(plan.times[0].seconds, 2),
-        "settings": in_words(plan.choice) + (", activations offloaded" if offload else ""),
+        "settings": in_words(plan.choice),
     }
 
 
 def in_words(choice: Choice) -> str:
     settings = choice.settings
     kept = [mode if len(settings.kept) == 1 else f"{count} {mode}" for mode, count in settings.kept.items()]
+    kept += ["activations offloaded"] if settings.offload else []
     streamed = [f"{settings.stream:.0%} streamed"] if settings.stream else []
     return ", ".join([settings.weights, *kept, *streamed])
 

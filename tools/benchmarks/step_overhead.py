@@ -38,6 +38,7 @@ from burnish.hardware import processor_name
 from burnish.loop import Training, take, train_from
 from burnish.preparation import Prepared, prepare
 from burnish.run_folder import Recorder, RunFolder
+from burnish.settling import UNPLANNED, with_memory
 from burnish.signals import StopRequest
 
 TURN = 5  # steps
@@ -142,12 +143,10 @@ def main() -> None:
             f"train.steps={(turns + 1) * TURN}",
             f"train.batch_size={arguments.batch_size}",
             "sample.prompts=[]",
-            "memory.activations=keep",
-            "memory.weights=native",
-            "memory.text_encoder_weights=native",
-            "memory.stream=0",
+            "memory.compile=false",
         ]
         config = load_config(ASSETS / "demo.yaml", overrides=overrides).config
+        config = with_memory(config, config.memory, UNPLANNED)
         config = config.model_copy(update={"data": config.data[:1]})
         taken = measure(config, RunFolder(Path(place) / "demo"), turns)
     ratios = [(burnish - bare) / bare for burnish, bare in taken]

@@ -9,27 +9,41 @@ from burnish.cli.edge import guarded
 if TYPE_CHECKING:
     from burnish.family import Capabilities, Family
 
+WIDE = 120  # columns; narrower ones cut the table's cells to pieces
+
 
 @guarded
 def show_families() -> None:
     """List the model families, with what each is made for."""
     from rich.console import Console
+    from rich.padding import Padding
     from rich.table import Table
 
     from burnish.families.registry import families
 
-    table = Table(box=None)
-    for heading in ("family", "model", "trains on", "size", "steps", "guidance", "adapter file"):
-        table.add_column(heading, no_wrap=heading not in ("model", "trains on"))
+    rows = []
     for name, family in families().items():
-        table.add_row(name, *_row(family.title, family.skeleton(depth=1)))
-        for title, release in family.releases().items():
-            table.add_row("", *_row(f"  {title}", release))
+        rows.append((name, *_row(family.title, family.skeleton(depth=1))))
+        rows += [("", *_row(f"  {title}", release)) for title, release in family.releases().items()]
     console = Console(highlight=False)
-    console.print(table)
+    if console.width < WIDE:
+        for name, title, *facts in rows:
+            console.print(f"{name:16} [bold]{title}[/]", no_wrap=True)
+            console.print(Padding(_in_a_line(*facts), (0, 0, 0, 17 + len(title) - len(title.lstrip()))))
+    else:
+        table = Table(box=None)
+        for heading in ("family", "model", "trains on", "size", "steps", "guidance", "adapter file"):
+            table.add_column(heading, no_wrap=heading not in ("model", "trains on"))
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     console.print(
         "Size, steps and guidance are the sampler's defaults; of adapter files the first is the default."
     )
+
+
+def _in_a_line(kinds: str, size: str, steps: str, guidance: str, formats: str) -> str:
+    return f"{kinds}; {size}, {steps} steps, guidance {guidance}; {formats}"
 
 
 def _row(title: str, family: Family) -> tuple[str, ...]:
