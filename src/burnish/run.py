@@ -27,7 +27,7 @@ from burnish.loop import train
 from burnish.memory.formats import slow_because
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model, places
-from burnish.optim.build import check_optimizer
+from burnish.optim.build import check_optimizer, what_is_lost
 from burnish.preparation import check_data, folders, prepare, split
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
@@ -102,6 +102,8 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     if prepared.requests and (alone := drawn_alone(family)):
         events.warned(f"samples: {alone}")
     assembled = assemble(config, resolved, family, prepared, folder, device, dtype, events, stop)
+    if lost := what_is_lost(config.train.optimizer, assembled.training.parameters.values()):
+        events.warned(lost)
     loaded = newest_checkpoint(assembled, events)
     check_space(folder.checkpoints, checkpoint_bytes(assembled), config.save.keep + 1)  # and the best
     if loaded is not None:

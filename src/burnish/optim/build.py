@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,16 @@ def check_optimizer(section: AnyOptimizer, device: torch.device | str = "cpu") -
         ConfigError, MissingPackage: as `build_optimizer`.
     """
     build_optimizer(section, [{"params": [Parameter(torch.zeros(2, 2, device=device))]}])
+
+
+def what_is_lost(section: AnyOptimizer, parameters: Iterable[Parameter]) -> str:
+    """What rounding to nearest does to weights that train in bfloat16, in words; empty where nothing is lost."""
+    if section.rounding != "nearest" or not any(one.dtype == torch.bfloat16 for one in parameters):
+        return ""
+    return (
+        "train.optimizer.rounding: nearest: the weights train in bfloat16, where steps of less than 1/512 of a weight "
+        "round to nothing; stochastic and kahan keep them"
+    )
 
 
 def _needs_rounding(section: AnyOptimizer, groups: Sequence[Group]) -> bool:
