@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from burnish.config.schema import Memory, Model
-from burnish.errors import MachineError, UserError
+from burnish.errors import MachineError, ModelError, UserError
+from burnish.families.noise_schedule import with_zero_terminal_snr
 from burnish.families.registry import detect_family, family_named
 from burnish.families.sources import user_cache_folder
 from burnish.family import Family, ModelSource, Part, Places, Prediction, Shrink, Split
@@ -28,6 +29,7 @@ class ChosenModel:
     family: type[Family]
     source: ModelSource
     prediction: Prediction | None
+    zero_terminal_snr: bool = False
     shrink: Mapping[Part, Shrink] = field(default_factory=dict)  # parts that are kept in fewer bits
 
     def load(self, *parts: Part, dtype: torch.dtype, device: Places) -> Family:
@@ -35,7 +37,8 @@ class ChosenModel:
 
         Raises:
             ModelError: files are missing, damaged or of another family.
-            UserError: sound, or going on from a first frame, is asked of a family without.
+            UserError: sound, going on from a first frame, or a schedule down to pure noise is asked of a family
+                without.
         """
         family = self.family.load(
             self.source,
@@ -54,6 +57,8 @@ class ChosenModel:
                 f"model.first_frame is set, and this {self.family.title} does not go on from one.",
                 remedy="Take model.first_frame out, or use the image-to-video release.",
             )
+        if self.zero_terminal_snr:
+            family.schedule = with_zero_terminal_snr(family.schedule)
         return family
 
 
@@ -66,7 +71,25 @@ def choose_model(model: Model, memory: Memory | None = None) -> ChosenModel:
     """
     source = source_of(model)
     family = family_named(model.family) if model.family else detect_family(source)
-    return ChosenModel(family, source, model.prediction, shrink_by_part(memory or Memory()))
+    shrink = shrink_by_part(memory or Memory())
+    return ChosenModel(family, source, model.prediction, model.zero_terminal_snr, shrink)
+
+
+def known_model(model: Model, dtype: torch.dtype) -> tuple[type[Family], Family, bool]:
+    """The family, what is known of the weights without loading any, and whether they are here.
+
+    Raises:
+        ModelError: no such weights, and no family is named whose released sizes could stand in.
+        UserError: no such family.
+    """
+    try:
+        chosen = choose_model(model)
+        return chosen.family, chosen.load(dtype=dtype, device="cpu"), True
+    except ModelError:
+        if model.family is None or Path(model.path).exists():
+            raise
+        kind = family_named(model.family)
+        return kind, kind.released(source_of(model)), False
 
 
 def source_of(model: Model) -> ModelSource:

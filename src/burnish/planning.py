@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from burnish.config.method import Full
 from burnish.config.schema import RunConfig
-from burnish.errors import BurnishError, ModelError, UserError
-from burnish.families.registry import family_named
+from burnish.errors import BurnishError, UserError
 from burnish.family import Conditioning, Family, Part
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
-from burnish.model import DTYPES, choose_model, source_of
+from burnish.model import DTYPES, known_model
 from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer, check_optimizer
 from burnish.planner.choose import (
@@ -89,7 +87,7 @@ class _Planner:
         wanted = config.memory.compile
         self.compiled = (can_compile and self._is_long()) if wanted == "auto" else wanted
         self.notes: list[str] = []
-        self.kind, self.of, self.is_here = self._model()
+        self.kind, self.of, self.is_here = known_model(config.model, self.dtype)
         self.known = self.skeleton()
         self.measure = Measure(self.skeleton, self.choose)
         self.store = ProfileStore(cache_of(config.memory))
@@ -100,18 +98,6 @@ class _Planner:
                 f"{config.model.path} is not here: sizes are those of a released {self.known.title} of "
                 f"{count / 1e9:.1f} billion parameters"
             )
-
-    def _model(self) -> tuple[type[Family], Family, bool]:
-        """The family, what is known of the weights, and whether they are here."""
-        model = self.config.model
-        try:
-            chosen = choose_model(model)
-            return chosen.family, chosen.load(dtype=self.dtype, device="cpu"), True
-        except ModelError:
-            if model.family is None or Path(model.path).exists():
-                raise
-            kind = family_named(model.family)
-            return kind, kind.released(source_of(model)), False
 
     def _is_long(self) -> bool:
         """Compiling takes minutes and saves a part of each step: not worth it for a handful."""

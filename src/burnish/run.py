@@ -18,6 +18,7 @@ from burnish.checkpoint.space import check_space
 from burnish.checkpoint.store import Loaded
 from burnish.compute.capabilities import use_tensor_cores
 from burnish.config.load import load_config, to_yaml
+from burnish.config.method import Full
 from burnish.config.schema import RunConfig
 from burnish.config.train import RollBackOnNonFinite
 from burnish.errors import BurnishError, Interrupted, NonFiniteLoss, OutOfMemory, UserError
@@ -27,12 +28,13 @@ from burnish.loop import train
 from burnish.memory.formats import slow_because
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model, places
-from burnish.optim.build import check_optimizer
+from burnish.optim.build import check_optimizer, state_bytes, what_is_lost
 from burnish.preparation import check_data, folders, prepare, split
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
 from burnish.settling import Compared, Settled, settle
 from burnish.signals import StopRequest
+from burnish.trained import EXPORT_DTYPES, keeps_all
 
 _log = logging.getLogger(__name__)
 LOGGED_EVERY = 50  # steps; metrics.sqlite has each
@@ -102,8 +104,11 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     if prepared.requests and (alone := drawn_alone(family)):
         events.warned(f"samples: {alone}")
     assembled = assemble(config, resolved, family, prepared, folder, device, dtype, events, stop)
+    if lost := what_is_lost(config.train.optimizer, assembled.training.parameters.values()):
+        events.warned(lost)
     loaded = newest_checkpoint(assembled, events)
-    check_space(folder.checkpoints, checkpoint_bytes(assembled), config.save.keep + 1)  # and the best
+    checkpoint, beside = disk_bytes(config, assembled, folder)
+    check_space(folder.checkpoints, checkpoint, config.save.keep + 1, beside)  # and the best
     if loaded is not None:
         for note in restore(assembled.training, loaded):
             events.warned(note)
@@ -249,10 +254,27 @@ def newest_checkpoint(assembled: Assembled, events: Events) -> Loaded | None:
     return loaded
 
 
-def checkpoint_bytes(assembled: Assembled) -> int:
-    """Size of one checkpoint and its adapter at the most: Prodigy keeps four tensors per weight."""
-    weights = sum(parameter.numel() * 4 for parameter in assembled.training.parameters.values())
-    return weights * (6 + (assembled.training.ema is not None))
+def disk_bytes(config: RunConfig, assembled: Assembled, folder: RunFolder) -> tuple[int, int]:
+    """Size of one checkpoint with its adapters, and what is still to come of whole models beside."""
+    run = assembled.training
+    parameters = list(run.parameters.values())
+    count = sum(one.numel() for one in parameters)
+    averages = 4 * count if run.ema is not None else 0
+    if not isinstance(config.method, Full):
+        return count * 4 * 6 + averages, 0  # an optimizer keeps four tensors per weight at the most
+    per_weight = {
+        dtype: state_bytes(config.train.optimizer, dtype, run.device)
+        for dtype in {one.dtype for one in parameters}
+    }
+    states = sum(one.numel() * per_weight[one.dtype] for one in parameters)
+    denoisers = run.family.denoisers
+    whole = sum(one.numel() for part in denoisers.values() for one in part.parameters())
+    formats = len(assembled.save.results) // len(denoisers)
+    # The last, the best and the one being written; or those of every save and of the end.
+    kept = 2 + run.steps // config.save.every if keeps_all(config) else 3
+    written = kept * formats * whole * EXPORT_DTYPES[config.save.dtype].itemsize
+    there = sum(file.stat().st_size for file in folder.models.rglob("*") if file.is_file())
+    return sum(one.nbytes for one in parameters) + int(states) + averages, max(0, written - there)
 
 
 @contextmanager

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from burnish.errors import ModelError, UserError
 from burnish.families import clip
-from burnish.families.latent_diffusion import Layouts, alphas_cumprod
+from burnish.families.latent_diffusion import Layouts
+from burnish.families.noise_schedule import alphas_cumprod
 from burnish.families.registry import detect_family, family_named
 from burnish.families.sd2 import LAYERS_READ as LAYERS_READ_OF_H
 from burnish.families.sd2 import LAYOUTS as SD2_LAYOUTS

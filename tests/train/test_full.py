@@ -16,7 +16,10 @@ from safetensors import safe_open
 from test_families_learn import CASES, fixed_loss, load, ours, pictures, still_pixels, theirs
 from tiny import Case
 from tiny_pipelines import PIPELINES
+from typer.testing import CliRunner
 
+from burnish.checkpoint.space import Space, check_space
+from burnish.cli.main import app
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
 from burnish.errors import ConfigError, Interrupted, NonFiniteLoss
@@ -227,3 +230,29 @@ def with_policy(config: RunConfig, kind: str) -> RunConfig:
     values = config.model_dump(mode="json")
     values["train"]["on_nonfinite"] = {"kind": kind}
     return RunConfig.model_validate(values)
+
+
+def test_the_disk_is_asked_for_what_is_written(
+    model: Path, six: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Weights, moments and averages per checkpoint; three times the folder and the file beside them."""
+    asked: list[tuple[int, int]] = []
+
+    def note(folder: Path, per_checkpoint: int, keep: int, beside: int = 0) -> Space:
+        asked.append((per_checkpoint, beside))
+        return check_space(folder, per_checkpoint, keep, beside)
+
+    monkeypatch.setattr("burnish.run.check_space", note)
+    changes = {"train.steps": 3, "train.ema": {"decay": 0.5}, "save.format": "auto"}
+    result = train_run(full(model, six, tmp_path, changes), progress=Listener())
+    folder = RunFolder(result.folder)
+    checkpoint = sum(file.stat().st_size for file in folder.checkpoints.rglob("*.safetensors"))
+    models = sum(file.stat().st_size for file in folder.models.rglob("*.safetensors"))
+    assert asked[-1][0] == pytest.approx(
+        checkpoint, rel=0.1
+    )  # beside headers, which a small model's are not small
+    assert asked[-1][1] == pytest.approx(3 * models, rel=0.05)
+    told = CliRunner().invoke(app, ["run", "inspect", str(result.folder)])
+    assert [line.split()[1] for line in told.stdout.splitlines() if line.split()[:1] == ["model"]] == [
+        "models/tiny/transformer", "models/tiny.safetensors",
+    ]  # fmt: skip

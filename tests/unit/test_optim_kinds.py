@@ -18,7 +18,7 @@ from burnish.config.optimizers import AnyOptimizer
 from burnish.config.schedules import AnySchedule
 from burnish.config.shape import alternatives, kind_of
 from burnish.errors import ConfigError, MissingPackage
-from burnish.optim.build import build_optimizer, check_optimizer
+from burnish.optim.build import build_optimizer, check_optimizer, what_is_lost
 from burnish.optim.one_by_one import OneByOne
 from burnish.optim.schedule import apply_learning_rate
 from burnish.optim.schedule_free import averaged_point, is_schedule_free
@@ -281,6 +281,13 @@ def test_a_class_of_a_package_that_is_not_here_says_so() -> None:
 def test_what_steps_together_does_not_step_one_by_one(kind: str) -> None:
     with pytest.raises(ConfigError, match="steps all weights together"):
         build_optimizer(section(kind), [{"params": [Parameter(torch.zeros(2))]}], one_by_one=True)
+
+
+def test_rounding_to_nearest_is_said_where_it_loses_steps() -> None:
+    half, whole = Parameter(torch.zeros(2).bfloat16()), Parameter(torch.zeros(2))
+    assert "round to nothing; stochastic and kahan keep them" in what_is_lost(section("adamw"), [whole, half])
+    assert not what_is_lost(section("adamw"), [whole])
+    assert not what_is_lost(section("adamw", rounding="stochastic"), [half])
 
 
 def targets(count: int) -> Iterator[tuple[int, Tensor]]:

@@ -31,11 +31,12 @@ class Space:
     free: int
 
 
-def check_space(folder: Path, bytes_per_checkpoint: int, keep: int) -> Space:
+def check_space(folder: Path, bytes_per_checkpoint: int, keep: int, beside: int = 0) -> Space:
     """Refuse a run whose checkpoints will not fit, before any model loads.
 
-    The peak is `keep` checkpoints and the one being written; what `folder` holds already counts as written. A
-    test file is written, flushed and renamed as a checkpoint would be. The folder is made if absent.
+    The peak is `keep` checkpoints and the one being written, and `beside` bytes that go elsewhere on the volume; what
+    `folder` holds already counts as written. A test file is written, flushed and renamed as a checkpoint would be.
+    The folder is made if absent.
 
     Raises:
         DiskFull: too little space, or the folder cannot be written to.
@@ -55,10 +56,11 @@ def check_space(folder: Path, bytes_per_checkpoint: int, keep: int) -> Space:
     finally:
         remove(test)
         remove(renamed)
-    needed = max(0, bytes_per_checkpoint * (keep + 1) - held)
+    needed = max(0, bytes_per_checkpoint * (keep + 1) - held) + beside
     if free < needed:
+        others = f" and {readable_bytes(beside)} beside them" if beside else ""
         raise DiskFull(
-            f"{keep + 1} checkpoints of {readable_bytes(bytes_per_checkpoint)} do not fit in {folder}: "
+            f"{keep + 1} checkpoints of {readable_bytes(bytes_per_checkpoint)}{others} do not fit in {folder}: "
             f"{readable_bytes(needed)} more needed, {readable_bytes(free)} free",
             remedy="Free space, lower `save.keep`, or set `save.folder` to a larger disk.",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from burnish.errors import DiskFull, UserError
 
 if TYPE_CHECKING:
     from burnish.config.describe import StarterFacts
+    from burnish.config.schema import RunConfig
 
 app = typer.Typer(help="Show, check and begin configs.", no_args_is_help=True)
 
@@ -38,13 +40,28 @@ def show(
     config: Annotated[str, typer.Argument(help="Path of a config, or a name in ./config.")],
     overrides: Overrides = [],  # noqa: B006  typer copies it
     name: Annotated[str | None, typer.Option("-n", "--name", help="Instead of the config's name.")] = None,
+    timesteps: Annotated[
+        bool,
+        typer.Option(
+            "--timesteps", help="Instead draw how often each time comes, at each size it trains at."
+        ),
+    ] = False,
     output: Output = None,
     force: Force = False,
 ) -> None:
     """Every option with its value: defaults, variables, overrides and paths filled in."""
     from burnish.config.load import load_config
 
-    _put(load_config(config, overrides=overrides, name=name).text, output, force)
+    loaded = load_config(config, overrides=overrides, name=name)
+    _put(_timesteps(loaded.config, output) if timesteps else loaded.text, output, force)
+
+
+def _timesteps(config: RunConfig, output: Path | None) -> str:
+    from burnish.cli.histogram import COLUMNS, charts
+    from burnish.timestep_density import densities
+
+    encoding = "utf-8" if output is not None else (sys.stdout.encoding or "ascii")
+    return charts(densities(config, COLUMNS), fine=encoding.lower().startswith("utf"))
 
 
 @app.command("init")

@@ -72,7 +72,8 @@ def result_lines(result: RunResult) -> list[str]:
     lines += list(result.notes)
     if result.best_step is not None and result.best_loss is not None:
         lines.append(f"best held-out loss {result.best_loss:.5f} at step {result.best_step}")
-    lines.append(f"adapter: {result.adapter}" if result.adapter else f"run folder: {result.folder}")
+    made = "adapter" if result.adapter and result.adapter.parent.name == "adapters" else "model"
+    lines.append(f"{made}: {result.adapter}" if result.adapter else f"run folder: {result.folder}")
     return lines
 
 

@@ -176,15 +176,23 @@ def _metric(folder: RunFolder, key: str) -> list[tuple[int, float]]:
 
 
 def _adapters(folder: RunFolder, status: Status) -> list[AdapterFile]:
-    files = sorted(folder.adapters.glob("*.safetensors"))
+    """Adapters; and denoisers, as single files and as parts of diffusers folders."""
+    named = {file.name: file for file in sorted(folder.adapters.glob("*.safetensors"))}
+    models = [
+        *folder.models.glob("*.safetensors"),
+        *(one.parent for one in folder.models.glob("*/*/config.json")),
+    ]
+    named |= {str(one.relative_to(folder.path)): one for one in sorted(models)}
     return [
         AdapterFile(
-            file.name,
-            file.stat().st_size / 2**20,
-            dict(status.adapters[file.name]) if file.name in status.adapters else None,
+            name, _size(one) / 2**20, dict(status.adapters[name]) if name in status.adapters else None
         )
-        for file in files
+        for name, one in named.items()
     ]
+
+
+def _size(place: Path) -> int:
+    return sum(one.stat().st_size for one in (place.iterdir() if place.is_dir() else [place]))
 
 
 def _checkpoints(folder: RunFolder, verify: bool) -> list[CheckpointFolder]:
@@ -245,7 +253,10 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     if found.best_step is not None and found.best_loss is not None:
         rows.append(("best", f"held-out loss {found.best_loss:.5f} at step {found.best_step}"))
     rows += [
-        ("adapter", f"{adapter.name}  {adapter.mib:.1f} MiB  {_verified(adapter)}")
+        (
+            "model" if adapter.name.startswith("models/") else "adapter",
+            f"{adapter.name}  {adapter.mib:.1f} MiB  {_verified(adapter)}",
+        )
         for adapter in found.adapters
     ]
     rows += [

@@ -55,6 +55,11 @@ class Model(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     offline: bool = Field(False, description="Never reach for the network, not even for a Hub id.")
+    zero_terminal_snr: bool = Field(
+        False,
+        description="Stretch the noise schedule so that it ends in pure noise (arXiv 2305.08891), for a denoiser that "
+        "predicts v: very dark and very bright pictures. Models released so say it themselves.",
+    )
     prediction: Literal["velocity", "epsilon", "v"] | None = Field(
         None, description="What the denoiser predicts, where a fine-tune differs from its family."
     )

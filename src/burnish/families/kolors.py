@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from burnish.families import chatglm
-from burnish.families.latent_diffusion import schedule_of
+from burnish.families.noise_schedule import schedule_of
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.size_embedding import pooled_example, size_and_pooled, size_conditioning
 from burnish.families.slots import Config, Slot, vae_slot

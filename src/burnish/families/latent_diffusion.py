@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,13 +17,14 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from burnish.errors import ModelError, UserError
+from burnish.errors import ModelError
 from burnish.families import autoencoder, clip, unet
 from burnish.families.apart import files_behind, files_named, separate_file, separate_weights
 from burnish.families.fingerprints import fingerprint
+from burnish.families.noise_schedule import schedule_of
 from burnish.families.sources import locate, locate_parts, read_header, read_json, weight_files
 from burnish.families.weights import Layout, below, layout_of
 from burnish.family import ModelSource, Part, Place, Places, Prediction, Schedule, Shrink, device_of, place_of
@@ -37,7 +37,6 @@ PLAIN, INPAINTING = (
 ENCODING_VERSION = 1  # raise when encoding gives other numbers for the same weights: caches then start anew
 
 Loaded = TypeVar("Loaded")
-_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,67 +292,6 @@ def without_weights(
         if module is not None:
             nn.Module.to(module, dtype).requires_grad_(False).eval()
     return made
-
-
-def schedule_of(config: Mapping[str, Any], prediction: Prediction | None) -> Schedule:
-    """A schedule from a diffusers scheduler config.
-
-    Raises:
-        ModelError: the config is of a kind that is not supported.
-        UserError: `prediction` is not one that such a denoiser can make.
-    """
-    if prediction == "velocity":
-        raise UserError(
-            "`model.prediction: velocity` does not fit this family, which predicts epsilon or v.",
-            remedy="Leave `model.prediction` out, or set epsilon or v.",
-        )
-    if prediction is not None:
-        name = {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
-        config = {**config, "prediction_type": name}
-    stated = config.get("prediction_type", "epsilon")
-    if stated not in _PREDICTIONS:
-        raise ModelError(
-            f"The scheduler's prediction_type is {stated!r}; this family predicts epsilon or v.",
-            remedy="Set `model.prediction` to what the model was trained for.",
-        )
-    return Schedule(
-        prediction=_PREDICTIONS[stated], scheduler=dict(config), alphas_cumprod=alphas_cumprod(config)
-    )
-
-
-def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
-    """Share of the data's variance left after each of the steps (1000, as a rule), float64, shape (steps,).
-
-    Betas as in diffusers' schedulers; `rescale_betas_zero_snr` is algorithm 1 of arXiv 2305.08891.
-    """
-    alphas = torch.cumprod(1 - _betas(config), 0)
-    if config.get("rescale_betas_zero_snr"):
-        root = alphas.sqrt()
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-        alphas = root**2
-    return alphas
-
-
-def _betas(config: Mapping[str, Any]) -> Tensor:
-    if config.get("trained_betas") is not None:
-        return torch.tensor(config["trained_betas"], dtype=torch.float64)
-    # Where a config leaves them out, diffusers' defaults hold.
-    steps = int(config.get("num_train_timesteps", 1000))
-    low, high = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    match config.get("beta_schedule", "linear"):
-        case "linear":
-            return torch.linspace(low, high, steps, dtype=torch.float64)
-        case "scaled_linear":
-            return torch.linspace(math.sqrt(low), math.sqrt(high), steps, dtype=torch.float64) ** 2
-        case "squaredcos_cap_v2":  # arXiv 2102.09672, equation 17
-            times = torch.arange(steps + 1, dtype=torch.float64) / steps
-            remaining = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
-            return (1 - remaining[1:] / remaining[:-1]).clamp(max=0.999)
-        case other:
-            raise ModelError(
-                f"The scheduler's beta_schedule is {other!r}; "
-                "known: linear, scaled_linear, squaredcos_cap_v2."
-            )
 
 
 def is_unet_of(

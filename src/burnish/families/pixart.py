@@ -18,8 +18,8 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from burnish.families import clip, t5
-from burnish.families.latent_diffusion import schedule_of
 from burnish.families.masked import trimmed
+from burnish.families.noise_schedule import schedule_of
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.text_slots import t5_slot

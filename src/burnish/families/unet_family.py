@@ -24,9 +24,9 @@ from burnish.families.latent_diffusion import (
     Layouts,
     Parts,
     is_unet_of,
-    schedule_of,
     without_weights,
 )
+from burnish.families.noise_schedule import schedule_of
 from burnish.families.unet import TARGETS, repeated_blocks
 from burnish.families.weights import read_tensor
 from burnish.family import (

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
 
 from burnish.config.optimizers import AnyOptimizer
 from burnish.errors import ConfigError
 from burnish.optim.makers import make
 from burnish.optim.one_by_one import OneByOne
+
+_TRIED = 128  # rows and columns: as many numbers as optimizers in 8 bits begin with
 
 Group = Mapping[str, Any]
 """`params`: the parameters; `lr`, if present: their own peak learning rate instead of the section's."""
@@ -69,6 +72,26 @@ def check_optimizer(section: AnyOptimizer, device: torch.device | str = "cpu") -
         ConfigError, MissingPackage: as `build_optimizer`.
     """
     build_optimizer(section, [{"params": [Parameter(torch.zeros(2, 2, device=device))]}])
+
+
+def state_bytes(section: AnyOptimizer, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes of state that a weight of this type costs, from a step of a small matrix."""
+    weight = Parameter(torch.ones(_TRIED, _TRIED, dtype=dtype, device=device))
+    optimizer = build_optimizer(section, [{"params": [weight]}])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    leaves = [one for one in tree_leaves(optimizer.state[weight]) if isinstance(one, torch.Tensor)]
+    return sum(one.nbytes for one in leaves) / weight.numel()
+
+
+def what_is_lost(section: AnyOptimizer, parameters: Iterable[Parameter]) -> str:
+    """What rounding to nearest does to weights that train in bfloat16, in words; empty where nothing is lost."""
+    if section.rounding != "nearest" or not any(one.dtype == torch.bfloat16 for one in parameters):
+        return ""
+    return (
+        "train.optimizer.rounding: nearest: the weights train in bfloat16, where steps of less than 1/512 of a weight "
+        "round to nothing; stochastic and kahan keep them"
+    )
 
 
 def _needs_rounding(section: AnyOptimizer, groups: Sequence[Group]) -> bool:
