@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,13 +128,13 @@ def measure(config: RunConfig, folder: RunFolder, turns: int) -> list[tuple[floa
     return found[1:]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=100, help="of each loop")
     parser.add_argument("--batch-size", type=int, default=4)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     turns = max(3, arguments.steps // TURN)
     with tempfile.TemporaryDirectory() as place:

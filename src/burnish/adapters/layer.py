@@ -119,7 +119,8 @@ class AdapterLayer(nn.Module):
         """`factors` in the type of the input."""
         if self.cast is not None and self.cast[0].dtype == dtype and torch.is_grad_enabled():
             return self.cast
-        return tuple(one.to(dtype) for one in self.factors())
+        factors = self.factors()
+        return factors if factors[0].dtype == dtype else tuple(one.to(dtype) for one in factors)
 
     def without_bias(self, output: Tensor) -> Tensor:
         """The base's output less its bias."""
