@@ -20,7 +20,7 @@ from burnish.data.batch import Batch
 from burnish.events import Events
 from burnish.families.sources import user_cache_folder
 from burnish.family import Family
-from burnish.generate import attach_adapter
+from burnish.generate import attach_adapter, merge_adapter
 from burnish.hardware import shares_memory
 from burnish.loop import Training
 from burnish.memory.activation_offload import offload_activations
@@ -78,6 +78,8 @@ def assemble(
         AdapterError, ConfigError: targets that match nothing, or that the export format cannot hold.
         MissingPackage: the optimizer needs one.
     """
+    if config.model.base_adapter is not None:
+        merge_adapter(family, config.model.base_adapter, config.model.base_adapter_strength, events.warned)
     assistants = []
     if config.model.training_adapter is not None:
         assistants = [attach_adapter(family, config.model.training_adapter, events.warned)]

@@ -6,13 +6,17 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from burnish.adapters.attached import AdapterSet
-from burnish.adapters.layer import adaptable_modules
+from burnish.adapters.layer import adaptable_modules, innermost
 from burnish.config.schema import Memory, Model
 from burnish.errors import AdapterError
 from burnish.export.adapter_file import read_adapter, read_metadata
 from burnish.export.metadata import PART
 from burnish.family import Family
+from burnish.memory.quantized import QuantizedLinear
 from burnish.memory.streaming import stream_weights
 from burnish.memory.transfer import transfer_to
 from burnish.model import DTYPES, choose_device, choose_model, places
@@ -88,6 +92,31 @@ def attach_adapter(family: Family, path: Path, note: Callable[[str], None]) -> A
     for line in file.notes:
         note(f"{path.name}: {line}")
     return AdapterSet.from_weights(denoiser, file.weights)
+
+
+def merge_adapter(family: Family, path: Path, strength: float, note: Callable[[str], None]) -> None:
+    """Add a saved adapter to the weights of the denoiser it is for, for good; `note` hears what had to be assumed.
+
+    Layers whose weights are kept in fewer bits would lose most of it: there it stays beside the weights, frozen.
+
+    Raises:
+        AdapterError: as `attach_adapter`.
+    """
+    adapter = attach_adapter(family, path, note)
+    beside = {}
+    for name, weights in adapter.weights().items():
+        layer = innermost(adapter.layers[name])
+        if isinstance(layer, QuantizedLinear):
+            beside[name] = weights
+            continue
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        with torch.no_grad():
+            delta = weights.delta(weight.cpu()).to(weight.device)
+            weight.copy_(weight.float() + strength * delta)
+    adapter.detach()
+    if beside:
+        AdapterSet.from_weights(adapter.denoiser, beside).multiplier = strength
 
 
 def part_labels(family: Family) -> dict[str, str]:

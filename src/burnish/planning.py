@@ -284,9 +284,9 @@ class _Planner:
         return kept_as, phase
 
     def _drawn(self) -> tuple[Beside, Shape | None]:
-        """What the training adapter and drawn pictures take beside the denoiser, and their shape."""
-        path = self.config.model.training_adapter
-        assistant = 0 if path is None or not path.is_file() else 4 * numbers_in(path)
+        """What adapters that do not train and drawn pictures take beside the denoiser, and their shape."""
+        adapters = [path for path, _ in self._frozen_adapters() if path.is_file()]
+        assistant = sum(4 * numbers_in(path) for path in adapters)
         shape = drawn_shape(self.config, self.of)
         if shape is None:
             return Beside(always=assistant), None
@@ -330,10 +330,18 @@ class _Planner:
         average = ", their average" if self.config.train.ema is not None else ""
         return f"{what}{average}" + ("" if memory.offload_optimizer else ", the optimizer's state")
 
+    def _frozen_adapters(self) -> list[tuple[Path, str]]:
+        """Those beside the weights; a base adapter is merged into weights that are kept as they are."""
+        model = self.config.model
+        found = [] if model.training_adapter is None else [(model.training_adapter, "the training adapter")]
+        if model.base_adapter is not None and self.config.memory.weights != "native":
+            found.append((model.base_adapter, "the base adapter"))
+        return found
+
     def _held_besides(self) -> str:
         held = [
             *(["the VAE, for samples"] if self.config.sample.prompts else []),
-            *(["the training adapter"] if self.config.model.training_adapter else []),
+            *(name for _, name in self._frozen_adapters()),
         ]
         return "".join(f" and {one}" for one in held)
 

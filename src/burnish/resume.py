@@ -22,6 +22,8 @@ FIXED = (
     "model.denoisers",
     "model.audio",
     "model.prediction",
+    "model.base_adapter",
+    "model.base_adapter_strength",
     "model.training_adapter",
     *(f"method.{name}" for name in ("kind", "rank", "alpha", "conv_rank", "conv_alpha")),
     *(f"method.{name}" for name in ("targets", "include", "exclude", "groups", "rs_scaling", "tucker")),

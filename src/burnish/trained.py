@@ -11,12 +11,13 @@ from torch import nn
 
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.casting import cast_once
+from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.own_weights import OwnWeights, choose_weights
 from burnish.adapters.targeting import choose_modules
 from burnish.config.method import AnyMethod, Full
 from burnish.config.schema import RunConfig
 from burnish.errors import ConfigError
-from burnish.export.formats import resolve_format
+from burnish.export.formats import refuse_unstackable, resolve_format
 from burnish.export.metadata import Provenance, adapter_metadata, model_metadata
 from burnish.family import Family, TargetSet
 from burnish.generate import part_labels
@@ -53,8 +54,9 @@ def trained_parts(
     for part, denoiser in family.denoisers.items():
         choose_products(denoiser, device)
         choices = chosen(config.method, family, denoiser)
-        resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
+        format = resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
         adapter = AdapterSet.attach(denoiser, choices, seed=config.seed)
+        refuse_unstackable(adapter.weights(), format, family.export, adaptable_modules(denoiser))
         cast_once(denoiser, list(adapter.layers.values()), dtype)
         adapters[part] = adapter
     return adapters

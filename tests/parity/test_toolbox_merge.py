@@ -190,7 +190,9 @@ def test_an_extracted_layer_is_what_lycoris_extracts(tiny_folder: TinyFolder, tm
     folder = tiny_folder("sd15")
     before = unet_of(folder)
     generator = torch.Generator().manual_seed(5)
-    chosen = [n for n in before if n.endswith(("attn1.to_q.weight", "conv1.weight", "norm1.weight"))]
+    chosen = [
+        n for n in before if n.endswith(("attn1.to_q.weight", "conv1.weight", "norm1.weight", "norm1.bias"))
+    ]
     after = dict(before) | {
         n: before[n] + 0.1 * torch.randn(before[n].shape, generator=generator) for n in chosen
     }
@@ -209,10 +211,11 @@ def test_an_extracted_layer_is_what_lycoris_extracts(tiny_folder: TinyFolder, tm
     )
     file = load_file(path)
     for name in chosen:
-        stem = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        stem = "lora_unet_" + name.rpartition(".")[0].replace(".", "_")
         difference = after[name] - before[name]
         if difference.dim() == 1:
-            torch.testing.assert_close(file[f"{stem}.diff"], difference)
+            kind = "diff" if name.endswith("weight") else "diff_b"
+            torch.testing.assert_close(file[f"{stem}.{kind}"], difference)
             continue
         take = lycoris_utils.extract_conv if difference.dim() == 4 else lycoris_utils.extract_linear
         (down, up, _), mode = take(difference, "fixed", 2)
@@ -221,6 +224,10 @@ def test_an_extracted_layer_is_what_lycoris_extracts(tiny_folder: TinyFolder, tm
         found = files.product(file[f"{stem}.lora_down.weight"], file[f"{stem}.lora_up.weight"])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert outcome.notes == []
+    again = merged_into(tmp_path / "a.safetensors", {path: 1.0}, tmp_path / "again.safetensors", "sd15")
+    native = original_layout.unet_in_original_names({n: after[n] for n in chosen if "norm" in n}, 4, 2)
+    for name, tensor in native.items():
+        torch.testing.assert_close(load_file(again)[f"model.diffusion_model.{name}"], tensor)
     without = Extraction("lora", RankChoice(rank=2))
     outcome = extract(
         tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "c.safetensors", without

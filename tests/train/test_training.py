@@ -375,6 +375,30 @@ def test_a_training_adapter_works_in_training_and_not_in_samples(
         assert opened.metadata()["modelspec.architecture"] == "flux-1-schnell/lora"
 
 
+@pytest.mark.parametrize("weights", ["native", "int8"])
+def test_what_is_trained_goes_on_from_a_base_adapter(
+    tiny_flux: Path, pictures: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged first: samples show it, the file does not hold it."""
+    monkeypatch.setattr("burnish.memory.quantized.SMALLEST", 1)
+    strong = {"train.optimizer.learning_rate": 5e-2, "method": {"rank": 8, "targets": "attention"}}
+    first = train_run(run_config(tiny_flux, pictures, tmp_path / "first", strong), progress=Listener())
+    sample = {"every": 0, "at_start": True, "prompts": ["a cat"], "size": 64, "steps": 2}
+    plain, second = Notes(), Notes()
+    options = {"sample": sample, "memory.weights": weights}
+    train_run(run_config(tiny_flux, pictures, tmp_path / "plain", options), progress=plain)
+    options |= {"model.base_adapter": str(first.adapter), "model.base_adapter_strength": 0.5}
+    result = train_run(run_config(tiny_flux, pictures, tmp_path / "second", options), progress=second)
+    assert second.losses[0] != pytest.approx(plain.losses[0], rel=1e-3)
+    shown = tmp_path / "second" / "tiny" / "samples" / "step-00000000-01.png"
+    without = tmp_path / "plain" / "tiny" / "samples" / "step-00000000-01.png"
+    assert shown.read_bytes() != without.read_bytes()
+    assert result.adapter is not None
+    with safe_open(result.adapter, framework="pt") as opened:
+        ranks = {opened.get_slice(name).get_shape()[0] for name in opened.keys() if "lora_A" in name}  # noqa: SIM118
+    assert ranks == {4}
+
+
 def test_check_looks_without_loading_a_model(
     tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,7 +229,10 @@ MISTAKES = [
         ("{kind: prodigy}",),
     ),
     Mistake(
-        "only kind there is", "method: {kind: loha}\n", "run.yaml:7  method.kind", ("'lora'", "got 'loha'")
+        "unknown kind of adapter",
+        "method: {kind: lokar}\n",
+        "run.yaml:7  method",
+        ("lora, loha", "mean lokr?"),
     ),
     Mistake(
         "bad choice",

@@ -19,7 +19,7 @@ from burnish.adapters.targeting import choose_modules
 from burnish.config.method import AdapterMethod, Boft, Loha, Lokr, Lora, Oft
 from burnish.errors import AdapterError, ExportError
 from burnish.export.adapter_file import read_adapter, write_adapter
-from burnish.export.formats import resolve_format
+from burnish.export.formats import refuse_unstackable, resolve_format
 from burnish.export.metadata import _network
 from burnish.export.verify import Verification, verify_adapter
 from burnish.family import ExportKeys, NativeModule, TargetSet
@@ -355,3 +355,13 @@ def test_metadata_name_the_kind() -> None:
     told = _network(trained("dora")[1])
     assert (told["ss_network_dim"], told["ss_network_alpha"]) == ("4", "6")
     assert '"dora_wd": "True"' in told["ss_network_args"]
+
+
+def test_blocks_that_do_not_stack_are_known_before_training() -> None:
+    method = Boft(kind="boft", block_size=4, exclude=["*norm"])
+    denoiser = Denoiser()
+    chosen = choose_modules(denoiser, {"all": TargetSet(("*",), "")}, "all", method)
+    assert resolve_format("auto", FUSED, chosen) == "comfy"
+    weights = AdapterSet.attach(denoiser, chosen, seed=0).weights()
+    with pytest.raises(AdapterError, match="not of one size"):
+        refuse_unstackable(weights, "comfy", FUSED, adaptable_modules(denoiser))

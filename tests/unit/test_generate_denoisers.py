@@ -19,7 +19,8 @@ from burnish.export.adapter_file import write_adapter
 from burnish.export.metadata import PART
 from burnish.families.sd3 import StableDiffusion3
 from burnish.family import ModelSource
-from burnish.generate import attach_adapter, part_labels
+from burnish.generate import attach_adapter, merge_adapter, part_labels
+from burnish.memory.quantized import QuantizedLinear
 
 MODULE = "transformer_blocks.0.attn.to_q"
 
@@ -102,3 +103,23 @@ def test_one_denoiser_needs_no_label(tiny_folder: Callable[[str], Path]) -> None
     source = ModelSource(str(tiny_folder("sd3")))
     family = StableDiffusion3.load(source, frozenset({"denoiser"}), dtype=torch.float32, device="cpu")
     assert part_labels(family) == {}
+
+
+def test_a_merged_adapter_is_what_an_attached_one_is(experts: TwoExperts, tmp_path: Path) -> None:
+    """Where weights are kept in fewer bits it stays beside them, with the same effect."""
+    path = saved(experts, tmp_path / "dog.safetensors", "transformer", {PART: "transformer"})
+    denoiser = experts.denoisers["transformer"]
+    x = torch.randn(2, denoiser.get_submodule(MODULE).in_features, generator=torch.Generator().manual_seed(0))
+    quantized = QuantizedLinear.of(denoiser.get_submodule(MODULE), "int8")
+    attached = attach_adapter(experts, path, note=pytest.fail)
+    attached.multiplier = 0.5
+    expected = denoiser.get_submodule(MODULE)(x)
+    attached.detach()
+    merge_adapter(experts, path, 0.5, note=pytest.fail)
+    assert attached_to(experts) == []
+    torch.testing.assert_close(denoiser.get_submodule(MODULE)(x), expected)
+
+    denoiser.get_submodule(MODULE.rpartition(".")[0]).register_module("to_q", quantized)
+    merge_adapter(experts, path, 0.5, note=pytest.fail)
+    assert attached_to(experts) == ["transformer"]
+    torch.testing.assert_close(denoiser.get_submodule(MODULE)(x), expected, rtol=0.05, atol=0.05)

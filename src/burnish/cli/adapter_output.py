@@ -48,6 +48,8 @@ def report(outcome: Outcome) -> None:
         f"{outcome.path}: {outcome.modules} modules, {outcome.tensors} tensors, {size:,.1f} MiB, "
         f"format {outcome.format}"
     )
+    if outcome.readers is not None:
+        typer.echo(f"loads in: {', '.join(outcome.readers) or 'no program'}")
     losses = outcome.losses
     if losses.squared_norm:
         typer.echo(

@@ -63,6 +63,12 @@ class Model(Section):
     prediction: Literal["velocity", "epsilon", "v"] | None = Field(
         None, description="What the denoiser predicts, where a fine-tune differs from its family."
     )
+    base_adapter: Path | None = Field(
+        None,
+        description="Adapter that is merged into the model first and stays: what is trained goes on from it, does not "
+        "hold it, and is used together with it.",
+    )
+    base_adapter_strength: float = Field(1.0, ge=-10, le=10, description="Strength of that one.")
     training_adapter: Path | None = Field(
         None,
         description="Adapter that is active while training and off while sampling, as distilled models "

@@ -129,14 +129,33 @@ def to_tensors(
         if kind == "dora":
             tensors |= _length_tensors(loras, format, part, keys, modules)
         return tensors
-    others = dict(weights)
-    if format == "comfy":
-        shapes = {name: weight_shape(module) for name, module in modules.items()}
-        natives = {native.name: native for native in (native_module(keys, name) for name in weights)}
-        others = {name: stacked_others(native, weights, shapes) for name, native in natives.items()}
+    others = _stacked_by_release(weights, keys, modules) if format == "comfy" else weights
     return _keyed(
         {key_start(format, kind, part, keys, name): pieces(one, dtype) for name, one in others.items()}
     )
+
+
+def refuse_unstackable(
+    weights: Mapping[str, AdapterWeights],
+    format: AdapterFormat,
+    keys: ExportKeys,
+    modules: Mapping[str, Adaptable],
+) -> None:
+    """What a `comfy` file could not hold is known as soon as adapters have their shapes.
+
+    Raises:
+        AdapterError: layers that the release keeps in one have adapters that do not stack.
+    """
+    if format == "comfy" and one_kind(weights) not in ("lora", "dora"):
+        _stacked_by_release(weights, keys, modules)
+
+
+def _stacked_by_release(
+    weights: Mapping[str, AdapterWeights], keys: ExportKeys, modules: Mapping[str, Adaptable]
+) -> dict[str, AdapterWeights]:
+    shapes = {name: weight_shape(module) for name, module in modules.items()}
+    natives = {native.name: native for native in (native_module(keys, name) for name in weights)}
+    return {name: stacked_others(native, weights, shapes) for name, native in natives.items()}
 
 
 def key_start(format: AdapterFormat, kind: Kind, part: str, keys: ExportKeys, name: str) -> str:

@@ -109,6 +109,7 @@ class HunyuanVideo15(PipelineFamily):
         base_model_version="hunyuan_video_1_5",
         prefix={"diffusers": "transformer."},
         comfyui=False,
+        readers={"diffusers": ("transformer.load_lora_adapter of diffusers",)},
     )
     latents = LatentShape(channels=32, compression=16, frame_compression=4)
     defaults = SamplerDefaults(

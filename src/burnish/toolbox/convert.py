@@ -12,8 +12,7 @@ as m ||W|| / ||W + dW||, which gives it the same weight, and which needs the bas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,9 +24,12 @@ from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
 from burnish.family import AdapterFormat, NativeModule
 from burnish.toolbox.base import Base
+from burnish.toolbox.check import reads_back, same_effect
+from burnish.toolbox.loading import common_alpha, groups, load, released_widths, type_of
 from burnish.toolbox.low_rank import Losses, RankChoice, factored
 from burnish.toolbox.models import Model
 from burnish.toolbox.pieces import ModuleAdapter, by_columns
+from burnish.toolbox.readers import best_format, who_reads
 from burnish.toolbox.regroup import is_plain
 from burnish.toolbox.source import AdapterSource, Entry
 from burnish.toolbox.stream import refuse_existing
@@ -42,6 +44,7 @@ class Outcome:
     format: str
     modules: int = 0
     tensors: int = 0
+    readers: tuple[str, ...] | None = None  # who loads it; None where it stays as it was
     losses: Losses = field(default_factory=Losses)
     notes: list[str] = field(default_factory=list)
 
@@ -77,10 +80,10 @@ def convert(
     """
     refuse_existing(path, force=force)
     model = model_of(source, carry)
+    kinds = {f"do{e.kind[-2:]}" if e.is_dora else e.kind for e in source.modules.values()} - {"lora"}
+    if format == "auto" and carry.rank is None and len(kinds) == 1:
+        format = best_format(model.keys, kinds.pop())
     chosen = chosen_format(format, model, [part for target in source.modules for part in target.holds])
-    kinds = {entry.kind for entry in source.entries()} | (
-        {"dora"} if any(e.is_dora for e in source.entries()) else set()
-    )
     outcome = Outcome(path, chosen)
     with AdapterWriter(
         path, model, chosen, dtype=dtype or type_of(source), alpha=common_alpha(source)
@@ -95,8 +98,13 @@ def convert(
             outcome.notes.append(
                 f"{added} modules without effect are in the file because its readers need them"
             )
-        network = "lycoris.kohya" if kinds - {"lora", "dora"} and carry.rank is None else "networks.lora"
+        network = "lycoris.kohya" if writer.kinds - {"lora", "dora"} else "networks.lora"
         outcome.tensors = writer.finish(source.metadata, network)
+        outcome.readers = who_reads(model.keys, chosen, writer.kinds)
+    if carry.rank is None:
+        same_effect(source, path, model)
+    else:
+        reads_back(path, model).file.close()
     return outcome
 
 
@@ -105,36 +113,6 @@ def model_of(source: AdapterSource, carry: Carry) -> Model:
     if carry.drop_unknown and source.model is not None:
         return source.model
     return source.known_model()
-
-
-def type_of(source: AdapterSource) -> torch.dtype:
-    """Of most of its tensors, the scalars aside."""
-    counts: dict[torch.dtype, int] = {}
-    for stored in source.file.tensors.values():
-        if stored.shape and stored.dtype.is_floating_point:
-            counts[stored.dtype] = counts.get(stored.dtype, 0) + stored.nbytes
-    return max(counts, key=lambda one: counts[one])
-
-
-def common_alpha(source: AdapterSource) -> float:
-    """The one that most modules of a file have, else their rank."""
-    counts: dict[float, int] = {}
-    for entry in source.entries():
-        alpha = entry.alpha() or entry.rank
-        if alpha:
-            counts[float(alpha)] = counts.get(float(alpha), 0) + 1
-    return max(counts, key=lambda one: counts[one]) if counts else 1.0
-
-
-def groups(
-    model: Model, modules: Mapping[NativeModule, Entry]
-) -> Iterator[tuple[NativeModule, list[tuple[NativeModule, Entry]]]]:
-    """Entries by the native module that holds what they change."""
-    found: dict[str, tuple[NativeModule, list[tuple[NativeModule, Entry]]]] = {}
-    for target, entry in modules.items():
-        native = model.native(target.holds[0])
-        found.setdefault(native.name, (native, []))[1].append((target, entry))
-    yield from found.values()
 
 
 def _carry_group(
@@ -157,39 +135,6 @@ def _carry_group(
         return
     for target, adapter in loaded:
         _carry_as_it_is(writer, target, adapter, carry)
-
-
-def load(
-    source: AdapterSource, target: NativeModule, entry: Entry, base: Base | None = None
-) -> ModuleAdapter:
-    """A module's adapter in memory, for the base's shape where there is one."""
-    return entry.load(shape_for(source, target, entry, base))
-
-
-def shape_for(
-    source: AdapterSource, target: NativeModule, entry: Entry, base: Base | None
-) -> tuple[int, ...]:
-    """Of the weight that an adapter changes: the base's, else what its own pieces tell."""
-    if base is not None:
-        return base.target_shape(target)
-    assert source.model is not None
-    released = source.model.shape_of(target)
-    told = entry.change_shape()
-    if told is None or told == (released[0], _product(released[1:])):
-        return released
-    kernel = released[2:]
-    if told[1] % _product(kernel):
-        raise AdapterError(
-            f"{source.path}: {entry.spelled} changes {told}, which is no weight with a kernel {kernel}"
-        )
-    return told[0], told[1] // _product(kernel), *kernel
-
-
-def _product(numbers: tuple[int, ...]) -> int:
-    product = 1
-    for number in numbers:
-        product *= number
-    return product
 
 
 def as_lora(target: NativeModule, adapter: ModuleAdapter, carry: Carry, losses: Losses) -> LoraWeights:
@@ -238,8 +183,8 @@ def _carry_as_it_is(
         raise _cannot(
             adapter, target, f"the {writer.format} format has no module that is the same as {target.name}"
         )
-    if writer.format == "diffusers" and writer.model.keys.default != "diffusers":
-        raise _cannot(adapter, target, f"diffusers does not load a {adapter.told}")
+    if not who_reads(writer.model.keys, writer.format, {adapter.told}):
+        raise _cannot(adapter, target, f"no program loads it in the {writer.format} format")
     writer.raw(name, adapter)
 
 
@@ -338,15 +283,3 @@ def _carry_texts(writer: AdapterWriter, source: AdapterSource, outcome: Outcome)
             )
         writer.text(module, weights)
         outcome.modules += 1
-
-
-def released_widths(model: Model, source: AdapterSource) -> bool:
-    """Whether all that is known of the file is of the released model's size."""
-    told = {target: entry.change_shape() for target, entry in source.modules.items()}
-    shapes = {target: model.shape_of(target) for target in told}
-    return all(one is None or one == (shapes[t][0], _product(shapes[t][1:])) for t, one in told.items())
-
-
-def opened_base(path: Path | None, model: Model) -> Base | nullcontext[None]:
-    """A base that an adapter of this model belongs to, if one is named."""
-    return nullcontext() if path is None else Base(path, model.family)

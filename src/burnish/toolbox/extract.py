@@ -24,10 +24,12 @@ from burnish.errors import ModelError, UserError
 from burnish.families.registry import detect_family, family_named
 from burnish.family import ModelSource, NativeModule
 from burnish.toolbox.base import Base
+from burnish.toolbox.check import reads_back
 from burnish.toolbox.convert import Outcome
 from burnish.toolbox.low_rank import Factored, RankChoice, factored
 from burnish.toolbox.models import Model, model_of_family
 from burnish.toolbox.pieces import ModuleAdapter
+from burnish.toolbox.readers import who_reads
 from burnish.toolbox.regroup import Targeted
 from burnish.toolbox.stream import refuse_existing
 from burnish.toolbox.writing import AdapterWriter, chosen_format, same_name
@@ -127,6 +129,8 @@ def extract(
             writer.complete(_released(model, base))
             network = "lycoris.kohya" if wanted.kind == "lokr" else "networks.lora"
             outcome.tensors = writer.finish({"ss_sd_model_name": base_path.name}, network)
+            outcome.readers = who_reads(model.keys, chosen, writer.kinds)
+    reads_back(path, model).file.close()
     _tell(outcome, left_out)
     return outcome
 

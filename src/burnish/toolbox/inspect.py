@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from burnish.adapters.lora import LoraWeights
-from burnish.export.formats import key_prefix
+from burnish.export.formats import key_start
 from burnish.family import AdapterFormat, NativeModule
-from burnish.toolbox.convert import load
+from burnish.toolbox.loading import load
 from burnish.toolbox.models import Model
+from burnish.toolbox.readers import who_reads
 from burnish.toolbox.source import AdapterSource, Entry
 from burnish.toolbox.writing import same_name
 
@@ -134,16 +135,17 @@ def spelled_format(source: AdapterSource) -> tuple[AdapterFormat | None, str]:
     if not entries or model is None:
         return None, "of text encoders alone" if source.texts else "unknown"
     for format in model.keys.formats:
-        prefix = key_prefix(format, model.part, model.keys)
         names = [(same_name(model, target, format), entry) for target, entry in entries]
-        if all(
-            name is not None
-            and entry.spelled == prefix + (name.replace(".", "_") if format == "kohya" else name)
-            and ("lora_A" in entry.keys.get("down", "lora_A")) == (format != "kohya" or entry.kind != "lora")
-            for name, entry in names
-        ):
+        if all(name is not None and _is_spelled(model, format, name, entry) for name, entry in names):
             return format, format
     return None, _in_words(entries)
+
+
+def _is_spelled(model: Model, format: AdapterFormat, name: str, entry: Entry) -> bool:
+    kind = "lokr" if entry.kind == "lokr" else "lora"
+    if entry.spelled != key_start(format, kind, model.part, model.keys, name):  # type: ignore[arg-type]
+        return False
+    return entry.kind != "lora" or ("lora_A" in entry.keys["down"]) == (format != "kohya")
 
 
 def _in_words(entries: list[tuple[NativeModule, Entry]]) -> str:
@@ -169,10 +171,11 @@ def readers(source: AdapterSource, model: Model, format: AdapterFormat | None) -
                 "its spelling is none that is known to load in both; `burnish adapter convert` writes one that does",
             )
         ]
-    told = known_readers(model, format)
+    told = who_reads(model.keys, format, {_kind(entry) for entry in entries})
     found = []
     for name in ("ComfyUI", "diffusers"):
-        problem = "" if name in told else f"{name} does not read this format for {model.title}"
+        kinds = ", ".join(sorted({_kind(entry) for entry in entries}))
+        problem = "" if name in told else f"it does not read {kinds} in this format for {model.title}"
         found.append(
             Reader(name, not (problem := problem or _problem(name, source, model, format, entries)), problem)
         )
@@ -180,21 +183,10 @@ def readers(source: AdapterSource, model: Model, format: AdapterFormat | None) -
     return found + [Reader(one, True) for one in others]
 
 
-def known_readers(model: Model, format: AdapterFormat) -> tuple[str, ...]:
-    """Who loads a LoRA in this format."""
-    keys = model.keys
-    if format in keys.readers:
-        return keys.readers[format]
-    if format == keys.default:
-        return "ComfyUI", "diffusers"
-    return ("ComfyUI",) if format == "comfy" else ("diffusers",)
-
-
 def _problem(
     reader: str, source: AdapterSource, model: Model, format: AdapterFormat, entries: list[Entry]
 ) -> str:
     """Why a program that reads the format does not load this file as it is meant; empty where it does."""
-    kinds = Counter(_kind(entry) for entry in entries)
     has = {piece for entry in entries for piece in entry.keys}
     if reader == "ComfyUI":
         if any(entry.told_alpha is not None and entry.told_alpha != entry.rank for entry in entries):
@@ -202,12 +194,10 @@ def _problem(
         if "magnitude" in has and "dora_scale" not in has:
             return "it does not know peft's lengths of rows (DoRA) and would apply the LoRA without them"
         return ""
-    if any(kind not in ("lora", "locon", "dora") for kind in kinds):
-        others = ", ".join(kind for kind in kinds if kind not in ("lora", "locon", "dora"))
-        return f"it does not load {others}"
     if "dora_scale" in has and "magnitude" not in has:
         return "it drops `dora_scale` (DoRA) and would apply the LoRA without it"
-    if format != "kohya" and "alpha" in has:
+    plain = all(entry.kind == "lora" for entry in entries)
+    if format != "kohya" and plain and "alpha" in has:
         return "it takes no alpha from keys of this format"
     alphas = {entry.alpha() for entry in entries}
     if format == "kohya" and len(alphas) > 1:

@@ -69,7 +69,6 @@ class RankChoice:
         held = float(singular_values.double().square().sum())
         return self.energy is not None and held >= self.energy * total
 
-
     def at_least(self, singular_values: Tensor, total: float) -> int:
         """How many values are needed if those that follow are as large as the last, which they are at most."""
         if self.energy is None or not singular_values[-1]:

@@ -19,21 +19,14 @@ from burnish.atomic import publish_folder, remove, temporary_name
 from burnish.errors import AdapterError, UserError
 from burnish.family import NativeModule
 from burnish.toolbox.base import Base, by_stored, put_back
+from burnish.toolbox.check import reads_back
 from burnish.toolbox.combine import Combination
-from burnish.toolbox.convert import (
-    Carry,
-    Outcome,
-    common_alpha,
-    groups,
-    load,
-    model_of,
-    released_widths,
-    type_of,
-    weight_for,
-)
+from burnish.toolbox.convert import Carry, Outcome, model_of, weight_for
+from burnish.toolbox.loading import common_alpha, groups, load, released_widths, type_of
 from burnish.toolbox.low_rank import RankChoice, factored, reduced
 from burnish.toolbox.models import Model, TextModule
 from burnish.toolbox.pieces import ModuleAdapter
+from burnish.toolbox.readers import who_reads
 from burnish.toolbox.regroup import Targeted, added_up
 from burnish.toolbox.source import AdapterSource, Entry
 from burnish.toolbox.stream import Planned, refuse_existing, write_stream
@@ -90,6 +83,8 @@ def merge_adapters(
             _texts(writer, adapters, combination, carry, outcome)
         writer.complete(all(released_widths(model, one.source) for one in adapters))
         outcome.tensors = writer.finish({}, "networks.lora")
+        outcome.readers = who_reads(model.keys, chosen, writer.kinds)
+    reads_back(path, model).file.close()
     return outcome
 
 
@@ -185,6 +180,8 @@ def _by_part(model: Model, loaded: Sequence[Loaded], base: Base | None) -> dict[
         rows = (
             model.rows(target, delta.shape[0]) if base is None else [base.shape(p)[0] for p in target.holds]
         )
+        if "diff_b" in adapter.pieces:
+            raise AdapterError(f"{target.name} has a change of its bias, which no LoRA holds")
         if target.halves_swapped:
             delta = torch.cat(delta.chunk(2)[::-1])
         for part, own in zip(target.holds, torch.split(delta, rows), strict=True):
@@ -236,15 +233,15 @@ def merge_into(
     """
     _refuse_target(base, path, force=force)
     changes = _changes(base, adapters, carry)
-    stored = by_stored(base.layout, [f"{part}.weight" for part in changes])
+    stored = by_stored(base.layout, changes)
     files = sorted({file for file, _ in stored})
-    scaled = [base.layout[f"{part}.weight"] for part in changes if base.layout[f"{part}.weight"].scale]
+    scaled = [base.layout[name] for name in changes if base.layout[name].scale]
     if scaled:
         raise AdapterError(
             f"{scaled[0].file} keeps {scaled[0].name} in 8 bits with scales, which would have to be found anew",
             remedy="Merge into the bfloat16 or float16 file of the same model.",
         )
-    outcome = Outcome(path, "as the base", modules=len(changes))
+    outcome = Outcome(path, "as the base", modules=sum(name.endswith(".weight") for name in changes))
     if not base.path.is_dir():
         outcome.tensors = _with_changes(base, base.path, path, stored, changes, combination, progress)
         return outcome
@@ -278,7 +275,7 @@ Change = tuple[Weighted, NativeModule, Entry]
 
 
 def _changes(base: Base, adapters: Sequence[Weighted], carry: Carry) -> dict[str, list[Change]]:
-    """What is done to each of diffusers' modules.
+    """What is done to each of diffusers' tensors.
 
     Raises:
         AdapterError: an adapter does not fit the base, or does more than to change its denoiser.
@@ -302,8 +299,13 @@ def _changes(base: Base, adapters: Sequence[Weighted], carry: Carry) -> dict[str
                     f"that of {base.path} has the shape {shape}",
                     remedy="The adapter is of another model, or of another size of it.",
                 )
-            for part in target.holds:
-                found.setdefault(part, []).append((one, target, entry))
+            kinds = ["weight"] * (entry.kind != "full" or "diff" in entry.keys) + ["bias"] * (
+                "diff_b" in entry.keys
+            )
+            for name in (f"{part}.{kind}" for part in target.holds for kind in kinds):
+                if name not in base.layout:
+                    raise AdapterError(f"{one.source.path} changes {name}, which {base.path} does not have")
+                found.setdefault(name, []).append((one, target, entry))
     return found
 
 
@@ -324,9 +326,8 @@ def _with_changes(
         affected = stored.get((source, name), ())
         if affected:
             wide = tensor.float()
-            for weight_name in affected:
-                part = weight_name.removesuffix(".weight")
-                put_back(base.layout[weight_name], _change(base, part, changes[part], combination), wide)
+            for own in affected:
+                put_back(base.layout[own], _change(base, own, changes[own], combination), wide)
             tensor = wide.to(tensor.dtype)
         progress(tensor.nbytes)
         return tensor
@@ -336,18 +337,23 @@ def _with_changes(
     return len(plan)
 
 
-def _change(base: Base, part: str, found: Sequence[Change], combination: Combination) -> Tensor:
-    """What is added to the weight of one of diffusers' modules."""
+def _change(base: Base, name: str, found: Sequence[Change], combination: Combination) -> Tensor:
+    """What is added to the weight, or bias, of one of diffusers' modules."""
     deltas = []
+    part, _, kind = name.rpartition(".")
     for one, target, entry in found:
         adapter = entry.load(base.target_shape(target))
-        rows = [base.shape(name)[0] for name in target.holds]
+        rows = [base.shape(held)[0] for held in target.holds]
         begin = sum(rows[: target.holds.index(part)])
         own = slice(begin, begin + base.shape(part)[0])
+        if kind == "bias":
+            bias = one.weight * adapter.pieces["diff_b"]
+            deltas.append((torch.cat(bias.chunk(2)[::-1]) if target.halves_swapped else bias)[own])
+            continue
         plain = adapter.as_lora()
         if plain is not None and not target.halves_swapped:  # the other parts' rows need not be multiplied
             deltas.append(one.weight * LoraWeights(plain.down, plain.up[own], plain.alpha).delta())
             continue
         delta = one.weight * adapter.delta(weight_for(target, adapter, base))
         deltas.append((torch.cat(delta.chunk(2)[::-1]) if target.halves_swapped else delta)[own])
-    return combination.combined(part, deltas)
+    return combination.combined(name, deltas)

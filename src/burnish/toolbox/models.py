@@ -68,7 +68,8 @@ class Model:
     keys: ExportKeys
     part: str
     shapes: Mapping[str, tuple[int, ...]]  # of the weights of all that takes an adapter, as released
-    title: str = ""
+    norms: Mapping[str, tuple[int, ...]]  # of what has a weight of one axis, which some files change as well
+    title: str
 
     def native(self, module: str) -> NativeModule:
         return native_module(self.keys, module)
@@ -76,10 +77,11 @@ class Model:
     @cached_property
     def _targets(self) -> dict[str, NativeModule]:
         """What each module is called, with dots and without, in both namings -> what is meant."""
-        natives = [self.native(module) for module in self.shapes]
+        known = {**self.shapes, **self.norms}
+        natives = [self.native(module) for module in known]
         # Where a native name is also one of diffusers', of another module, diffusers' is meant.
-        targets = [native for native in natives if set(self.shapes).issuperset(native.holds)]
-        targets += [NativeModule(module, (module,)) for module in self.shapes]
+        targets = [native for native in natives if known.keys() >= set(native.holds)]
+        targets += [NativeModule(module, (module,)) for module in known]
         flat = {target.name.replace(".", "_"): target for target in targets}
         return {**flat, **{target.name: target for target in targets}}
 
@@ -133,7 +135,7 @@ class Model:
         Raises:
             AdapterError: there is no such module.
         """
-        found = self.shapes.get(module) or self._first_shapes.get(_general(module))
+        found = self.shapes.get(module) or self.norms.get(module) or self._first_shapes.get(_general(module))
         if found is None:
             raise AdapterError(f"{self.title} has no module {module}")
         return found
@@ -192,7 +194,12 @@ def model_of_family(family: type[Family]) -> Model:
     skeleton = family.skeleton()
     part, denoiser = next(iter(skeleton.denoisers.items()))
     shapes = {module: weight_shape(layer) for module, layer in adaptable_modules(denoiser).items()}
-    return Model(family.name, family, skeleton.export, part, shapes, family.title)
+    norms = {
+        name.removesuffix(".weight"): tuple(one.shape)
+        for name, one in denoiser.named_parameters()
+        if name.endswith(".weight") and one.dim() == 1
+    }
+    return Model(family.name, family, skeleton.export, part, shapes, norms, family.title)
 
 
 def model_named(name: str) -> Model:

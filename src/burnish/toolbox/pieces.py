@@ -22,7 +22,7 @@ from burnish.adapters import deltas
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
 
-Kind = Literal["lora", "loha", "lokr", "oft", "boft", "glora", "full", "norm"]
+Kind = Literal["lora", "loha", "lokr", "oft", "boft", "glora", "full"]
 
 # Ending of a key -> piece; of endings that fit, the first counts.
 _SPELLINGS = {
@@ -46,9 +46,9 @@ _SPELLINGS = {
         for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     },
     **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    **{
-        f".{name}": name for name in ("oft_blocks", "rescale", "diff", "diff_b", "w_norm", "b_norm", "scalar")
-    },
+    **{f".{name}": name for name in ("oft_blocks", "rescale", "diff", "diff_b", "scalar")},
+    ".w_norm": "diff",
+    ".b_norm": "diff_b",
     **{f".{name}.weight": f"glora_{name}" for name in ("a1", "a2", "b1", "b2")},
     ".alpha": "alpha",
 }
@@ -82,8 +82,6 @@ def kind_of(pieces: Mapping[str, int]) -> Kind | None:
         return "oft" if pieces["oft_blocks"] == 3 else "boft"
     if {"glora_a1", "glora_a2", "glora_b1", "glora_b2"} <= names:
         return "glora"
-    if names & {"w_norm", "b_norm"}:
-        return "norm"
     return "full" if names & {"diff", "diff_b"} else None
 
 

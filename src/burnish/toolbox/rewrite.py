@@ -21,7 +21,7 @@ _FACTORS = {
     "loha": ("hada_w1_a", "hada_w1_b"),
     "lokr": ("lokr_w1", "lokr_w1_a"),
 }
-_SUMS = ("diff", "diff_b", "w_norm", "b_norm")
+_SUMS = ("diff", "diff_b")
 Change = Callable[[Entry], Mapping[str, Tensor]]
 
 

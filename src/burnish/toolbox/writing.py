@@ -13,7 +13,8 @@ from torch import Tensor
 
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
-from burnish.export.formats import key_prefix, spelled_name
+from burnish.export.formats import key_prefix, key_start, spelled_name
+from burnish.export.kinds import Kind
 from burnish.export.stacking import stacked
 from burnish.family import DENOISER, AdapterFormat, NativeModule
 from burnish.toolbox.models import Model, TextModule
@@ -85,6 +86,7 @@ class AdapterWriter:
         self.dtype = dtype
         self.alpha = alpha
         self.names: set[str] = set()
+        self.kinds: set[str] = set()
         self._prefix = key_prefix(format, model.part, model.keys)
         self._spool = Spool(path)
         self._encoders = 0
@@ -114,6 +116,7 @@ class AdapterWriter:
     ) -> None:
         """A LoRA of a module, as the format names it; DoRA's lengths (out,) as ComfyUI or diffusers knows them."""
         self.names.add(name)
+        self.kinds.add("lora" if magnitude is None and dora_scale is None else "dora")
         stem = self._prefix + spelled_name(self.format, name)
         self._matrices(stem, weights, folded=self.format != "kohya")
         if magnitude is not None:
@@ -124,7 +127,9 @@ class AdapterWriter:
     def raw(self, name: str, adapter: ModuleAdapter) -> None:
         """An adapter of any kind as it is, under another name."""
         self.names.add(name)
-        stem = self._prefix + spelled_name(self.format, name)
+        self.kinds.add(adapter.told)
+        kind: Kind = "lokr" if adapter.kind == "lokr" else "lora"  # whose names are others for some readers
+        stem = key_start(self.format, kind, self.model.part, self.model.keys, name)
         for piece, tensor in adapter.pieces.items():
             self._add(stem + _RAW_ENDINGS.get(piece, f".{piece}"), tensor)
         if adapter.alpha is not None:
@@ -135,6 +140,7 @@ class AdapterWriter:
     def piece(self, name: str, piece: str, tensor: Tensor) -> None:
         """One piece of a module that may have others, such as the difference of its bias."""
         self.names.add(name)
+        self.kinds.add("full")
         self._add(f"{self._prefix}{spelled_name(self.format, name)}.{piece}", tensor)
 
     def text(self, module: TextModule, weights: LoraWeights) -> None:
