@@ -116,7 +116,8 @@ def _made_trainable(family: Family, recipe: Recipe, dtype: torch.dtype) -> list[
 
 def _step_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
     """By one kernel, where torch's own optimizers would make copies of all that they step (optim/makers.py)."""
-    for group in optimizer.param_groups:
+    single = optimizer.inside if isinstance(optimizer, OneByOne) else []
+    for group in (group for one in (optimizer, *single) for group in one.param_groups):
         if "fused" in group and "foreach" in group:
             group["fused"], group["foreach"] = True, False
 
