@@ -8,7 +8,7 @@ from pathlib import Path
 
 from burnish.config.data import Folder
 from burnish.config.document import Document
-from burnish.config.method import Full
+from burnish.config.method import Full, TextualInversion
 from burnish.config.problems import KeyPath, Problem
 from burnish.config.schema import RunConfig
 
@@ -35,6 +35,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     """Options that do not go together: the path of the one to change, and why."""
     if isinstance(config.method, Full):
         yield from _of_full(config, config.method)
+    if isinstance(config.method, TextualInversion):
+        yield from _of_words(config, config.method)
     yield from _of_single_steps(config)
 
 
@@ -61,6 +63,24 @@ def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
             ("save", "format"),
             "kohya is a spelling of adapters; whole models are diffusers, comfy, or both: auto",
         )
+
+
+def _of_words(config: RunConfig, method: TextualInversion) -> Iterator[tuple[KeyPath, str]]:
+    word = "method.kind: textual_inversion trains a few vectors"
+    for option in ("gradient_release", "offload_optimizer"):
+        if getattr(config.memory, option):
+            yield ("memory", option), f"{word}: there is nothing to save; take it out"
+    if config.save.format != "auto":
+        yield (
+            ("save", "format"),
+            f"{word}, which have one file for all programs; leave it out instead of {config.save.format}",
+        )
+    if method.lengths == "vocabulary" and config.train.optimizer.schedule_free:
+        text = (
+            f"{config.train.optimizer.kind} keeps an average of the weights of all steps, which lengths cannot be held "
+            "of; set method.lengths: free, or use adamw"
+        )
+        yield ("method", "lengths"), text
 
 
 def _of_single_steps(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
