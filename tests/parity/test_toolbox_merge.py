@@ -335,6 +335,22 @@ def test_a_lokr_becomes_a_lora_with_the_error_that_is_told(tiny_folder: TinyFold
     assert error == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-3)
 
 
+def test_a_loha_of_a_fused_module_is_taken_apart_exactly(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    folder = tiny_folder("flux")
+    parts = [f"single_transformer_blocks.1.{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    shapes = shapes_of(folder, "transformer")
+    rows = [shapes[part][0] for part in parts]
+    pieces = random_pieces("loha", (sum(rows), shapes[parts[0]][1]))
+    stem = "lora_unet_single_blocks_1_linear1"
+    tensors = {f"{stem}.{piece}": one for piece, one in pieces.items()} | {f"{stem}.alpha": torch.tensor(2.0)}
+    path = files.saved(tmp_path / "loha.safetensors", tensors)
+    with AdapterSource(path, "flux") as source:
+        assert convert(source, tmp_path / "b.safetensors", Carry()).readers == ("ComfyUI",)
+    whole = ModuleAdapter("loha", pieces, (sum(rows), shapes[parts[0]][1]), 2.0).delta()
+    expected = dict(zip(parts, torch.split(whole, rows), strict=True))
+    assert_deltas(read(tmp_path / "b.safetensors", "flux", folder, "transformer"), expected)
+
+
 def test_dora_of_peft_has_the_same_weights_in_comfyui(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     """ComfyUI's rule: m' (W + dW) / ||W||, rows (`weight_decompose`); peft and LyCORIS divide by ||W + dW||."""
     folder = tiny_folder("flux")
