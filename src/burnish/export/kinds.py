@@ -1,6 +1,6 @@
 """Kinds of adapters beyond plain LoRA in the files of others: who reads which, under which names, as which tensors.
 
-Tensors are LyCORIS', which ComfyUI, A1111 and Forge read (`hada_*`, `lokr_*`, `oft_blocks`), each with a float
+Tensors are LyCORIS', which ComfyUI reads (`hada_*`, `lokr_*`, `oft_blocks`), each with a float
 `.alpha`: the scale stands in a factor and alpha is the rank, so that it is 1 for who reads alpha and for who does not.
 diffusers reads LoKr for two families only (`ExportKeys.lokr`), the others not at all.
 
