@@ -392,6 +392,8 @@ class ExportKeys:
     lokr: str | None = None
     # Who loads a format, where that is not ComfyUI and diffusers for the default one and one of them for another.
     readers: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
+    # Who loads sd-scripts' spelling of the release's names, `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`.
+    native_kohya: tuple[str, ...] = ("ComfyUI",)
     # Further names in files of others -> diffusers' modules, stacked by rows; `#` is the block's number.
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from burnish.config.data import Folder, Generated
+from burnish.config.method import Full
 from burnish.config.schema import RunConfig, SamplePrompt, Size
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
@@ -23,6 +24,8 @@ from burnish.data.preflight import PreparedData, prepare_samples
 from burnish.data.prepare import EncodeCounts, encode_captions, encode_latents, encode_seen_captions, flips
 from burnish.data.samples import Sample, all_captions, hold_out
 from burnish.events import Listener
+from burnish.export.formats import format_of_kind
+from burnish.export.kinds import kind_of_method
 from burnish.families.sources import user_cache_folder
 from burnish.family import Family
 from burnish.model import ChosenModel, choose_model
@@ -111,6 +114,16 @@ def summary(prepared: PreparedData) -> list[str]:
     return lines + report.all_warnings()
 
 
+def refuse_unreadable(config: RunConfig, family: Family) -> None:
+    """What no program would load is known from the config alone, before hours of work on data.
+
+    Raises:
+        AdapterError: no program reads this kind of adapter of this family in `save.format`.
+    """
+    if not isinstance(config.method, Full):
+        format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+
+
 def folders(config: RunConfig) -> list[Folder]:
     """The sources that are there already."""
     return [source for source in config.data if isinstance(source, Folder)]
@@ -131,6 +144,7 @@ def prepare(
     """
     model = choose_model(config.model, config.memory)
     family = model.load(dtype=dtype, device=device)
+    refuse_unreadable(config, family)
     if len(folders(config)) < len(config.data):
         # The user's own pictures first: a mistake there should not wait for minutes of drawing.
         check_data(config, folders(config), family, folder, events, tell=False)

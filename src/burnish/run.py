@@ -29,7 +29,7 @@ from burnish.memory.formats import slow_because
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model, places
 from burnish.optim.build import check_optimizer, state_bytes, what_is_lost
-from burnish.preparation import check_data, folders, prepare, split
+from burnish.preparation import check_data, folders, prepare, refuse_unreadable, split
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
 from burnish.settling import Compared, Settled, settle
@@ -53,6 +53,7 @@ def check_run(config: RunConfig, progress: Listener) -> None:
     family = choose_model(config.model, config.memory).load(
         dtype=DTYPES[config.train.precision], device=device
     )
+    refuse_unreadable(config, family)
     for line in announce_changes(config, folder):
         progress.warned(line)
     split(config, check_data(config, folders(config), family, folder, progress).samples)

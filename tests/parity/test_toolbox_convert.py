@@ -15,8 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from burnish.adapters.layer import adaptable_modules
 from burnish.errors import AdapterError
+from burnish.export.adapter_file import read_adapter
 from burnish.families.registry import family_named
+from burnish.family import ModelSource
 from burnish.toolbox.convert import Carry, convert
 from burnish.toolbox.source import AdapterSource
 
@@ -267,3 +270,18 @@ def test_modules_that_readers_need_are_in_the_file(tmp_path: Path) -> None:
     source = files.saved(tmp_path / "c.safetensors", files.dotted(small, "transformer."))
     with pytest.raises(AdapterError, match="further modules, whose sizes are not known"):
         converted(source, tmp_path / "d.safetensors", "comfy", family="lumina2")
+
+
+def test_sd_scripts_names_for_sdxl_are_read_for_training_and_drawing(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    folder = tiny_folder("sdxl")
+    found = files.matrices(files.chosen(shapes_of(folder, "unet"), unet_names), RANK)
+    path = files.saved(tmp_path / "sgm.safetensors", native_kohya("sdxl", found, ALPHA))
+    family = family_named("sdxl").load(
+        ModelSource(str(folder)), frozenset({"denoiser"}), dtype=torch.float32, device="cpu"
+    )
+    modules = adaptable_modules(family.denoisers["unet"])
+    read_back = read_adapter(path, modules, part="unet", keys=family.export)
+    expected = {module: files.product(*one, ALPHA / RANK) for module, one in found.items()}
+    assert_deltas({name: one.delta() for name, one in read_back.weights.items()}, expected)

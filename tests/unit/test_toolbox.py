@@ -84,7 +84,8 @@ def test_a_convolution_of_another_program_tells_its_family_and_kind(tmp_path: Pa
     found = json.loads(run("inspect", files.saved(tmp_path / "a.safetensors", tensors), "--json").stdout)
     assert found["family"] == "sd15"
     assert found["kinds"] == {"lora": 1, "locon": 1}
-    assert found["readers"][0]["loads"] is False  # diffusers knows such names of SDXL alone
+    readers = {one["name"]: one["loads"] for one in found["readers"]}
+    assert readers == {"ComfyUI": True, "diffusers": False}  # which knows such names of SDXL alone
     output = tmp_path / "b.safetensors"
     run("convert", tmp_path / "a.safetensors", "-o", output)
     assert "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight" in load_file(output)

@@ -57,11 +57,9 @@ def resolve_format(
         AdapterError: this family's adapters, this kind, or one of the modules, cannot be written so that it is read.
     """
     kind = one_kind(modules) if isinstance(modules, Mapping) and modules else "lora"
-    chosen = _named_format(requested, keys, kind)
+    chosen = format_of_kind(requested, keys, kind)
     modules = list(modules)
-    if kind != "lora":
-        refuse_unread(kind, chosen, keys)
-        refuse_modules(kind, chosen, keys, modules)
+    refuse_modules(kind, chosen, keys, modules)
     unreadable = keys.unreadable.get(chosen, ())
     lost = [name for name in modules if any(fnmatchcase(name, pattern) for pattern in unreadable)]
     if lost:
@@ -71,6 +69,18 @@ def resolve_format(
             f"{len(lost)} modules would not load from a file in the {chosen} format: {', '.join(lost[:4])}",
             remedy=f"Leave them out with method.exclude{instead}.",
         )
+    return chosen
+
+
+def format_of_kind(requested: str, keys: ExportKeys, kind: Kind) -> AdapterFormat:
+    """`auto` or one of the family's formats, that some program reads this kind from.
+
+    Raises:
+        AdapterError: there is none, or no such format.
+    """
+    chosen = _named_format(requested, keys, kind)
+    if kind != "lora":
+        refuse_unread(kind, chosen, keys)
     return chosen
 
 

@@ -104,6 +104,7 @@ class Chroma(PipelineFamily):
         base_model_version="chroma",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
+        native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
         unreadable={"diffusers": ("distilled_guidance_layer.*",)},
     )

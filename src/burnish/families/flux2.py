@@ -111,6 +111,7 @@ class Flux2(PipelineFamily):
         base_model_version="flux2",
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
+        native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
         # diffusers 0.42 does not trade the halves of the last modulation in native names.
         unreadable={"comfy": ("norm_out.linear",)},

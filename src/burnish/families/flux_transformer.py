@@ -70,6 +70,7 @@ def export_keys(modelspec: str, version: str) -> ExportKeys:
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         spellings=XFLUX,
         native=NAMES.native_module,
+        native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
     )
 

@@ -62,6 +62,7 @@ def export_keys(modelspec: str) -> ExportKeys:
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         readers={"comfy": ("ComfyUI", "diffusers")},
         native=NAMES.native_module,
+        native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
     )
 

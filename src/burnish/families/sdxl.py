@@ -54,6 +54,7 @@ class StableDiffusionXL(UNetFamily):
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
         readers={"kohya": ("ComfyUI", "diffusers", "A1111 and Forge")},
         native=partial(native_module, top_attends=True),
+        native_kohya=("ComfyUI", "diffusers"),
         tensors=partial(native_tensors, top_attends=True),
         # diffusers 0.42 takes `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).
         unreadable={"kohya": ("add_embedding.*",)},

@@ -45,6 +45,7 @@ def keys(
         base_model_version=version,
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=names.native_module,
+        native_kohya=("ComfyUI", "diffusers"),
         tensors=names.tensors,
         labels=labels or {},
     )

@@ -117,6 +117,7 @@ class ZImage(PipelineFamily):
         base_model_version="z_image",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
+        native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
         lokr="diffusion_model.",
     )

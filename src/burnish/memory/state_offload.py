@@ -27,8 +27,9 @@ class _Home:
 
     bytes: Tensor
     places: Mapping[str, tuple[int, Tensor]]  # by key: where it begins, and its shape (meta device)
+    views: Mapping[str, Tensor]  # into `bytes`
 
-    def views(self, room: Tensor) -> dict[str, Tensor]:
+    def views_in(self, room: Tensor) -> dict[str, Tensor]:
         return {key: view_in(room, begin, shape) for key, (begin, shape) in self.places.items()}
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -44,6 +45,7 @@ class _Room:
 
     bytes: Tensor
     parameter: Parameter | None = None
+    views: dict[Parameter, dict[str, Tensor]] = field(default_factory=dict)
     was: Parameter | None = None
     arriving: object | None = None
     leaving: object | None = None
@@ -83,11 +85,12 @@ class StatesOnHost:
         if not self.is_kept(tensors):
             return
         home = self._homes.get(parameter)
-        if home is None or not _are(tensors, home.views(home.bytes)):  # it was read from a checkpoint
+        if home is None or any(one is not home.views.get(key) for key, one in tensors.items()):
+            # It was read from a checkpoint.
             home = self._settled(parameter, tensors)
         room = self._room_with(parameter) or self._begun(parameter, home)
         self._arrived(room)
-        state.update(home.views(room.bytes))
+        state.update(self._views(room, parameter, home))
 
     def send(self, parameter: Parameter, state: dict[str, Any]) -> None:
         """Let the state go home, and the next parameter's come."""
@@ -98,12 +101,12 @@ class StatesOnHost:
         if home is None or not home.fits(tensors):
             home = self._new_home(parameter, tensors)
         room = self._room_with(parameter) or self._free(home)
-        for key, view in home.views(room.bytes).items():
-            if _memory(tensors[key]) != _memory(view):  # made by this step
+        for key, view in self._views(room, parameter, home).items():
+            if tensors[key] is not view:  # made by this step
                 view.copy_(tensors[key])
         room.leaving = self.transfer.start(home.bytes, room.bytes[: home.bytes.numel()])
         room.parameter, room.was = None, parameter
-        state.update(home.views(home.bytes))
+        state.update(home.views)
         self._expect_next(parameter)
 
     def settle(self) -> None:
@@ -146,9 +149,15 @@ class StatesOnHost:
         self._rooms.append(room)
         room.parameter = None
         if room.bytes.numel() < size:
+            room.views.clear()
             room.bytes = torch.empty(0, dtype=torch.uint8)  # gone before there is a larger one
             room.bytes = self.transfer.device_room(size)
         return room
+
+    def _views(self, room: _Room, parameter: Parameter, home: _Home) -> dict[str, Tensor]:
+        if parameter not in room.views:
+            room.views[parameter] = home.views_in(room.bytes)
+        return room.views[parameter]
 
     def _arrived(self, room: _Room) -> None:
         if room.arriving is not None:
@@ -165,7 +174,11 @@ class StatesOnHost:
         for key, tensor in tensors.items():
             places[key] = (size, dense(tensor))
             size += padded(tensor.nbytes)
-        self._homes[parameter] = _Home(self.transfer.host_room(size), places)
+        room = self.transfer.host_room(size)
+        views = {key: view_in(room, begin, shape) for key, (begin, shape) in places.items()}
+        for one in self._rooms:
+            one.views.pop(parameter, None)
+        self._homes[parameter] = _Home(room, places, views)
         return self._homes[parameter]
 
     def _settled(self, parameter: Parameter, tensors: Mapping[str, Tensor]) -> _Home:
@@ -177,7 +190,7 @@ class StatesOnHost:
         home = self._homes.get(parameter)
         if home is None or not home.fits(tensors):
             home = self._new_home(parameter, tensors)
-        for key, view in home.views(home.bytes).items():
+        for key, view in home.views.items():
             view.copy_(tensors[key])
         return home
 
@@ -189,13 +202,3 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
         for key, one in state.items()
         if isinstance(one, Tensor) and one.dim() > 0 and not is_traceable_wrapper_subclass(one)
     }
-
-
-def _are(tensors: Mapping[str, Tensor], views: Mapping[str, Tensor]) -> bool:
-    return tensors.keys() == views.keys() and all(
-        _memory(one) == _memory(views[key]) for key, one in tensors.items()
-    )
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.element_size()

@@ -124,6 +124,11 @@ class OneByOne(torch.optim.Optimizer):
         """Keys of the groups that are learned: with one optimizer for all, those of its own."""
         return learned_keys(self.made_of) if self.together else ()
 
+    @property
+    def inside(self) -> list[torch.optim.Optimizer]:
+        """Those that do the steps."""
+        return [unit.optimizer for unit in self._units]
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step every parameter that has a gradient."""

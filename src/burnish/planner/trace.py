@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,7 +116,8 @@ def _made_trainable(family: Family, recipe: Recipe, dtype: torch.dtype) -> list[
 
 def _step_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
     """By one kernel, where torch's own optimizers would make copies of all that they step (optim/makers.py)."""
-    for group in optimizer.param_groups:
+    single = optimizer.inside if isinstance(optimizer, OneByOne) else []
+    for group in (group for one in (optimizer, *single) for group in one.param_groups):
         if "fused" in group and "foreach" in group:
             group["fused"], group["foreach"] = True, False
 
@@ -234,7 +235,8 @@ def _step(
             with Answered():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return profile_of(counted, frozen, trained)
+    singly = isinstance(optimizer, OneByOne) and not optimizer.together
+    return replace(profile_of(counted, frozen, trained), singly=singly)
 
 
 def _touch_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:

@@ -16,6 +16,7 @@ from burnish.toolbox.readers import who_reads
 from burnish.toolbox.source import AdapterSource, Entry
 from burnish.toolbox.writing import same_name
 
+NATIVE_KOHYA = "sd-scripts' spelling of the release's names"
 _BLOCK = re.compile(r"(?<![0-9A-Za-z])\d+(?![0-9A-Za-z])")
 
 
@@ -78,7 +79,7 @@ def inspect(source: AdapterSource) -> Inspection:
         example=next(iter(source.file.tensors)),
         norms=norms,
         norm=sum(one**2 for one in norms.values()) ** 0.5 if norms else None,
-        readers=[] if model is None else readers(source, model, format),
+        readers=[] if model is None else readers(source, model, format, spelling),
         notes=notes,
         metadata=source.metadata,
     )
@@ -138,6 +139,8 @@ def spelled_format(source: AdapterSource) -> tuple[AdapterFormat | None, str]:
         names = [(same_name(model, target, format), entry) for target, entry in entries]
         if all(name is not None and _is_spelled(model, format, name, entry) for name, entry in names):
             return format, format
+    if all(_is_native_kohya(model, target, entry) for target, entry in entries):
+        return None, NATIVE_KOHYA
     return None, _in_words(entries)
 
 
@@ -146,6 +149,12 @@ def _is_spelled(model: Model, format: AdapterFormat, name: str, entry: Entry) ->
     if entry.spelled != key_start(format, kind, model.part, model.keys, name):  # type: ignore[arg-type]
         return False
     return entry.kind != "lora" or ("lora_A" in entry.keys["down"]) == (format != "kohya")
+
+
+def _is_native_kohya(model: Model, target: NativeModule, entry: Entry) -> bool:
+    name = same_name(model, target, "comfy")
+    spelled = None if name is None else f"lora_unet_{name.replace('.', '_')}"
+    return entry.spelled == spelled and "lora_A" not in entry.keys.get("down", "")
 
 
 def _in_words(entries: list[tuple[NativeModule, Entry]]) -> str:
@@ -160,9 +169,19 @@ def _in_words(entries: list[tuple[NativeModule, Entry]]) -> str:
     return f"{whose} names after {prefix}{matrices}"
 
 
-def readers(source: AdapterSource, model: Model, format: AdapterFormat | None) -> list[Reader]:
+def readers(
+    source: AdapterSource, model: Model, format: AdapterFormat | None, spelling: str = ""
+) -> list[Reader]:
     """Who loads the file with all of its effect, by the family's export table and the known traits of readers."""
     entries = list(source.modules.values())
+    if spelling == NATIVE_KOHYA and all(entry.kind == "lora" and not entry.is_dora for entry in entries):
+        told = model.keys.native_kohya
+        return [
+            Reader(
+                name, name in told, "" if name in told else f"it does not know these names for {model.title}"
+            )
+            for name in ("ComfyUI", "diffusers")
+        ]
     if format is None:
         return [
             Reader(

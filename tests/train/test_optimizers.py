@@ -1,7 +1,8 @@
-"""A schedule-free run saves and draws the average, trains on beside it, and resumes in the same bits."""
+"""Optimizers in a run: a schedule-free one saves its average; what is wrong is said before anything loads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from runs import last_checkpoint, picture_folder, run_config, short_prompts
 from safetensors.torch import load_file
 from torch import Tensor
 
-from burnish.errors import UserError
+from burnish.errors import ConfigError, UserError
 from burnish.events import Listener
-from burnish.run import train_run
+from burnish.run import check_run, train_run
 
 BETA = 0.8
 
@@ -78,3 +79,13 @@ def test_another_way_of_rounding_is_another_run(model: Path, pictures: Path, tmp
     changed = config(model, pictures, tmp_path, 4, **{"train.optimizer.rounding": "kahan"})
     with pytest.raises(UserError, match=r"train\.optimizer\.rounding: nearest -> kahan"):
         train_run(changed, progress=Listener())
+
+
+@pytest.mark.parametrize("start", [check_run, train_run])
+def test_a_wrong_argument_is_said_before_the_model_is_looked_for(
+    start: Callable[..., object], pictures: Path, tmp_path: Path
+) -> None:
+    custom = {"kind": "custom", "class_path": "torch.optim.SGD", "arguments": {"nestrov": True}}
+    wrong = run_config(tmp_path / "nowhere", pictures, tmp_path, {"train.optimizer": custom})
+    with pytest.raises(ConfigError, match="did you mean nesterov"):
+        start(wrong, progress=Listener())
