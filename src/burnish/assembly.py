@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from burnish.optim.schedule import learning_rate_factor
 from burnish.preparation import Prepared
 from burnish.run_folder import RunFolder
 from burnish.signals import StopRequest
-from burnish.tasks import Sample, Save, Validate
+from burnish.tasks import Sample, Save, Validate, all_disabled
 from burnish.trained import Told, Trained, keeps_all, results_of, trained_parts
 
 
@@ -166,7 +167,7 @@ def build_training(
         release = GradientRelease(list(parameters.values()), optimizer.step_one, train.max_grad_norm)
     return Training(
         family=family,
-        objective=Denoising.of(train.objective, family),
+        objective=replace(Denoising.of(train.objective, family), frozen=before_training(trained)),
         parameters=parameters,
         optimizer=optimizer,
         learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
@@ -186,6 +187,12 @@ def build_training(
         held_out_fingerprint=held_out_fingerprint(config, prepared),
         release=release,
     )
+
+
+def before_training(trained: Mapping[str, Trained]) -> Callable[[], AbstractContextManager[None]] | None:
+    """What makes the denoisers predict as if nothing had been trained; None where their own weights move."""
+    adapters = [one for one in trained.values() if isinstance(one, AdapterSet)]
+    return partial(all_disabled, adapters) if len(adapters) == len(trained) else None
 
 
 def build_steps(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from burnish.config.data import Folder
+from burnish.config.data import DataSource, Folder
 from burnish.config.document import Document
 from burnish.config.method import Full
 from burnish.config.problems import KeyPath, Problem
@@ -36,6 +36,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(config.method, Full):
         yield from _of_full(config, config.method)
     yield from _of_single_steps(config)
+    for index, source in enumerate(config.data):
+        yield from _of_targets(config, index, source)
 
 
 def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
@@ -61,6 +63,25 @@ def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
             ("save", "format"),
             "kohya is a spelling of adapters; whole models are diffusers, comfy, or both: auto",
         )
+
+
+def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
+    """What asks the model as it was before training."""
+    asking: list[tuple[str, ...]] = [("target",)] if source.target == "model" else []
+    if isinstance(source, Folder):
+        if source.loss_masks is not None and source.loss_masks.prior:
+            asking.append(("loss_masks", "prior"))
+        if source.preserve is not None:
+            asking.append(("preserve",))
+            if config.trigger is None:
+                yield (
+                    ("data", index, "preserve"),
+                    "takes the trigger's place, and there is no trigger; set trigger",
+                )
+    if isinstance(config.method, Full):
+        for place in asking:
+            text = "asks the model as it was before training, which full fine-tuning does not keep; train an adapter"
+            yield ("data", index, *place), text
 
 
 def _of_single_steps(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
