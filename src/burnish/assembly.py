@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from burnish.preparation import Prepared
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, encode_requests, with_references
 from burnish.signals import StopRequest
-from burnish.tasks import Sample, Save, Validate
+from burnish.tasks import Sample, Save, Validate, all_disabled
 from burnish.trained import Told, Trained, keeps_all, results_of, trained_parts
 
 
@@ -172,7 +173,7 @@ def build_training(
         optimizer.register_step_post_hook(keeps_lengths(words))
     run = Training(
         family=family,
-        objective=Denoising.of(train.objective, family),
+        objective=replace(Denoising.of(train.objective, family), frozen=before_training(trained)),
         parameters=parameters,
         optimizer=optimizer,
         learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
@@ -201,6 +202,12 @@ def build_training(
 def with_prompts(family: Family, batch: Batch) -> Batch:
     """The batch with its captions encoded now, so that gradients reach what is trained of the text encoders."""
     return replace(batch, conditioning=family.encode_prompts(batch.captions).merged(batch.conditioning))
+
+
+def before_training(trained: Mapping[str, Trained]) -> Callable[[], AbstractContextManager[None]] | None:
+    """What makes the denoisers predict as if nothing had been trained; None where their own weights move."""
+    adapters = [one for one in trained.values() if isinstance(one, AdapterSet)]
+    return partial(all_disabled, adapters) if len(adapters) == len(trained) else None
 
 
 def build_steps(

@@ -15,7 +15,7 @@ from burnish.family import Conditioning, Family, Part
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
 from burnish.model import DTYPES, known_model
 from burnish.objective import Denoising
-from burnish.optim.build import build_optimizer, check_optimizer
+from burnish.optim.build import build_optimizer, check_optimizer, state_bytes
 from burnish.planner.choose import (
     Beside,
     Choice,
@@ -44,7 +44,7 @@ from burnish.planner.store import ProfileStore
 from burnish.planner.trace import Recipe, Shape
 from burnish.planning_shapes import drawn_shape, numbers_in, shapes_of, tokens_of
 from burnish.run_plan import Row, RunPlan, Timed, cache_of
-from burnish.trained import chosen
+from burnish.trained import chosen, own_weights
 
 # Outside of what torch counts: CUDA's context and its libraries' workspaces, and what the allocator cannot hand out.
 CONTEXT = int(0.5 * GIB)
@@ -104,6 +104,19 @@ class _Planner:
                 f"{config.model.path} is not here: sizes are those of a released {self.known.title} of "
                 f"{count / 1e9:.1f} billion parameters"
             )
+
+        if config.memory.offload_optimizer:
+            self.notes.append(self._moved())
+
+    def _moved(self) -> str:
+        """Of the optimizer's state in host memory."""
+        weights, section = own_weights(self.config.method, self.known), self.config.train.optimizer
+        size = weights * state_bytes(section, self.dtype, "cpu")
+        seconds = 2 * size / self.rates.from_host
+        return (
+            f"the optimizer's state, {size / GIB:.1f} GiB in host memory, goes to the GPU and back in each step: "
+            f"{seconds:.1f} s, not counted, of which computing hides a part"
+        )
 
     def _is_long(self) -> bool:
         """Compiling takes minutes and saves a part of each step: not worth it for a handful."""

@@ -19,6 +19,7 @@ from burnish.config.schema import RunConfig, SamplePrompt, Size
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
 from burnish.data.loader import batches
+from burnish.data.loss_masks import encode_masks
 from burnish.data.plan import BatchPlan
 from burnish.data.preflight import PreparedData, prepare_samples
 from burnish.data.prepare import EncodeCounts, encode_captions, encode_latents, encode_seen_captions, flips
@@ -207,6 +208,7 @@ def prepare(
         cache = DiskCache(config.memory.cache_folder or user_cache_folder())
     keys = CacheKeys.of(family, dtype)
     seen = [*trained, *held]
+    encode_masks(seen, family.latents, cache, keys)
     in_step = isinstance(config.method, TextualInversion)
     requests = []
     if not in_step:

@@ -162,12 +162,11 @@ class Compared:
         """A task: the first step of a start warms up, the second is measured."""
 
         def measure(run: Training) -> None:
-            if not self._predicted or run.device.type != "cuda":
-                return
             if self._begun is None:
                 self._begun = run.step
-                torch.cuda.reset_peak_memory_stats(run.device)
-            elif run.step == self._begun + 1:
+                if run.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(run.device)
+            elif self._predicted and run.step == self._begun + 1 and run.device.type == "cuda":
                 self._tell(torch.cuda.max_memory_allocated(run.device), events)
 
         return measure

@@ -77,6 +77,17 @@ def chosen(method: AdapterMethod | Full, family: Family, denoiser: nn.Module) ->
     return choose_modules(denoiser, targets, family.default_targets, method)
 
 
+def own_weights(method: AnyMethod, family: Family) -> int:
+    """How many numbers of the denoisers train themselves."""
+    if not isinstance(method, Full):
+        return 0
+    return sum(
+        one.numel()
+        for denoiser in family.denoisers.values()
+        for one in OwnWeights(denoiser, chosen(method, family, denoiser)).named_parameters().values()
+    )
+
+
 def targets_of(family: Family) -> Mapping[str, TargetSet]:
     """The named sets, with those of sound where it is trained."""
     if family.audio is None:

@@ -74,7 +74,7 @@ def lokr(pieces: Pieces, alpha: float | None) -> tuple[Tensor, float]:
     if second.dim() == 4:
         first = first[..., None, None]
     scale = alpha / rank if alpha is not None and rank is not None else 1.0
-    return torch.kron(first.contiguous(), second.contiguous()), scale
+    return torch.kron(first, second), scale
 
 
 def turned(blocks: Tensor, weight: Tensor, alpha: float | None) -> Tensor:

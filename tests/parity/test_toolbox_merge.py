@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import comfyui_rules
 import diffusers_rules
 import pytest
 import toolbox_files as files
@@ -23,7 +24,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "family"))
 import original_layout
 
-from burnish.errors import AdapterError, ModelError
+from burnish.adapters.lora import LoraWeights
+from burnish.errors import AdapterError, ExportError, ModelError
 from burnish.families.registry import family_named
 from burnish.toolbox.base import Base
 from burnish.toolbox.combine import Combination
@@ -33,6 +35,7 @@ from burnish.toolbox.low_rank import RankChoice, factored
 from burnish.toolbox.merge import Weighted, merge_adapters, merge_into
 from burnish.toolbox.pieces import ModuleAdapter
 from burnish.toolbox.source import AdapterSource
+from burnish.toolbox.writing import AdapterWriter
 
 TinyFolder = Callable[[str], Path]
 
@@ -132,15 +135,15 @@ def test_a_single_file_keeps_its_names_types_and_what_is_not_changed(
 def test_the_sum_of_adapters_loads_in_diffusers_as_their_sum(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     folder = tiny_folder("sd15")
     one, two = unet_adapters(folder, tmp_path)
-    path = merged({one: 0.5, two: 2.0}, tmp_path / "sum.safetensors", "sd15")
-    parts = [(0.5, read(one, "sd15", folder, "unet")), (2.0, read(two, "sd15", folder, "unet"))]
+    path = merged({one: 0.7, two: -1.5}, tmp_path / "sum.safetensors", "sd15")
+    parts = [(0.7, read(one, "sd15", folder, "unet")), (-1.5, read(two, "sd15", folder, "unet"))]
     expected: dict[str, Tensor] = {}
     for weight, deltas in parts:
         for name, delta in deltas.items():
             expected[name] = expected.get(name, 0) + weight * delta
     assert_deltas(diffusers_rules.loaded_deltas(folder, path, part="unet"), expected)
     # All ranks together are enough, so that nothing is rounded off; LoRAs of fused modules and of parts add up, too.
-    smaller = merged({one: 0.5, two: 2.0}, tmp_path / "five.safetensors", "sd15", rank=RankChoice(rank=5))
+    smaller = merged({one: 0.7, two: -1.5}, tmp_path / "five.safetensors", "sd15", rank=RankChoice(rank=5))
     assert_deltas(read(smaller, "sd15", folder, "unet"), expected)
 
 
@@ -160,6 +163,71 @@ def test_ties_and_dare_are_those_of_peft(method: str, monkeypatch: pytest.Monkey
     torch.testing.assert_close(combination.combined("a", changes), expected)
     other = Combination(method, density=0.4, seed=8).combined("a", changes)  # type: ignore[arg-type]
     assert torch.equal(other, combination.combined("a", changes)) == (method == "ties")
+
+
+def test_a_single_file_of_fused_and_turned_modules_is_changed_where_the_parts_lie(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    """The release's layout, as written by the tests: q, k, v in one, and the last modulation the other way round."""
+    folder = tiny_folder("flux")
+    before = {}
+    for file in (folder / "transformer").glob("*.safetensors"):
+        before |= load_file(file)
+    width = before["x_embedder.weight"].shape[0]
+    layers = files.chosen(
+        shapes_of(folder, "transformer"), lambda n: n.endswith(("to_k", "proj_mlp", "norm_out.linear"))
+    )
+    found = files.matrices(layers)
+    adapter = files.saved(tmp_path / "a.safetensors", files.dotted(found, "transformer."))
+    save_file(comfyui_rules.flux_native(before, width), tmp_path / "base.safetensors")
+    path = merged_into(tmp_path / "base.safetensors", {adapter: 0.5}, tmp_path / "out.safetensors", "flux")
+    after = dict(before) | {
+        f"{name}.weight": before[f"{name}.weight"] + 0.5 * files.product(*one) for name, one in found.items()
+    }
+    expected = comfyui_rules.flux_native(after, width)
+    written = load_file(path)
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            written[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda t, n=name: f"{n}: {t}"
+        )
+
+
+@pytest.mark.parametrize("wrong", ["strength", "module", "rows"])
+def test_a_file_with_another_effect_than_its_source_is_not_accepted(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    folder = tiny_folder("flux")
+    found = files.matrices(files.chosen(shapes_of(folder, "transformer"), attention))
+    path = files.saved(tmp_path / "a.safetensors", files.dotted(found, "transformer."))
+    written, count = AdapterWriter.lora, iter(range(10**6))
+
+    def spoilt(self: AdapterWriter, name: str, weights: LoraWeights, **lengths: Tensor) -> None:
+        if next(count) == 3:
+            if wrong == "module":
+                return
+            up = 1.05 * weights.up if wrong == "strength" else weights.up.flip(0)
+            weights = LoraWeights(weights.down, up, weights.alpha)
+        written(self, name, weights, **lengths)
+
+    monkeypatch.setattr(AdapterWriter, "lora", spoilt)
+    with AdapterSource(path, "flux") as source, pytest.raises(ExportError, match=r"its effect on .* is off"):
+        convert(source, tmp_path / "b.safetensors", Carry(), format="comfy")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_an_adapter_of_another_width_is_not_loaded(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    folder = tiny_folder("flux")
+    name = "transformer_blocks.0.attn.to_out.0"
+    found = files.matrices({name: (24, 40)})
+    tensors = files.dotted(found, "transformer.") | {f"transformer.{name}.dora_scale": torch.ones(24, 1)}
+    path = files.saved(tmp_path / "a.safetensors", tensors)
+    with (
+        AdapterSource(path, "flux") as source,
+        Base(folder, family_named("flux")) as base,
+        pytest.raises(AdapterError, match="changes a weight of 24 rows and 40 columns"),
+    ):
+        convert(source, tmp_path / "b.safetensors", Carry(RankChoice(rank=2), base))
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux", "z_image", "wan21"])
@@ -333,6 +401,22 @@ def test_a_lokr_becomes_a_lora_with_the_error_that_is_told(tiny_folder: TinyFold
     assert outcome.losses.relative == pytest.approx(error, rel=1e-3)
     values = torch.linalg.svdvals(expected)
     assert error == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-3)
+
+
+def test_a_loha_of_a_fused_module_is_taken_apart_exactly(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    folder = tiny_folder("flux")
+    parts = [f"single_transformer_blocks.1.{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    shapes = shapes_of(folder, "transformer")
+    rows = [shapes[part][0] for part in parts]
+    pieces = random_pieces("loha", (sum(rows), shapes[parts[0]][1]))
+    stem = "lora_unet_single_blocks_1_linear1"
+    tensors = {f"{stem}.{piece}": one for piece, one in pieces.items()} | {f"{stem}.alpha": torch.tensor(2.0)}
+    path = files.saved(tmp_path / "loha.safetensors", tensors)
+    with AdapterSource(path, "flux") as source:
+        assert convert(source, tmp_path / "b.safetensors", Carry()).readers == ("ComfyUI",)
+    whole = ModuleAdapter("loha", pieces, (sum(rows), shapes[parts[0]][1]), 2.0).delta()
+    expected = dict(zip(parts, torch.split(whole, rows), strict=True))
+    assert_deltas(read(tmp_path / "b.safetensors", "flux", folder, "transformer"), expected)
 
 
 def test_dora_of_peft_has_the_same_weights_in_comfyui(tiny_folder: TinyFolder, tmp_path: Path) -> None:

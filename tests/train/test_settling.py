@@ -162,9 +162,10 @@ def test_a_first_step_that_does_not_fit_may_stream_more(
 def test_a_later_step_that_does_not_fit_ends_the_run(
     tiny_flux: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Denoising.draw_noise
+    original, tried = Denoising.draw_noise, []
 
     def draw_noise(objective: Denoising, batch: Any, seed: int) -> torch.Tensor:
+        tried.append(batch.position)
         if batch.position == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(objective, batch, seed)
@@ -173,6 +174,7 @@ def test_a_later_step_that_does_not_fit_ends_the_run(
     config = run_config(tiny_flux, pictures, tmp_path, SHORT | {"memory.budget": "2GiB"})
     with pytest.raises(OutOfMemory, match="the state of step 2 is saved"):
         train_run(config, progress=Listener())
+    assert tried == [0, 1, 2]
 
 
 def test_a_resumed_run_keeps_the_weights_it_began_with(

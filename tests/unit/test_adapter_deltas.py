@@ -39,6 +39,8 @@ def test_lora_and_loha(kernel: tuple[int, ...]) -> None:
         thin = normal(5, 10, *ones)
         expected = locon.diff_weight(thin, up, core, gamma=0.7).view(shape)
         assert_same(deltas.lora_delta(up, thin, core, scale=0.7), expected)
+        rows, columns = deltas.without_core(core, up.flatten(1).T, thin.flatten(1))
+        assert_same(0.7 * (rows @ columns).view(shape), expected)
         parts = normal(5, 24), normal(5, 10), normal(5, 24) + 1, normal(5, 10) - 1, core, core + 1
         w1_a, w1_b, w2_a, w2_b, t1, t2 = parts
         expected = loha.diff_weight(w1_b, w1_a, w2_b, w2_a, t1, t2, gamma=GAMMA)

@@ -124,7 +124,6 @@ def test_a_traced_step_takes_what_the_allocator_says(
 
 KINDS: tuple[AdapterMethod, ...] = (
     Lora(dora=True),
-    Lora(start="olora"),
     Loha(kind="loha"),
     Lokr(kind="lokr", factor=4),
     Oft(kind="oft", block_size=8),

@@ -36,6 +36,11 @@ def tucker(core: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return torch.einsum("ij...,io,jc->oc...", core, rows, columns)
 
 
+def without_core(core: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`tucker` as a plain product of the same rank: (out, r) and (r, in * kernel volume)."""
+    return rows.T.contiguous(), torch.einsum("ij...,jc->ic...", core, columns).flatten(1).contiguous()
+
+
 def loha_delta(
     w1_a: Tensor,
     w1_b: Tensor,

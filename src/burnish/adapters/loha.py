@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from burnish.adapters.deltas import loha_delta
+from burnish.adapters.deltas import loha_delta, without_core
 from burnish.adapters.layer import (
     Adaptable,
     AdapterLayer,
@@ -63,6 +63,14 @@ class LohaWeights:
         }
         cores = {"hada_t1": self.t1, "hada_t2": self.t2}
         return named | {name: core for name, core in cores.items() if core is not None}
+
+    def untuckered(self) -> LohaWeights:
+        """The same without cores, which become part of the matrices beside the inputs: exact, of the same rank."""
+        if self.t1 is None or self.t2 is None:
+            return self
+        w1_a, w1_b = without_core(self.t1, self.w1_a, self.w1_b)
+        w2_a, w2_b = without_core(self.t2, self.w2_a, self.w2_b)
+        return LohaWeights(w1_a, w1_b, w2_a, w2_b, self.alpha, self.shape)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """What is added to the base weight: float32, in its shape."""

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from burnish.adapters.deltas import lokr_delta, lokr_factor, split_width
+from burnish.adapters.deltas import lokr_delta, lokr_factor, split_width, without_core
 from burnish.adapters.layer import (
     Adaptable,
     AdapterLayer,
@@ -60,6 +60,14 @@ class LokrWeights:
     def factors(self) -> tuple[Tensor, Tensor]:
         """w1 (o1, i1) and w2 (o2, i2 * kernel volume), float32, without the scale."""
         return _factors({name: piece.float() for name, piece in self.pieces.items()})
+
+    def untuckered(self) -> LokrWeights:
+        """The same without a core, which becomes part of the larger factor's second matrix: exact, of the same rank."""
+        if CORE_2 not in self.pieces:
+            return self
+        rest = {name: piece for name, piece in self.pieces.items() if name != CORE_2}
+        a, b = without_core(self.pieces[CORE_2], self.pieces[A_2], self.pieces[B_2])
+        return LokrWeights({**rest, A_2: a, B_2: b}, self.alpha, self.shape)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """What is added to the base weight: float32, in its shape."""

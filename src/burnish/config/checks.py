@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from burnish.config.data import Folder
+from burnish.config.data import DataSource, Folder
 from burnish.config.document import Document
 from burnish.config.method import Full, TextualInversion
 from burnish.config.problems import KeyPath, Problem
@@ -38,6 +38,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(config.method, TextualInversion):
         yield from _of_words(config, config.method)
     yield from _of_single_steps(config)
+    for index, source in enumerate(config.data):
+        yield from _of_targets(config, index, source)
 
 
 def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
@@ -81,6 +83,26 @@ def _of_words(config: RunConfig, method: TextualInversion) -> Iterator[tuple[Key
             "of; set method.lengths: free, or use adamw"
         )
         yield ("method", "lengths"), text
+
+
+def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
+    """What asks the model as it was before training."""
+    asking: list[tuple[str, ...]] = [("target",)] if source.target == "model" else []
+    if isinstance(source, Folder):
+        if source.loss_masks is not None and source.loss_masks.prior:
+            asking.append(("loss_masks", "prior"))
+        if source.preserve is not None:
+            asking.append(("preserve",))
+            if config.trigger is None:
+                yield (
+                    ("data", index, "preserve"),
+                    "takes the trigger's place, and there is no trigger; set trigger",
+                )
+    if isinstance(config.method, Full | TextualInversion):
+        what = "full fine-tuning does not keep" if isinstance(config.method, Full) else "knows no new word"
+        for place in asking:
+            text = f"asks the model as it was before training, which {what}; train an adapter"
+            yield ("data", index, *place), text
 
 
 def _of_single_steps(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:

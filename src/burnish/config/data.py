@@ -56,6 +56,51 @@ class Captions(Section):
         return self
 
 
+class _LossMasks(Section):
+    """Which part of a picture is learned."""
+
+    outside: float = Field(
+        0.0, ge=0, le=1, description="Weight of the loss where a mask is black; where it is white it is 1."
+    )
+    prior: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="Weight of keeping what is black as the model would have drawn it before training; needs an "
+        "adapter, and a second pass through the model.",
+    )
+    normalize: bool = Field(
+        False,
+        description="Divide by the share that counts, so that a small part is learned as fast as a whole.",
+    )
+
+
+class FolderMasks(_LossMasks):
+    """Masks from a folder, of the same name as each picture or clip; grey counts in part."""
+
+    kind: Literal["folder"] = "folder"
+    path: Path = Field(description="Folder with the masks.")
+
+
+class AlphaMasks(_LossMasks):
+    """The pictures' own transparency: what is opaque is learned."""
+
+    kind: Literal["alpha"]
+
+
+AnyLossMasks = Annotated[FolderMasks | AlphaMasks, Field(discriminator="kind"), default_kind("folder")]
+
+
+class Preserve(Section):
+    """Differential output preservation: what the trigger teaches stays off the word for the whole class."""
+
+    word: str = Field(
+        min_length=1,
+        description="Takes the trigger's place: what it is one of, such as `dog`, `woman`, `painting`.",
+    )
+    weight: float = Field(1.0, gt=0, le=100, description="Loss weight, as against that of this source.")
+
+
 class Pictures(Section):
     """What all picture sources share."""
 
@@ -74,6 +119,11 @@ class Pictures(Section):
     flip: bool = Field(False, description="Also train on the mirrored picture, half of the time.")
     background: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = Field(
         "#ffffff", description="Colour under transparent parts."
+    )
+    target: Literal["picture", "model"] = Field(
+        "picture",
+        description="`model`: at these pictures and captions learn what the model said before training, so that it "
+        "stays as it was there; needs an adapter, and a second pass through the model.",
     )
 
 
@@ -123,6 +173,20 @@ class Folder(Pictures):
         description="Folder with a mask of the same name for each picture, white where a model that fills holes "
         "learns to fill. If absent, random holes, or none where the model works without.",
     )
+    loss_masks: AnyLossMasks | None = Field(
+        None, description="Learn a part of each picture only, of any model; all of it if absent."
+    )
+    preserve: Preserve | None = Field(
+        None,
+        description="Draw each picture a second time, its caption with the class word in place of the trigger, towards "
+        "what the model said before training; needs `trigger`, an adapter, and a second pass through the model.",
+    )
+
+    @property
+    def folders_beside(self) -> list[Path]:
+        """Of pictures that belong to those here and are none of them."""
+        counted = [self.loss_masks.path] if isinstance(self.loss_masks, FolderMasks) else []
+        return [*self.references, *([self.masks] if self.masks else []), *counted]
 
     @model_validator(mode="after")
     def spread_says_how_often(self) -> Self:
@@ -130,6 +194,12 @@ class Folder(Pictures):
             raise ValueError("`clips: spread` needs a number of parts, such as spread: 4")
         if self.clips != "spread" and self.spread is not None:
             raise ValueError("spread has no effect without `clips: spread`")
+        return self
+
+    @model_validator(mode="after")
+    def preserving_needs_something_taught(self) -> Self:
+        if self.preserve is not None and (self.role != "train" or self.target != "picture"):
+            raise ValueError("preserve goes with what is taught: role: train and target: picture")
         return self
 
 

@@ -73,7 +73,7 @@ class LowRank(Adapter):
     @model_validator(mode="after")
     def scaling_needs_alpha(self) -> Self:
         if self.rs_scaling and self.alpha is None:
-            raise ValueError("rs_scaling scales by alpha / sqrt(rank), so alpha must be set; 4 is usual")
+            raise ValueError("rs_scaling scales by alpha / sqrt(rank), so alpha must be set")
         return self
 
 

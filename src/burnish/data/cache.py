@@ -26,9 +26,10 @@ from burnish.data import audio, clips, companions, pictures
 from burnish.data.samples import Sample
 from burnish.family import Family
 
+MASK_VERSION = 1  # raise it when the same mask would give other weights
 ENCODING_VERSION = 1  # raise it when the same pixels or words would be encoded or stored differently
 
-Kind = Literal["latents", "captions"]
+Kind = Literal["latents", "captions", "masks"]
 Entry = Mapping[str, Tensor]
 
 _TAG = (
@@ -69,6 +70,24 @@ class CacheKeys:
                 "encoding": ENCODING_VERSION,
                 "encoder": self.vae,
                 "dtype": str(self.dtype),
+            }
+        )
+
+    def mask(self, sample: Sample, grid: tuple[int, int], *, flip: bool) -> str:
+        """Of a mask of the loss, at the latents' height and width."""
+        assert sample.counts is not None, "one that has a mask"
+        own = sample.counts.mask
+        return _digest(
+            {
+                "kind": "masks",
+                **(
+                    {**own.key(), "flip": flip}
+                    if own is not None
+                    else {**_pixels(sample, flip), "alpha": True}
+                ),
+                "grid": grid,
+                "pictures": pictures.CODE_VERSION,
+                "version": MASK_VERSION,
             }
         )
 

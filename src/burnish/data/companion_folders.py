@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from burnish.config.data import Folder
+from burnish.config.data import Folder, FolderMasks
 from burnish.data.buckets import Bucket, Fit, cover
 from burnish.data.companions import Companion
 from burnish.data.folder import list_folder
@@ -24,13 +24,15 @@ class Beside:
     target: Facts
     shown: tuple[tuple[Path, Facts], ...]
     holes: tuple[Path, Facts] | None
-    family: Family
+    family: Family | None
+    counted: tuple[Path, Facts] | None = None
 
     def references(self, fit: Fit) -> tuple[Companion, ...]:
         """As a sample with this fit sees them; the family decides their size."""
         bucket = (fit.bucket.height, fit.bucket.width)
         placed = []
         for path, facts in self.shown:
+            assert self.family is not None, "one without a family is shown nothing"
             size = bucket if _same_size(facts, self.target) else (facts.height, facts.width)
             placed.append(self._placed(path, facts, fit, self.family.reference_size(*size, bucket)))
         return tuple(placed)
@@ -39,6 +41,11 @@ class Beside:
         if self.holes is None:
             return None
         return self._placed(*self.holes, fit, (fit.bucket.height, fit.bucket.width))
+
+    def loss_mask(self, fit: Fit) -> Companion | None:
+        if self.counted is None:
+            return None
+        return self._placed(*self.counted, fit, (fit.bucket.height, fit.bucket.width))
 
     def _placed(self, path: Path, facts: Facts, fit: Fit, size: tuple[int, int]) -> Companion:
         """One of the target's size takes the target's way, so that both still lie over one another.
@@ -58,10 +65,11 @@ def _same_size(one: Facts, other: Facts) -> bool:
 class CompanionFolders:
     """The folders of references and masks of one source."""
 
-    family: Family
+    family: Family | None
     probe: Probe
     folders: tuple[_ByStem, ...]
     masks: _ByStem | None
+    loss_masks: _ByStem | None = None
 
     @classmethod
     def of(cls, source: Folder, family: Family | None, probe: Probe) -> CompanionFolders | None:
@@ -70,14 +78,15 @@ class CompanionFolders:
         Raises:
             DataError: the family has no use for them, or a folder cannot be read.
         """
-        if not source.references and source.masks is None:
+        section = source.loss_masks
+        if not source.references and source.masks is None and not isinstance(section, FolderMasks):
             return None
         can = family.capabilities if family is not None else Capabilities()
         _refuse_unused(source, can, family.title if family is not None else "this model")
-        assert family is not None, "one without a family has no use for them"
         folders = tuple(_ByStem.of(folder, source.recursive) for folder in source.references)
         masks = _ByStem.of(source.masks, source.recursive) if source.masks is not None else None
-        return cls(family, probe, folders, masks)
+        counted = _ByStem.of(section.path, source.recursive) if isinstance(section, FolderMasks) else None
+        return cls(family, probe, folders, masks, counted)
 
     def of_picture(self, name: str, target: Facts) -> Beside:
         """What belongs to the picture or clip `name`.
@@ -87,7 +96,10 @@ class CompanionFolders:
         """
         shown = tuple(self._checked(folder, name, "reference") for folder in self.folders)
         holes = self._checked(self.masks, name, "mask") if self.masks is not None else None
-        return Beside(target, shown, holes, self.family)
+        counted = None
+        if self.loss_masks is not None:
+            counted = self._checked(self.loss_masks, name, "mask of the loss")
+        return Beside(target, shown, holes, self.family, counted)
 
     def _checked(self, folder: _ByStem, name: str, what: str) -> tuple[Path, Facts]:
         path = folder.find(name)

@@ -24,6 +24,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, Entry, Kind, RamCache
+from burnish.data.loss_masks import MASK, loss_weights
 from burnish.data.plan import BatchPlan
 from burnish.data.prepare import AUDIO, LATENTS, conditioning_of
 from burnish.errors import DataError, MachineError
@@ -45,6 +46,8 @@ class _Loaded:
     pictures: tuple[PictureInfo, ...]
     captions: tuple[str, ...]
     audio_BCLF: Tensor | None
+    counted: Tensor | None
+    kept: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,13 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
                 key = self.keys.caption(draw.caption, draw.sample, flip=draw.flip)
                 caption = self._entry("captions", key, repr(draw.caption))
             conditioning.append(conditioning_of(caption, picture))
+
+        def mask_of(number: int) -> Tensor:
+            sample, grid = draws[number].sample, latents[number].shape[-2:]
+            key = self.keys.mask(sample, (grid[0], grid[1]), flip=draws[number].flip)
+            return self._entry("masks", key, str(sample.path))[MASK]
+
+        counted, kept = loss_weights([draw.sample for draw in draws], latents, mask_of)
         return _Loaded(
             position=position,
             latents_BCHW=torch.stack(latents),
@@ -91,6 +101,8 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
             pictures=tuple(draw.sample.fit.describe(flipped=draw.flip) for draw in draws),
             captions=tuple(draw.caption for draw in draws),
             audio_BCLF=torch.stack(audio) if audio else None,
+            counted=counted,
+            kept=kept,
         )
 
     def _entry(self, kind: Kind, key: str, what: str) -> Entry:
@@ -164,6 +176,8 @@ def _described(loaded: _Loaded, family: Family) -> Batch:
         position=loaded.position,
         captions=loaded.captions,
         audio_BCLF=loaded.audio_BCLF,
+        counted=loaded.counted,
+        kept=loaded.kept,
     )
 
 

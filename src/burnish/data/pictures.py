@@ -166,6 +166,24 @@ def decode_picture(data: bytes, *, background: str, max_megapixels: float) -> De
     Raises:
         BadPicture: empty, damaged, animated, too large or of a format that is not read.
     """
+    picture, format, fixes, warned = _in_srgb(data, max_megapixels)
+    picture = onto_background(picture, background, fixes)
+    fixes += dict.fromkeys(f"decoder: {text}" for text in warned if "exif" not in text.lower())
+    return Decoded(picture, format, tuple(fixes))
+
+
+def opacity(data: bytes) -> Image.Image:
+    """How opaque a picture is, mode L, upright: 255 where nothing shows through, everywhere if it has no alpha.
+
+    Raises:
+        BadPicture: as `decode_picture`.
+    """
+    picture, *_ = _in_srgb(data, float("inf"))
+    return picture.getchannel("A") if picture.mode == "RGBA" else Image.new("L", picture.size, 255)
+
+
+def _in_srgb(data: bytes, max_megapixels: float) -> tuple[Image.Image, str, list[str], list[str]]:
+    """Upright, RGB or RGBA; its format, what was fixed, and what the decoder said."""
     format = _format_of(data)
     with collected_warnings() as warned:
         try:
@@ -185,9 +203,7 @@ def decode_picture(data: bytes, *, background: str, max_megapixels: float) -> De
         if format == "PNG" and data[24] == 16:
             fixes.append("16 bits per channel scaled to 8")
         picture = to_srgb(_eight_bits(picture, fixes), image.info.get("icc_profile"), fixes)
-        picture = onto_background(picture, background, fixes)
-    fixes += dict.fromkeys(f"decoder: {text}" for text in warned if "exif" not in text.lower())
-    return Decoded(picture, format, tuple(fixes))
+    return picture, format, fixes, warned
 
 
 def _format_of(data: bytes) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from burnish.data.samples import BatchShape, Sample
 from burnish.errors import DataError
@@ -75,6 +75,9 @@ class BatchPlan:
                 hasher.update(repr((s.fps, s.fills_holes, shown)).encode())
             if s.audio:
                 hasher.update(b"audio")
+            if s.counts is not None:
+                hasher.update(repr(replace(s.counts, mask=None)).encode())
+                hasher.update(repr(s.counts.mask.key() if s.counts.mask else None).encode())
         return hasher.hexdigest()
 
     def epoch_of(self, position: int) -> int:

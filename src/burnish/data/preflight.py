@@ -22,6 +22,7 @@ from burnish.data.captions import (
 )
 from burnish.data.companion_folders import CompanionFolders
 from burnish.data.folder import Listing, Outcome, list_folder, printable
+from burnish.data.loss_masks import counts_of, preserved, refuse_without_alpha
 from burnish.data.pictures import BadPicture
 from burnish.data.probe import Facts, Probe, Progress, probe_all
 from burnish.data.report import DataReport, Reduced, SourceReport, listed
@@ -165,7 +166,7 @@ class _Source:
         listing = list_folder(
             config.path,
             recursive=config.recursive,
-            ignore=[*ignore, *config.references, *([config.masks] if config.masks else [])],
+            ignore=[*ignore, *config.folders_beside],
             clips=windows is not None,
         )
         found.found = len(listing.pictures) + len(listing.skipped)
@@ -182,7 +183,7 @@ class _Source:
             listing.pictures, probe_all(probe, paths, threads=threads, progress=progress), strict=True
         ):
             made = self._samples_of(name, facts, captions, windows, companions, found)
-            samples += made
+            samples += made + preserved(made, config, self.trigger)
             found.used += bool(made)
             found.clips += bool(made) and made[0].is_clip
             if isinstance(facts, Facts) and made:
@@ -209,6 +210,7 @@ class _Source:
             if isinstance(facts, BadPicture):
                 raise facts
             self._check_size(facts)
+            refuse_without_alpha(self.config, facts)
             placed = fits(
                 facts.height, facts.width, self.config.resolutions, self.step, self.config.max_aspect
             )
@@ -260,6 +262,7 @@ class _Source:
                 sees_end=can.last_frame,
                 fills_holes=holes,
                 audio=heard[part],
+                counts=counts_of(config, beside, placing),
             )
             for resolution, placing in placed
             for part in parts

@@ -273,11 +273,22 @@ def load_mask(sample: Sample, *, flip: bool) -> Tensor | None:
 
 
 def _read(path: Path, sha256: str, background: str) -> Image.Image:
+    with unchanged_bytes(path, sha256) as data:
+        return decode_picture(data, background=background, max_megapixels=float("inf")).picture
+
+
+@contextmanager
+def unchanged_bytes(path: Path, sha256: str) -> Iterator[bytes]:
+    """The bytes of a file; what is bad of them now was good when it was checked.
+
+    Raises:
+        DataError: the file changed or went away since.
+    """
     with _unchanged(path):
         data = read_regular(path)
         if content_hash(data) != sha256:
             raise BadPicture("changed")
-        return decode_picture(data, background=background, max_megapixels=float("inf")).picture
+        yield data
 
 
 @contextmanager

@@ -34,6 +34,26 @@ class BatchShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Counts:
+    """What of a sample the loss counts."""
+
+    mask: Companion | None = None  # white counts
+    alpha: bool = False  # what is opaque counts
+    outside: float = 0.0  # weight of what does not
+    prior: float = 0.0  # weight of keeping it as the model would have drawn it
+    normalize: bool = False
+    model: bool = False  # the target is what the model said before training, wherever it counts
+
+    @property
+    def masked(self) -> bool:
+        return self.alpha or self.mask is not None
+
+    @property
+    def asks_model(self) -> bool:
+        return self.model or (self.masked and self.prior > 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A picture or part of a clip at one size, with its caption and the rules of its source.
 
@@ -63,6 +83,7 @@ class Sample:
     sees_end: bool = False  # its last frame is the second
     fills_holes: bool = False  # with `mask`, or with drawn ones
     audio: bool = False  # of a clip: its sound is trained with its frames
+    counts: Counts | None = None  # None: all of it alike
 
     @property
     def is_clip(self) -> bool:

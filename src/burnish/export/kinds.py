@@ -1,6 +1,6 @@
 """Kinds of adapters beyond plain LoRA in the files of others: who reads which, under which names, as which tensors.
 
-Tensors are LyCORIS', which ComfyUI, A1111 and Forge read (`hada_*`, `lokr_*`, `oft_blocks`), each with a float
+Tensors are LyCORIS', which ComfyUI reads (`hada_*`, `lokr_*`, `oft_blocks`), each with a float
 `.alpha`: the scale stands in a factor and alpha is the rank, so that it is 1 for who reads alpha and for who does not.
 diffusers reads LoKr for two families only (`ExportKeys.lokr`), the others not at all.
 
@@ -155,11 +155,12 @@ def pieces(weights: AdapterWeights, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     match weights:
         case LohaWeights():
-            found = dict(weights.pieces)
+            found = dict(weights.untuckered().pieces)
             found["hada_w1_a"] = found["hada_w1_a"] * weights.scale
             alpha = float(weights.rank)
         case LokrWeights():
-            found = {name: _flat_kernel(name, piece) for name, piece in weights.pieces.items()}
+            plain = weights.untuckered()  # ComfyUI fails at a core: its product is not contiguous
+            found = {name: _flat_kernel(name, piece) for name, piece in plain.pieces.items()}
             scaled = WHOLE_1 if WHOLE_1 in found else A_1
             found[scaled] = found[scaled] * weights.scale
             alpha = float(weights.rank or 1)

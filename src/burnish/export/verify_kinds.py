@@ -25,7 +25,6 @@ _UNLIKE = (math.inf, 0.0, 0.0)
 _ROWS = 2048  # of a delta at a time
 
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-LOHA_CORES = {"hada_t1", "hada_t2"}
 
 
 def kind_in(tensors: Mapping[str, Tensor]) -> FileKind:
@@ -47,7 +46,7 @@ def wrong_pieces(kind: FileKind, pieces: Mapping[str, Tensor]) -> str | None:
         return "whose alpha is missing"
     match kind:
         case "loha":
-            complete = names in (LOHA, LOHA | LOHA_CORES)
+            complete = names == LOHA
         case "oft":
             complete = (
                 names == {"oft_blocks"} and pieces["alpha"].item() == 0
@@ -57,8 +56,7 @@ def wrong_pieces(kind: FileKind, pieces: Mapping[str, Tensor]) -> str | None:
             second = names - first
             complete = first in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}) and second in (
                 {"lokr_w2"},
-                {"lokr_w2_a", "lokr_w2_b"},
-                {"lokr_w2_a", "lokr_w2_b", "lokr_t2"},
+                {"lokr_w2_a", "lokr_w2_b"},  # no core: ComfyUI's code fails at what it makes with one
             )
     return None if complete else "without all of their tensors, or with others"
 
@@ -119,16 +117,13 @@ def _loha_difference(pieces: Mapping[str, Tensor], trained: LohaWeights, rows: s
 
 def _product(pieces: Mapping[str, Tensor], number: int) -> Tensor:
     """(out, in * kernel volume) of one of the two products, as a reader multiplies it."""
-    a, b = pieces[f"hada_w{number}_a"].float(), pieces[f"hada_w{number}_b"].float()
-    core = pieces.get(f"hada_t{number}")
-    return a @ b if core is None else torch.einsum("ij...,jr,ip->pr...", core.float(), b, a).flatten(1)
+    return pieces[f"hada_w{number}_a"].float() @ pieces[f"hada_w{number}_b"].float()
 
 
 def _rounding(pieces: Mapping[str, Tensor], number: int) -> Tensor:
     """How far each entry of that product may be off, as its factors were rounded independently."""
     squares = {name: piece.float() ** 2 for name, piece in pieces.items() if name != "alpha"}
-    factors = 2 + (f"hada_t{number}" in pieces)
-    return (factors * _product(squares, number)).sqrt() * _unit(pieces[f"hada_w{number}_a"])
+    return (2 * _product(squares, number)).sqrt() * _unit(pieces[f"hada_w{number}_a"])
 
 
 def _lokr_difference(pieces: Mapping[str, Tensor], trained: LokrWeights) -> Difference:
@@ -161,9 +156,6 @@ def _lokr_factor(pieces: Mapping[str, Tensor], number: int) -> Tensor | None:
         made = whole.double().flatten(1)
         return made
     a, b = pieces[f"lokr_w{number}_a"].double(), pieces[f"lokr_w{number}_b"].double()
-    core = pieces.get("lokr_t2") if number == 2 else None
-    if core is not None:
-        return torch.einsum("ij...,jr,ip->pr...", core.double(), b, a).flatten(1)
     if a.shape[-1] != b.shape[0]:
         return None
     made = a @ b
@@ -175,7 +167,7 @@ def _lokr_noise(pieces: Mapping[str, Tensor], number: int) -> float:
     squares = {name: piece.double() ** 2 for name, piece in pieces.items() if name != "alpha"}
     made = _lokr_factor(squares, number)
     any_piece = next(piece for name, piece in pieces.items() if name.startswith(f"lokr_w{number}"))
-    return 0.0 if made is None else float(3 * made.sum()) ** 0.5 * _unit(any_piece)
+    return 0.0 if made is None else float(2 * made.sum()) ** 0.5 * _unit(any_piece)
 
 
 def _oft_difference(blocks: Tensor, trained: Tensor, rows: slice | None) -> Difference:

@@ -74,7 +74,7 @@ def check_optimizer(section: AnyOptimizer, device: torch.device | str = "cpu") -
     build_optimizer(section, [{"params": [Parameter(torch.zeros(2, 2, device=device))]}])
 
 
-def state_bytes(section: AnyOptimizer, dtype: torch.dtype, device: torch.device) -> float:
+def state_bytes(section: AnyOptimizer, dtype: torch.dtype, device: torch.device | str) -> float:
     """Bytes of state that a weight of this type costs, from a step of a small matrix."""
     weight = Parameter(torch.ones(_TRIED, _TRIED, dtype=dtype, device=device))
     optimizer = build_optimizer(section, [{"params": [weight]}])

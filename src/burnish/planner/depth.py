@@ -56,10 +56,8 @@ def stands_for(shallow: Sequence[Run], deep: Sequence[Run]) -> bool:
     )
 
 
-def deepened(
-    profile: Profile, shallow: Sequence[Run], deep: Sequence[Run], *, singly: bool = False
-) -> Profile:
-    """The deep model's profile from the shallow one's; `singly`: weights are stepped one after the other."""
+def deepened(profile: Profile, shallow: Sequence[Run], deep: Sequence[Run]) -> Profile:
+    """The deep model's profile from the shallow one's."""
     sources: list[int] = []  # the shallow block that each deep one is like
     start = 0
     for few, many in zip(shallow, deep, strict=True):
@@ -88,7 +86,7 @@ def deepened(
         resident=profile.resident + after_bytes - before_bytes,
         first_level=profile.first_level + after_bytes - before_bytes,
         head_peak=profile.head_peak + after_bytes - before_bytes,
-        optimizer_peak=profile.optimizer_peak if singly else int(profile.optimizer_peak * ratio),
+        optimizer_peak=int(profile.optimizer_peak * (1 if profile.singly else ratio)),
         optimizer=_times(profile.optimizer, ratio),
     )
 

@@ -34,8 +34,7 @@ class Measure:
         if depth is None:
             return trace_step(lambda: self.skeleton(None), shape, replace(recipe, choices=choices), cuda=cuda)
         traced = trace_step(lambda: self.skeleton(depth), shape, replace(recipe, choices=choices), cuda=cuda)
-        singly = recipe.releases or recipe.offloads
-        return deepened(traced, shallow_runs, self._deep[0], singly=singly)
+        return deepened(traced, shallow_runs, self._deep[0])
 
     @cached_property
     def _deep(self) -> tuple[list[Run], Choices]:

@@ -49,6 +49,9 @@ class Profile:
     optimizer_peak: int  # above the level at which its turn begins
     outside: Work
     optimizer: Work
+    singly: bool = (
+        False  # weights are stepped one after the other: what a step takes does not grow with their number
+    )
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -235,7 +235,8 @@ def _step(
             with Answered():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return profile_of(counted, frozen, trained)
+    singly = isinstance(optimizer, OneByOne) and not optimizer.together
+    return replace(profile_of(counted, frozen, trained), singly=singly)
 
 
 def _touch_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:

@@ -1,4 +1,7 @@
-"""A file that was written is read back, key by key, and its effect compared with that of what it was made from."""
+"""A file that was written is read back, key by key, and its effect compared with that of what it was made from.
+
+A file that does not pass is removed.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from burnish.adapters.lora import LoraWeights
+from burnish.atomic import remove
 from burnish.errors import ExportError
 from burnish.family import NativeModule
 from burnish.toolbox.loading import groups, load
@@ -28,9 +32,10 @@ def reads_back(path: Path, model: Model) -> AdapterSource:
     source = AdapterSource(path, model.name)
     if source.unknown:
         source.file.close()
+        remove(path)
         raise ExportError(
             f"{path} does not read back: {len(source.unknown)} keys belong to nothing, such as {source.unknown[0]}",
-            remedy="The file must not be used; please report this.",
+            remedy="The file was removed. Please report this, with what `burnish adapter inspect` says of the source.",
         )
     return source
 
@@ -53,9 +58,10 @@ def same_effect(source: AdapterSource, path: Path, model: Model) -> float:
             for part, weights in expected.items():
                 off = _difference(weights, found.get(part))
                 if not off <= allowed:
+                    remove(path)
                     raise ExportError(
                         f"{path} does not read back: its effect on {part} is off by {off:.2g} of it",
-                        remedy="The file must not be used; please report this.",
+                        remedy="The file was removed. Please report this, with what `burnish adapter inspect` says of the source.",
                     )
                 largest = max(largest, off)
     return largest

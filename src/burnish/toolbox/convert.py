@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -178,6 +179,12 @@ def _carry_as_it_is(
     name = same_name(writer.model, target, writer.format)
     if adapter.is_dora and adapter.kind == "lora":
         _carry_dora(writer, target, adapter, carry)
+        return
+    if name is None and writer.format != "comfy" and not target.halves_swapped and adapter.splits_by_rows:
+        rows = writer.model.rows(target, adapter.shape[0])
+        for part, own in zip(target.holds, accumulate(rows, initial=0), strict=False):
+            count = rows[target.holds.index(part)]
+            _carry_as_it_is(writer, NativeModule(part, (part,)), adapter.rows(own, own + count), carry)
         return
     if name is None:
         raise _cannot(

@@ -196,6 +196,17 @@ class ModuleAdapter:
         down = down.reshape(down.shape[0], *self.shape[1:])
         return LoraWeights(down, up.reshape(*up.shape, *ones), self.scale * self.strength * down.shape[0])
 
+    @property
+    def splits_by_rows(self) -> bool:
+        """Whether what it does to some rows of the weight is an adapter of the same kind."""
+        return not self.is_dora and self.kind in ("loha", "full") and "hada_t1" not in self.pieces
+
+    def rows(self, begin: int, end: int) -> ModuleAdapter:
+        """What it does to some rows, where it splits by rows."""
+        by_row = ("hada_w1_a", "hada_w2_a", "diff", "diff_b")
+        pieces = {name: one[begin:end] if name in by_row else one for name, one in self.pieces.items()}
+        return replace(self, pieces=pieces, shape=(end - begin, *self.shape[1:]))
+
     def times(self, factor: float) -> ModuleAdapter:
         """The same with its effect multiplied."""
         return replace(self, strength=self.strength * factor)

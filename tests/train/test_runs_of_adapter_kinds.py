@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from runs import digest, last_checkpoint, picture_folder, run_config, short_prompts
 from safetensors.torch import load_file
+from torch import Tensor
 
+from burnish.adapters import lora
+from burnish.adapters.starts import principal_factors
 from burnish.errors import AdapterError, UserError
 from burnish.events import Listener
 from burnish.families.flux import Flux
@@ -45,9 +48,14 @@ def config_for(
     return run_config(model, pictures, output, told)
 
 
+def negated(*args: Any) -> tuple[Tensor, Tensor]:
+    down, up = principal_factors(*args)
+    return -down, -up
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_run_is_verified_and_ends_in_the_same_bits_when_interrupted(
-    model: Path, pictures: Path, tmp_path: Path, kind: str
+    model: Path, pictures: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = config_for(model, pictures, tmp_path / "straight", kind)
     result = train_run(straight, progress=Listener())
@@ -60,7 +68,10 @@ def test_a_run_is_verified_and_ends_in_the_same_bits_when_interrupted(
     shutil.rmtree(halves / "tiny" / "checkpoints" / f"step-{STEPS:08d}")
     for path in (halves / "tiny" / "adapters").iterdir():
         path.unlink()
-    again = train_run(config_for(model, pictures, halves, kind), progress=Listener())
+    if kind == "pissa":  # what another machine makes of the same weight may differ in signs
+        monkeypatch.setattr(lora, "principal_factors", negated)
+    streamed = {"memory.stream": 1.0}  # which changes no number
+    again = train_run(config_for(model, pictures, halves, kind, streamed), progress=Listener())
     assert digest(last_checkpoint(halves)) == whole
     assert again.adapter is not None
     first, second = load_file(result.adapter), load_file(again.adapter)
