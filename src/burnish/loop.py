@@ -49,9 +49,8 @@ class Training:
     accumulate: int = 1
     max_grad_norm: float = 1.0
     ema: Ema | None = None
-    constants: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # what parameters are relative to, in checkpoints
+    # What parameters are relative to, in checkpoints.
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
     model_identity: str = ""  # hash of the frozen weights: a checkpoint belongs to them
     data_fingerprint: str = ""  # of what is drawn in which order
     held_out_fingerprint: str = ""  # of what the held-out loss is measured on
@@ -64,9 +63,8 @@ class Training:
     validations_without_improvement: int = 0
     updating: bool = False  # inside the optimizer's update: weights and state are not to be saved now
     release: GradientRelease | None = None  # weights move in backward, not after it
-    told: Callable[[Batch], Batch] = field(
-        default=lambda batch: batch
-    )  # adds what is encoded in the step itself
+    # Adds to a batch what is encoded in the step itself.
+    told: Callable[[Batch], Batch] = field(default=lambda batch: batch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.own_weights import OwnWeights, choose_weights
 from burnish.adapters.targeting import choose_modules
 from burnish.adapters.words import NewWord, teach
-from burnish.config.method import AdapterMethod, Full, TextualInversion
+from burnish.config.method import AdapterMethod, AnyMethod, Full, TextualInversion
 from burnish.config.schema import RunConfig
 from burnish.errors import ConfigError
 from burnish.export.formats import refuse_unstackable, resolve_format
