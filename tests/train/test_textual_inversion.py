@@ -16,7 +16,7 @@ from runs import digest, last_checkpoint, run_config
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families_learn import load, ours, pictures, theirs
-from tiny import Case
+from tiny import Case, cases
 from tiny_pipelines import PIPELINES
 from torch import Tensor, nn
 
@@ -35,8 +35,8 @@ from burnish.tasks import held_noise
 TinyFolder = Callable[[str], Path]
 WORD = "<it>"
 SAID = f"a photo of {WORD} on a red chair"
-CASES = {name: Case(name, PIPELINES[name]) for name in ("sd15", "sdxl")}
-ENCODERS = {"sd15": {"clip_l": ""}, "sdxl": {"clip_l": "", "clip_g": "_2"}}
+CASES = {name: Case(name, PIPELINES[name]) for name in ("sd15", "sdxl")} | {"sd2": cases()["sd2"]}
+ENCODERS = {"sd15": {"clip_l": ""}, "sd2": {"clip_h": ""}, "sdxl": {"clip_l": "", "clip_g": "_2"}}
 
 
 @pytest.fixture
@@ -122,14 +122,15 @@ def test_a_word_is_learned_and_nothing_else_and_diffusers_draws_the_same(
         plain.setattr(test_families_learn, "CAPTION", SAID.replace(WORD, " ".join(["dog"] * 8)))
         before_drawn = ours(family, case)
     file = read(family, path)
-    assert sorted(file) == (["emb_params"] if name == "sd15" else ["clip_g", "clip_l"])
+    assert sorted(file) == (["clip_g", "clip_l"] if name == "sdxl" else ["emb_params"])
     with_word = ours(family, case)
     assert (with_word - before_drawn).abs().max() > 0.01, "there is no effect to compare"
     with_theirs = theirs(model, None, case, **parts_with_word(model, case, path))
     torch.testing.assert_close(with_word, with_theirs, atol=1e-4, rtol=0)
-    for vocabulary, one in zip(
-        family.vocabularies.values(), assembled.training.parameters.values(), strict=True
+    for (name, vocabulary), one in zip(
+        family.vocabularies.items(), assembled.training.parameters.values(), strict=True
     ):
+        assert torch.equal(file.get(name, file.get("emb_params")), one.detach())
         lengths = vocabulary.vectors.norm(dim=1)
         assert one.norm(dim=1).max() <= lengths.quantile(0.99) + 1e-5
         assert one.norm(dim=1).min() >= lengths.quantile(0.01) - 1e-5
@@ -229,9 +230,10 @@ def test_options_without_sense_for_a_word_are_named(tmp_path: Path) -> None:
         tmp_path,
         **{
             "memory.gradient_release": True,
+            "memory.budget": "8GiB",
             "save.format": "kohya",
             "train.optimizer": {"kind": "adamw_schedule_free", "learning_rate": 1e-3},
         },
     )
     named = [".".join(str(key) for key in path) for path, _ in contradictions(config)]
-    assert named[:3] == ["memory.gradient_release", "save.format", "method.lengths"]
+    assert named[:4] == ["memory.gradient_release", "memory.budget", "save.format", "method.lengths"]

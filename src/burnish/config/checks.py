@@ -72,6 +72,11 @@ def _of_words(config: RunConfig, method: TextualInversion) -> Iterator[tuple[Key
     for option in ("gradient_release", "offload_optimizer"):
         if getattr(config.memory, option):
             yield ("memory", option), f"{word}: there is nothing to save; take it out"
+    if config.memory.budget != "auto":
+        yield (
+            ("memory", "budget"),
+            "textual inversion is not planned; take it out, and set memory.activations",
+        )
     if config.save.format != "auto":
         yield (
             ("save", "format"),

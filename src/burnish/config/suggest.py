@@ -67,6 +67,15 @@ _OTHER_NAMES = {
     "alpha_mask": "loss_masks",
     "mask_path": "loss_masks",
     "diff_output_preservation": "preserve",
+    "placeholder_token": "token",
+    "placeholder": "token",
+    "token_string": "token",
+    "initializer_token": "initial",
+    "init_word": "initial",
+    "initial_embedding_text": "initial",
+    "num_vectors": "vectors",
+    "num_vectors_per_token": "vectors",
+    "token_count": "vectors",
 }
 
 

@@ -60,7 +60,7 @@ def write_word(
     except OSError as error:
         raise cannot_write(error, path, needed=len(data)) from error
     atomic_write_bytes(path, data)
-    _compare(path, tensors)
+    _compare(path, vectors, dtype)
     return WordWritten(
         len(next(iter(vectors.values()))), " ".join(vectors), str(dtype).removeprefix("torch.")
     )
@@ -80,12 +80,14 @@ def read_word(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _compare(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _compare(path: Path, vectors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """What a reader finds, beside the vectors as they trained."""
     found = read_word(path)
-    wrong = found.keys() ^ tensors.keys() or {
+    wanted = {name if name in found else ALONE: one for name, one in vectors.items()}
+    wrong = found.keys() ^ wanted.keys() or {
         name
-        for name, one in tensors.items()
-        if found[name].dtype != one.dtype or not torch.equal(found[name], one)
+        for name, one in wanted.items()
+        if found[name].dtype != dtype or not torch.equal(found[name], one.detach().cpu().to(dtype))
     }
     if wrong:
         raise ExportError(
