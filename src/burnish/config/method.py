@@ -137,6 +137,10 @@ class Lokr(Adapter):
     tucker: bool = Field(
         False, description="Thin matrices of convolutions larger than 1x1 in Tucker form, with a core."
     )
+    dora: bool = Field(
+        False,
+        description="Train the lengths of the weight's rows apart from their directions (DoRA, arXiv 2402.09353).",
+    )
 
     @model_validator(mode="after")
     def options_must_have_effect(self) -> Self:

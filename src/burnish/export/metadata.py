@@ -131,13 +131,14 @@ def _network(weights: Mapping[str, AdapterWeights]) -> dict[str, str]:
     tool writes it. LyCORIS' kinds name their algorithm instead."""
     kind = one_kind(weights)
     if kind not in ("lora", "dora"):
-        algorithm = {"oft": "diag-oft"}.get(kind, kind)
-        return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": algorithm})}
+        told = {"algo": {"oft": "diag-oft", "dokr": "lokr"}.get(kind, kind)}
+        told |= {"dora_wd": "True"} if kind == "dokr" else {}
+        return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(told)}
     loras = [one.untuckered() for one in weights.values() if isinstance(one, LoraWeights)]
     described = {"ss_network_module": "networks.lora"} | _ranks(loras)
     if kind == "dora":
-        told = json.loads(described.get("ss_network_args", "{}"))
-        described["ss_network_args"] = json.dumps({**told, "dora_wd": "True"})
+        args = json.loads(described.get("ss_network_args", "{}"))
+        described["ss_network_args"] = json.dumps({**args, "dora_wd": "True"})
     return described
 
 
