@@ -8,7 +8,7 @@ from pathlib import Path
 
 from burnish.config.data import DataSource, Folder
 from burnish.config.document import Document
-from burnish.config.method import Full, TextualInversion
+from burnish.config.method import Full, TextualInversion, trains_text
 from burnish.config.problems import KeyPath, Problem
 from burnish.config.schema import RunConfig
 
@@ -103,10 +103,17 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
                     ("data", index, "preserve"),
                     "takes the trigger's place, and there is no trigger; set trigger",
                 )
-    if isinstance(config.method, Full | TextualInversion):
-        what = "full fine-tuning does not keep" if isinstance(config.method, Full) else "knows no new word"
+    if isinstance(config.method, Full) or trains_text(config.method):
+        what = "knows no new word"
+        if not isinstance(config.method, TextualInversion):
+            full = isinstance(config.method, Full)
+            what = (
+                "full fine-tuning does not keep"
+                if full
+                else "reads captions otherwise with method.text_encoders"
+            )
         for place in asking:
-            text = f"asks the model as it was before training, which {what}; train an adapter"
+            text = f"asks the model as it was before training, which {what}; train an adapter of the denoiser alone"
             yield ("data", index, *place), text
 
 
