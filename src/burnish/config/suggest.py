@@ -67,6 +67,13 @@ _OTHER_NAMES = {
     "alpha_mask": "loss_masks",
     "mask_path": "loss_masks",
     "diff_output_preservation": "preserve",
+    "class_prompt": "prompts",
+    "class_data_dir": "path",
+    "num_class_images": "count",
+    "prior_loss_weight": "weight",
+    "instance_data_dir": "path",
+    "instance_prompt": "default",
+    "is_reg": "role",
 }
 
 
