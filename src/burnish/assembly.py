@@ -115,6 +115,7 @@ def kept_together(config: RunConfig, device: torch.device, warn: Callable[[str],
     memory = config.memory
     moves = {"stream": 0.0} if memory.stream not in (0.0, "auto") else {}
     moves |= {"offload_activations": False} if memory.offload_activations is True else {}
+    moves |= {"offload_optimizer": False} if memory.offload_optimizer else {}
     if not moves or device.type != "cuda" or not shares_memory(device):
         return config
     named = " and ".join(f"memory.{option}" for option in moves)

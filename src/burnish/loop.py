@@ -49,7 +49,8 @@ class Training:
     accumulate: int = 1
     max_grad_norm: float = 1.0
     ema: Ema | None = None
-    constants: Mapping[str, Tensor] = field(default_factory=dict)  # what parameters are relative to, in checkpoints
+    # What parameters are relative to, in checkpoints.
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
     model_identity: str = ""  # hash of the frozen weights: a checkpoint belongs to them
     data_fingerprint: str = ""  # of what is drawn in which order
     held_out_fingerprint: str = ""  # of what the held-out loss is measured on

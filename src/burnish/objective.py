@@ -150,7 +150,7 @@ class Denoising:
         loss_B = self._loss(batch, targets, predicted, t_B)
         if self.weighting is not None:
             loss_B = loss_B * sent(weight_at(self.weighting, self.schedule, t_B), device)
-        if any(part.weight != 1 for part in self.timesteps.emphasis):
+        if self.timesteps.emphasis:
             loss_B = loss_B * sent(self.timesteps.weight(t_B), device)
         return loss_B
 

@@ -1,4 +1,4 @@
-"""What a save leaves for use elsewhere, read back and verified: an adapter per denoiser, or the denoisers themselves."""
+"""What a save leaves for use elsewhere, read back and verified: an adapter per denoiser, or whole denoisers."""
 
 from __future__ import annotations
 

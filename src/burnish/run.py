@@ -210,9 +210,9 @@ def saved_when_memory_runs_out(assembled: Assembled) -> Iterator[None]:
         state = f"the state of step {kept[-1]} is saved" if kept else "nothing was trained yet"
         raise OutOfMemory(
             f"step {run.step + 1} does not fit in memory on {run.device}; {state}",
-            remedy="Most saved first: memory.activations: recompute; memory.stream: 1.0, weights in host memory; "
-            "train.batch_size: 1 with train.accumulate to make up for it; a smaller number in data.resolutions (memory "
-            "grows with its square).",
+            remedy="Most saved first: memory.activations: recompute; memory.stream: 1.0, weights in host memory; of "
+            "whole models memory.offload_optimizer and memory.gradient_release; train.batch_size: 1 with "
+            "train.accumulate to make up for it; a smaller number in data.resolutions (memory grows with its square).",
         ) from error
 
 

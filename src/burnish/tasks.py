@@ -174,7 +174,7 @@ class Save:
         self.written[label] = run.step
 
     def when_there_is_space(self, write: Callable[[], Facts]) -> Facts:
-        """What `write` gives; at a full disk, and if waiting is wanted, it is called again until there is space or a stop.
+        """What `write` gives; at a full disk it is called again, if waiting is wanted, until there is space or a stop.
 
         Raises:
             DiskFull: it is full, and waiting is not wanted or was ended by a stop.

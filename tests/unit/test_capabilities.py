@@ -107,7 +107,7 @@ def test_pinning_and_free_memory_by_device(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_nothing_is_moved_between_parts_of_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     data = [{"kind": "folder", "path": "here"}]
-    memory = {"stream": 0.5, "offload_activations": True}
+    memory = {"stream": 0.5, "offload_activations": True, "offload_optimizer": True}
     asked = {"name": "a", "model": {"path": "b"}, "data": data, "memory": memory}
     config = RunConfig.model_validate(asked)
     warnings: list[str] = []
@@ -117,8 +117,8 @@ def test_nothing_is_moved_between_parts_of_one_memory(monkeypatch: pytest.Monkey
     assert not warnings
     set_device(monkeypatch, "NVIDIA GB10", integrated=True)
     found = kept_together(config, CUDA, warnings.append).memory
-    assert (found.stream, found.offload_activations) == (0.0, False)
-    assert "memory.stream and memory.offload_activations left off" in warnings[0]
+    assert (found.stream, found.offload_activations, found.offload_optimizer) == (0.0, False, False)
+    assert "memory.stream and memory.offload_activations and memory.offload_optimizer left off" in warnings[0]
     plain = RunConfig.model_validate({**asked, "memory": {}})
     assert kept_together(plain, CUDA, pytest.fail) is plain
 

@@ -269,3 +269,37 @@ def test_the_folder_of_masks_starts_at_the_config(tmp_path: Path, monkeypatch: p
     assert isinstance(source, Folder)
     assert isinstance(source.loss_masks, FolderMasks)
     assert source.loss_masks.path == tmp_path / "c" / "m"
+
+
+def test_sound_is_learned_but_where_the_whole_sample_is_to_stay() -> None:
+    """Frames that are masked in part leave the sound alone; one that is held to the model holds its sound as well."""
+    off = {"now": False}
+
+    @contextmanager
+    def frozen() -> Iterator[None]:
+        off["now"] = True
+        yield
+        off["now"] = False
+
+    def both(noisy: Tensor, sound: Tensor, t_B: Tensor, told: Conditioning) -> tuple[Tensor, Tensor]:
+        return noisy * 0, sound * (0.25 if off["now"] else 0.5)
+
+    draw = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 2, 4, 2, 3, 5, generator=draw)
+    sound, hiss = torch.randn(2, 2, 3, 7, 4, generator=draw)
+    counted = torch.zeros(2, 1, 1, 3, 5)
+    counted[0, ..., :2] = 1
+    kept = torch.zeros(2, 1, 1, 3, 5)
+    kept[1] = 1
+    names = ("learned", "stays")
+    batch = Batch(data, Conditioning({}), torch.ones(2), names, names, 0, sound, counted, kept)
+    family: Any = SimpleNamespace(capabilities=Capabilities(), audio=SimpleNamespace(predict=both))
+    objective = Denoising(Schedule("velocity", {}), frozen=frozen)
+    t = torch.tensor([0.4, 0.4])
+    loss_B = objective.losses_at(family, batch, noise, t, audio_noise_BCLF=hiss)
+    heard = 0.6 * sound + 0.4 * hiss
+    frames = (counted * (noise - data) ** 2).mean((1, 2, 3, 4))
+    expected = frames + torch.stack(
+        [((0.5 * heard - (hiss - sound)) ** 2)[0].mean(), ((0.25 * heard) ** 2)[1].mean()]
+    )
+    torch.testing.assert_close(loss_B, expected)

@@ -130,9 +130,7 @@ KINDS: tuple[AdapterMethod, ...] = (
 )
 
 
-@pytest.mark.parametrize(
-    "method", KINDS, ids=lambda method: type(method).__name__ + "-".join(method.model_fields_set)
-)
+@pytest.mark.parametrize("method", KINDS, ids=lambda method: type(method).__name__)
 def test_a_traced_step_of_every_kind_of_adapter_takes_what_the_allocator_says(
     tiny_folder: TinyFolder, method: AdapterMethod
 ) -> None:

@@ -136,7 +136,7 @@ class Save(Section):
     format: Literal["auto", "kohya", "diffusers", "comfy"] = Field(
         "auto",
         description="Key names of the adapter; `auto` loads in ComfyUI and diffusers alike. Of whole models: a part "
-        "of a diffusers folder, a single file in the names of the release, or with `auto` both where there are such names.",
+        "of a diffusers folder, a single file in the names of the release, or with `auto` both where such names exist.",
     )
     on_disk_full: Literal["stop", "wait"] = Field(
         "stop", description="Stop with exit code 3, or wait until space is free."
@@ -201,8 +201,8 @@ class Memory(Section):
     )
     gradient_release: bool = Field(
         False,
-        description="Each weight moves in backward, as soon as its gradient is there, which is then let go: no more than "
-        "a few gradients are in memory. `train.max_grad_norm` then clips each weight's gradient by itself.",
+        description="Each weight moves in backward, as soon as its gradient is there, which is then let go: no more "
+        "than a few gradients are in memory. `train.max_grad_norm` then clips each weight's gradient by itself.",
     )
     offload_optimizer: bool = Field(
         False,

@@ -61,6 +61,12 @@ _OTHER_NAMES = {
     "multires_noise_iterations": "multires",
     "ip_noise_gamma": "input_perturbation",
     "timestep_bias_strategy": "emphasis",
+    "debiased_estimation_loss": "weighting",
+    "huber_c": "delta",
+    "masked_loss": "loss_masks",
+    "alpha_mask": "loss_masks",
+    "mask_path": "loss_masks",
+    "diff_output_preservation": "preserve",
 }
 
 

@@ -34,7 +34,7 @@ class Timesteps:
 
     def draw(self, schedule: Schedule, shift: float, generators: Sequence[torch.Generator]) -> Tensor:
         """Times in [0, 1], one per generator, shape (B,), float32 on the CPU."""
-        if not any(part.drawn != 1 for part in self.emphasis):
+        if not self.emphasis or all(part.drawn == 1 for part in self.emphasis):
             return self.placed(
                 torch.stack([drawn(self.law, generator) for generator in generators]), schedule, shift
             )

@@ -35,7 +35,7 @@ def reads_back(path: Path, model: Model) -> AdapterSource:
         remove(path)
         raise ExportError(
             f"{path} does not read back: {len(source.unknown)} keys belong to nothing, such as {source.unknown[0]}",
-            remedy="The file was removed. Please report this, with what `burnish adapter inspect` says of the source.",
+            remedy="The file was removed. Please report it.",
         )
     return source
 
@@ -61,7 +61,7 @@ def same_effect(source: AdapterSource, path: Path, model: Model) -> float:
                     remove(path)
                     raise ExportError(
                         f"{path} does not read back: its effect on {part} is off by {off:.2g} of it",
-                        remedy="The file was removed. Please report this, with what `burnish adapter inspect` says of the source.",
+                        remedy="The file was removed. Please report it.",
                     )
                 largest = max(largest, off)
     return largest

@@ -128,7 +128,7 @@ def _leading(matrix: Tensor, choice: RankChoice, total: float) -> tuple[Tensor, 
     shorter = min(matrix.shape)
     wanted = min(choice.rank or _FIRST_GUESS, shorter)
     while shorter > EXACT_UP_TO and wanted + _SPARE < shorter // 3:
-        found = _iterated(matrix, wanted, total)
+        found = _iterated(matrix, wanted, choice, total)
         if found is None:
             break
         if choice.is_answered(found[1], total):
@@ -138,27 +138,32 @@ def _leading(matrix: Tensor, choice: RankChoice, total: float) -> tuple[Tensor, 
     return u, s, vh.T
 
 
-def _iterated(matrix: Tensor, wanted: int, total: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def _iterated(
+    matrix: Tensor, wanted: int, choice: RankChoice, total: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """The `wanted` leading directions; None where the iteration does not settle."""
     rows, columns = matrix.shape
     if rows < columns:
-        found = _iterated(matrix.T, wanted, total)
+        found = _iterated(matrix.T, wanted, choice, total)
         return None if found is None else (found[2], found[1], found[0])
     generator = torch.Generator().manual_seed(rows * 1_000_003 + columns)
     start = torch.randn(columns, wanted + _SPARE, generator=generator)
-    basis, held = torch.linalg.qr(matrix @ start)[0], -1.0
+    basis, before = torch.linalg.qr(matrix @ start)[0], torch.zeros(wanted, dtype=torch.float64)
     for _ in range(_ROUNDS):
         small = basis.T @ matrix
         values, vectors = torch.linalg.eigh(small.double() @ small.double().T)
-        now = float(values[-wanted:].sum())
-        if held >= 0 and now - held <= _NEGLIGIBLE * (total - now) + _ROUNDING * total:
-            order = torch.arange(len(values) - 1, len(values) - 1 - wanted, -1)
-            s = values[order].clamp(min=0).sqrt()
+        order = torch.arange(len(values) - 1, len(values) - 1 - wanted, -1)
+        now = values[order].clamp(min=0)
+        # Directions beyond those that are kept may still turn.
+        kept = choice.count(now.sqrt(), total)
+        held, gained = float(now[:kept].sum()), float((now - before)[:kept].sum())
+        if gained <= _NEGLIGIBLE * (total - held) + _ROUNDING * total:
+            s = now.sqrt()
             u = basis @ vectors[:, order].float()
             # A direction without length has no right vector; its place does not matter.
             v = (small.T @ vectors[:, order].float()) / s.clamp(min=1e-30).float()
             return u, s.float(), v
-        held = now
+        before = now
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(small.T)[0])[0]
     return None
 
