@@ -344,6 +344,8 @@ class _Planner:
         used = profiles[settings.weights][settings.modes[0]]
         step = self._evaluated(profiles[settings.weights], settings, Beside(always=beside.always))
         kept = ", ".join(f"{count} x {mode}" for mode, count in settings.kept.items())
+        if best.waiting:
+            kept += f", {best.waiting / GIB:.1f} GiB of it in host memory until backward"
         weights = sum(used.weights) + used.weights_outside
         trained = sum(used.trained) + used.trained_outside
         where = "" if not best.host else f"; {best.host / GIB:.1f} GiB of them in host memory"
