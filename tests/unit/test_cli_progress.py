@@ -97,7 +97,7 @@ def everything(listener: PlainProgress | TerminalProgress) -> None:
     listener.warned("a caption is [bold]empty[/bold]")
     listener.stepped(report(11))
     listener.finished(
-        RunResult("done", 100, FOLDER, FOLDER / "a.safetensors", 10, 0.125, ["1 batch skipped"])
+        RunResult("done", 100, FOLDER, FOLDER / "adapters" / "a.safetensors", 10, 0.125, ["1 batch skipped"])
     )
 
 
@@ -110,7 +110,7 @@ TOLD = (
     "done at step 100",
     "1 batch skipped",
     "best held-out loss 0.12500 at step 10",
-    "adapter: runs/robot/a.safetensors",
+    "adapter: runs/robot/adapters/a.safetensors",
 )
 
 
