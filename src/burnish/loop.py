@@ -63,6 +63,8 @@ class Training:
     validations_without_improvement: int = 0
     updating: bool = False  # inside the optimizer's update: weights and state are not to be saved now
     release: GradientRelease | None = None  # weights move in backward, not after it
+    # Adds to a batch what is encoded in the step itself.
+    told: Callable[[Batch], Batch] = field(default=lambda batch: batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ def take(run: Training) -> Generator[Batch, None, None]:
 def micro_step(run: Training, batch: Batch, samples: int) -> Judged:
     """Forward and backward of one micro-batch; gradients add up to those of the mean over the step's `samples`."""
     seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
-    loss_B, t_B = run.objective.losses(run.family, batch, run.seed)
+    loss_B, t_B = run.objective.losses(run.family, run.told(batch), run.seed)
     scaled = run.scaler.scale((loss_B * batch.weight_B).sum() / samples)
     torch.autograd.backward(scaled)
     return Judged(batch, loss_B.detach(), t_B)
@@ -168,7 +170,7 @@ def released_step(
         NonFiniteLoss: the loss is NaN or inf; the weights are as they were before the step.
     """
     seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
-    loss_B, t_B = run.objective.losses(run.family, batch, run.seed)
+    loss_B, t_B = run.objective.losses(run.family, run.told(batch), run.seed)
     loss = (loss_B * batch.weight_B).sum() / samples
     judged = [Judged(batch, loss_B.detach(), t_B)]
     value = float(

@@ -90,7 +90,10 @@ def everything(listener: PlainProgress | TerminalProgress) -> None:
     listener.stepped(report(1))
     listener.validated(10, 0.125, True)
     listener.saved(
-        10, FOLDER / "checkpoints", FOLDER / "a.safetensors", {"keys": 88, "difference": 0.0012345}
+        10,
+        FOLDER / "checkpoints",
+        FOLDER / "adapters" / "a.safetensors",
+        {"keys": 88, "difference": 0.0012345},
     )
     listener.phase("drawing samples", 1, 2)
     listener.sampled(10, [FOLDER / "samples" / "1.png"])
@@ -104,7 +107,7 @@ def everything(listener: PlainProgress | TerminalProgress) -> None:
 TOLD = (
     "checking pictures: 20/20",
     "step 10: held-out loss 0.12500, the best so far",
-    "step 10: saved and verified runs/robot/a.safetensors (keys 88, difference 0.00123)",
+    "step 10: saved and verified runs/robot/adapters/a.safetensors (keys 88, difference 0.00123)",
     "step 10: 1 picture(s) in runs/robot/samples",
     "note: a caption is [bold]empty[/bold]",
     "done at step 100",

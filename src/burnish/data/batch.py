@@ -31,6 +31,7 @@ class Batch:
     kept: Tensor | None = (
         None  # of the error against what the model said before training; only with `counted`
     )
+    captions: tuple[str, ...] = ()  # as drawn, for methods that encode them in the step
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         return replace(
