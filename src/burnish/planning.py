@@ -53,6 +53,7 @@ FRAGMENTED = int(0.4 * GIB)
 WORTH_COMPILING = 300  # micro-steps
 REFERENCE_TOKENS = 1369  # of a picture that a text encoder sees: a megapixel in patches of 28 x 28
 CLIP_TOKENS = 77
+HOST_ELSEWHERE = 32  # GiB of host memory, or twice the card's, where the card is not here
 HOST_SHARE = 0.7  # of free host memory may be taken; pinned pages cannot be swapped
 TEXT_ENCODERS: frozenset[Part] = frozenset({"text_encoders"})
 
@@ -221,25 +222,7 @@ class _Planner:
             "encoding", vae, largest, partial(encoding_phase, vae, largest, cuda=self.cuda)
         )
         drawn = self._drawn()
-        for formats in self.formats():
-            limits = Limits(
-                weights=formats,
-                modes=modes,
-                stream=self._stream(),
-                offload=self._offload(),
-                host=self._host(),
-                beside=drawn[0],
-            )
-            for tried in self._tried(modes):
-                profiles: Profiles = {
-                    kept_as: {mode: self.profile(largest, kept_as, mode) for mode in tried}
-                    for kept_as in formats
-                }
-                found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
-                if found and set(preferred(found).settings.modes) == {"keep"}:
-                    break
-            if found and not preferred(found).host:
-                break
+        found, profiles, limits = self._search(largest, modes, drawn[0])
         if not found or pictures.peak > self.budget or captions[1].peak > self.budget:
             raise self._nothing_fits(profiles, limits, captions[1], pictures)
         best = preferred(found)
@@ -266,6 +249,38 @@ class _Planner:
             notes=tuple(self.notes),
         )
 
+    def _search(
+        self, largest: Shape, modes: tuple[Mode, ...] | None, beside: Beside
+    ) -> tuple[list[Choice], Profiles, Limits]:
+        """All settings that fit, and what was tried last; slower ways only where those before them do not fit."""
+        for offload in self._offload():
+            for formats in self.formats():
+                limits = Limits(
+                    weights=formats,
+                    modes=modes,
+                    stream=self._stream(),
+                    offload=offload,
+                    host=self._host(),
+                    beside=beside,
+                )
+                found, profiles = self._fitting(largest, limits)
+                if found and not preferred(found).host:
+                    break
+            if found:
+                break
+        return found, profiles, limits
+
+    def _fitting(self, largest: Shape, limits: Limits) -> tuple[list[Choice], Profiles]:
+        for tried in self._tried(limits.modes):
+            profiles: Profiles = {
+                kept_as: {mode: self.profile(largest, kept_as, mode) for mode in tried}
+                for kept_as in limits.weights
+            }
+            found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
+            if found and set(preferred(found).settings.modes) == {"keep"}:
+                break
+        return found, profiles
+
     @staticmethod
     def _tried(modes: tuple[Mode, ...] | None) -> list[tuple[Mode, ...]]:
         """Settings to trace; those in the middle only where all cannot be kept."""
@@ -283,15 +298,20 @@ class _Planner:
         return None if wanted == "auto" else float(wanted)
 
     def _offload(self) -> tuple[bool, ...]:
-        """On a CPU nothing is gained: it is the host."""
+        """In this order. On a CPU nothing is gained: it is the host."""
         wanted = self.config.memory.offload_activations
         if wanted == "auto":
             return (False, True) if self.cuda and not self.rates.unified else (False,)
         return (wanted,)
 
     def _host(self) -> int | None:
-        """Of the host's free memory some is left to what else runs there."""
-        return None if self.card.host_gib is None else int(HOST_SHARE * self.card.host_gib * GIB)
+        """Of the host's free memory some is left to what else runs there; nobody knows that of a card elsewhere."""
+        if self.rates.unified:
+            return None
+        free = self.card.host_gib
+        if free is None:
+            free = max(HOST_ELSEWHERE, 2 * self.card.gib)
+        return int(HOST_SHARE * free * GIB)
 
     def _captions(self) -> tuple[str, Phase]:
         """The first format of text encoders that fits, or the pinned one."""
@@ -349,6 +369,8 @@ class _Planner:
         used = profiles[settings.weights][settings.modes[0]]
         step = self._evaluated(profiles[settings.weights], settings, Beside(always=beside.always))
         kept = ", ".join(f"{count} x {mode}" for mode, count in settings.kept.items())
+        if best.waiting:
+            kept += f", {best.waiting / GIB:.1f} GiB of it in host memory until backward"
         weights = sum(used.weights) + used.weights_outside
         trained = sum(used.trained) + used.trained_outside
         where = "" if not best.host else f"; {best.host / GIB:.1f} GiB of them in host memory"
@@ -425,7 +447,7 @@ class _Planner:
         limits = Limits(
             (settings.weights,),
             stream=None if wanted == "auto" else settings.stream,
-            offload=(settings.offload,),
+            offload=settings.offload,
             host=self._host(),
         )
         found: list[Choice] = []
