@@ -67,6 +67,17 @@ _OTHER_NAMES = {
     "alpha_mask": "loss_masks",
     "mask_path": "loss_masks",
     "diff_output_preservation": "preserve",
+    "target_class": "target",
+    "positive_prompt": "positive",
+    "negative_prompt": "negative",
+    "unconditional": "negative",
+    "guidance_strength": "guidance",
+    "attributes": "preserve",
+    "concept_slider": "slider",
+    "dpo": "preference",
+    "beta_dpo": "beta",
+    "dpo_beta": "beta",
+    "loser": "rejected",
 }
 
 
