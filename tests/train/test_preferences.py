@@ -41,12 +41,15 @@ class Accuracies(Listener):
         self.found: list[float] = []
 
     def stepped(self, report: StepReport) -> None:
-        assert report.accuracy is not None
-        self.found.append(report.accuracy)
+        if report.accuracy is not None:  # a step of pairs
+            self.found.append(report.accuracy)
 
 
 @torch.no_grad()
-def test_what_is_preferred_becomes_easier_to_say_than_what_is_not(pairs: Path, tmp_path: Path) -> None:
+def test_what_is_preferred_becomes_easier_to_say_and_what_is_not_becomes_harder(
+    pairs: Path, tmp_path: Path
+) -> None:
+    """Beside the pairs the preferred pictures are learned as such: pairs alone leave their own error free to rise."""
     source = {
         "path": str(pairs / "wanted"),
         "resolutions": [SIDE],
@@ -54,8 +57,9 @@ def test_what_is_preferred_becomes_easier_to_say_than_what_is_not(pairs: Path, t
         "repeats": 8,
         "preference": {"rejected": str(pairs / "unwanted"), "beta": 500},
     }
+    plain = {name: source[name] for name in ("path", "resolutions", "captions", "repeats")}
     values = {
-        "data": [source],
+        "data": [source, plain],
         "model.path": "demo",
         "method": {"rank": 4, "targets": "attention"},
         "train.steps": 24,
@@ -66,10 +70,9 @@ def test_what_is_preferred_becomes_easier_to_say_than_what_is_not(pairs: Path, t
     heard = Accuracies()
     with torch.enable_grad():
         result = train_run(run_config(Path("demo"), pairs, tmp_path, values, "preferred"), progress=heard)
-    assert result.best_loss is not None
-    #assert result.best_loss < 0.6  # of a pair that was held out; ln 2 where nothing is told apart
+    assert result.best_loss is not None  # of a pair that was held out, and of its preferred picture
     assert heard.found[0] == 0.5  # nothing learned yet
-    assert sum(heard.found[-8:]) / 8 > 0.8
+    assert sum(heard.found[-6:]) / 6 > 0.8
     logged = RunFolder(tmp_path / "preferred").metrics("accuracy")
     assert [value for _, value in logged] == heard.found
 
@@ -95,9 +98,9 @@ def test_what_is_preferred_becomes_easier_to_say_than_what_is_not(pairs: Path, t
     assert result.adapter is not None
     attach_adapter(family, result.adapter, print)
     after = errors()
-    print("REL", result.best_loss, heard.found, before, after)
     relative = {name: after[name] / before[name] for name in before}
-    assert relative["wanted"] < 0.9 * relative["unwanted"], relative
+    assert relative["wanted"] < 1 < relative["unwanted"], relative
+    assert relative["wanted"] < 0.97 * relative["unwanted"], relative
 
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
