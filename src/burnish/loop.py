@@ -63,6 +63,8 @@ class Training:
     validations_without_improvement: int = 0
     updating: bool = False  # inside the optimizer's update: weights and state are not to be saved now
     release: GradientRelease | None = None  # weights move in backward, not after it
+    # Adds to a batch what is encoded in the step itself.
+    told: Callable[[Batch], Batch] = field(default=lambda batch: batch)
 
 
 def train(
@@ -148,7 +150,7 @@ def micro_step(run: Training, batch: Batch, samples: int) -> list[Turn]:
     """
     seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
     judged = []
-    with closing(run.objective.turns(run.family, batch, run.seed)) as turns:
+    with closing(run.objective.turns(run.family, run.told(batch), run.seed)) as turns:
         for turn in turns:
             scaled = run.scaler.scale((turn.loss_B * turn.weight_B).sum() / samples)
             torch.autograd.backward(scaled)
@@ -165,7 +167,9 @@ def released_step(
         NonFiniteLoss: the loss is NaN or inf; the weights are as they were before the step.
     """
     seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
-    (turn,) = run.objective.turns(run.family, batch, run.seed)  # sliders, which have two, are refused
+    (turn,) = run.objective.turns(
+        run.family, run.told(batch), run.seed
+    )  # sliders, which have two, are refused
     loss = (turn.loss_B * turn.weight_B).sum() / samples
     judged = [replace(turn, loss_B=turn.loss_B.detach())]
     value = float(

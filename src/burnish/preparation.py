@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from burnish.config.data import Folder, Generated
-from burnish.config.method import Full
+from burnish.config.method import Full, TextualInversion
 from burnish.config.schema import RunConfig, SamplePrompt, Size
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
@@ -24,11 +24,12 @@ from burnish.data.plan import BatchPlan
 from burnish.data.preflight import PreparedData, prepare_samples
 from burnish.data.prepare import EncodeCounts, encode_captions, encode_latents, encode_seen_captions, flips
 from burnish.data.samples import Sample, all_captions, hold_out
+from burnish.errors import DataError, UserError
 from burnish.events import Listener
 from burnish.export.formats import format_of_kind
 from burnish.export.kinds import kind_of_method
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family
+from burnish.family import Family, Part
 from burnish.model import ChosenModel, choose_model
 from burnish.prior import drawn_folder
 from burnish.run_folder import RunFolder
@@ -48,10 +49,27 @@ class Prepared:
     requests: list[EncodedRequest]
     tag_frequency: Mapping[str, Mapping[str, int]]  # by source: how often each tag stands in the captions
     config_hash: str
+    # Where prompts are encoded in the step, because text encoders are trained: what to draw, not encoded yet.
+    encoded: bool = True
+    asked: Sequence[PictureRequest] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What training loads."""
+        text: tuple[Part, ...] = () if self.encoded else ("text_encoders",)
+        return ("denoiser", "vae", *text) if self.requests or self.asked else ("denoiser", *text)
 
     def batches(self, start: int, *, workers: int, plan: BatchPlan | None = None) -> Iterator[Batch]:
         """Batches of micro-step `start` and all after it, without end."""
-        return batches(plan or self.plan, self.cache, self.keys, self.family, start=start, workers=workers)
+        return batches(
+            plan or self.plan,
+            self.cache,
+            self.keys,
+            self.family,
+            start=start,
+            workers=workers,
+            encoded=self.encoded,
+        )
 
 
 def check_data(
@@ -120,9 +138,32 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
 
     Raises:
         AdapterError: no program reads this kind of adapter of this family in `save.format`.
+        UserError: the family cannot be taught words.
     """
+    if isinstance(config.method, TextualInversion):
+        if not family.capabilities.new_words:
+            raise UserError(
+                f"method.kind: textual_inversion, and {family.title} cannot be taught words here",
+                remedy="Train an adapter (method.kind: lora); families with CLIP alone can: sd15, sd2, sdxl.",
+            )
+        return
     if not isinstance(config.method, Full):
         format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+
+
+def refuse_unsaid_word(config: RunConfig, samples: Sequence[Sample]) -> None:
+    """Raises:
+    DataError: the word to be learned stands in no caption.
+    """
+    if not isinstance(config.method, TextualInversion):
+        return
+    word = config.method.token
+    if any(word in text.lower() for sample in samples for text in sample.captions(config.seed)):
+        return
+    raise DataError(
+        f"method.token: no caption says {word!r}, so nothing would be learned",
+        remedy=f'Set data: captions: prefix: "a photo of {word}, ", or write the word into the caption files.',
+    )
 
 
 def folders(config: RunConfig) -> list[Folder]:
@@ -158,6 +199,7 @@ def prepare(
     checked = check_data(config, sources, family, folder, events)
     samples = checked.samples
     trained, held = split(config, samples)
+    refuse_unsaid_word(config, trained)
     if config.train.loader_workers and config.memory.cache == "ram":
         events.warned("train.loader_workers has no effect with memory.cache: ram, which is read in the loop")
 
@@ -167,7 +209,11 @@ def prepare(
     keys = CacheKeys.of(family, dtype)
     seen = [picture for sample in (*trained, *held) for picture in sample.pictures]
     encode_masks(seen, family.latents, cache, keys)
-    requests = encode(config, model, checked, seen, folder, cache, keys, device, dtype, events)
+    in_step = isinstance(config.method, TextualInversion)
+    requests = []
+    if not in_step:
+        requests = encode_texts(config, model, checked, seen, folder, cache, keys, device, dtype, events)
+    requests = encode(model, seen, requests, cache, keys, device, dtype, events)
     return Prepared(
         model=model,
         family=family,
@@ -178,6 +224,8 @@ def prepare(
         requests=requests,
         tag_frequency=tag_frequency(samples, config.data),
         config_hash=config_hash,
+        encoded=not in_step,
+        asked=sample_requests(config) if in_step else (),
     )
 
 
@@ -196,7 +244,7 @@ def draw_source(
     )
 
 
-def encode(
+def encode_texts(
     config: RunConfig,
     model: ChosenModel,
     checked: PreparedData,
@@ -208,7 +256,7 @@ def encode(
     dtype: torch.dtype,
     events: Listener,
 ) -> list[EncodedRequest]:
-    """Fill the cache and encode the sample prompts; a part that nothing asks for is not loaded."""
+    """Fill the cache with captions and encode the sample prompts; what nothing asks for is not loaded."""
     captions = all_captions([sample for sample in samples if not keys.sees(sample)], config.seed)
     requests: list[EncodedRequest] = []
     if config.sample.prompts or any(
@@ -232,6 +280,20 @@ def encode(
         say_repaired(counts, "captions", events.warned)
         requests = encode_requests(encoder, sample_requests(config))
         encoder.release("text_encoders")
+    return requests
+
+
+def encode(
+    model: ChosenModel,
+    samples: Sequence[Sample],
+    requests: list[EncodedRequest],
+    cache: Cache,
+    keys: CacheKeys,
+    device: torch.device,
+    dtype: torch.dtype,
+    events: Listener,
+) -> list[EncodedRequest]:
+    """Fill the cache with latents, and give requests what the denoiser is told about their references."""
     shown = any(one.request.references for one in requests)
     if shown or any(
         cache.get("latents", key) is None for sample in samples for key in latent_keys(sample, keys)

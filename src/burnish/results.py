@@ -14,9 +14,11 @@ from torch import Tensor
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.own_weights import OwnWeights
+from burnish.adapters.words import NewWord
 from burnish.export.adapter_file import write_adapter
 from burnish.export.denoiser_file import write_folder, write_single_file
 from burnish.export.verify import verify_adapter
+from burnish.export.word_file import write_word
 from burnish.loop import Training
 from burnish.optim.schedule_free import averaged_point, is_schedule_free
 
@@ -122,6 +124,26 @@ class DenoiserFile:
             values = _state(run, self.part, self.weights)
             told = self.metadata(run, self.part)
             return write_single_file(path, run.family, self.part, values, self.dtype, told).facts()
+
+
+@dataclass(frozen=True, slots=True)
+class WordResult:
+    """A new word in all text encoders: `<stem><label>.safetensors`."""
+
+    words: Mapping[str, NewWord]
+    folder: Path
+    stem: str
+    dtype: torch.dtype
+    metadata: Metadata
+
+    def path(self, label: str) -> Path:
+        return self.folder / f"{self.stem}{label}.safetensors"
+
+    def write(self, run: Training, path: Path) -> Facts:
+        first = next(iter(self.words))
+        with averaged(run):
+            vectors = {name: one.vectors_ND for name, one in self.words.items()}
+            return write_word(path, vectors, self.dtype, self.metadata(run, first)).facts()
 
 
 def _own_average(run: Training) -> AbstractContextManager[None]:

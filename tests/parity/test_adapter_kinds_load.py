@@ -26,6 +26,7 @@ CASES = cases()
 DORA = Lora(rank=3, alpha=5.0, dora=True, targets="attention+mlp")
 ALL_DORA = Lora(rank=3, alpha=5.0, dora=True, targets="all")
 LOKR = Lokr(kind="lokr", factor=4, targets="attention")
+DOKR = Lokr(kind="lokr", factor=4, dora=True, targets="attention")
 THIN = Lokr(kind="lokr", factor=2, full_rank=False, rank=1, alpha=3.0, targets="attention+mlp")
 
 
@@ -118,6 +119,8 @@ def test_diffusers_draws_the_same(
         ("flux", "transformer", Oft(kind="oft", block_size=8)),
         ("flux", "transformer", LOKR),
         ("wan21", "transformer", DORA),
+        ("flux2", "transformer", DOKR),
+        ("z_image", "transformer", DOKR),
     ],
 )
 def test_files_for_comfyui_alone_are_not_half_loaded(

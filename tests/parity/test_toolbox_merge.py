@@ -454,6 +454,38 @@ def test_dora_of_peft_has_the_same_weights_in_comfyui(tiny_folder: TinyFolder, t
     torch.testing.assert_close(load_file(file)[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_lengths_of_rows_stay_as_they_were_trained(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    """In float32 whatever the matrices are kept in, both where a file tells both, and with the readers named that read
+    what is there."""
+    folder = tiny_folder("flux")
+    name = "transformer_blocks.0.attn.to_out.0"
+    shape = shapes_of(folder, "transformer")[name]
+    stem = f"transformer.{name}"
+    tensors = files.dotted(files.matrices({name: shape}), "transformer.")
+    tensors = {key: one.bfloat16() for key, one in tensors.items()}
+    lengths = {
+        f"{stem}.lora_magnitude_vector": 1 + torch.rand(shape[0]),
+        f"{stem}.dora_scale": 1 + torch.rand(shape[0], 1),
+    }
+    with AdapterSource(files.saved(tmp_path / "both.safetensors", tensors | lengths), "flux") as source:
+        for format, start in (
+            ("diffusers", stem),
+            ("comfy", "diffusion_model.double_blocks.0.img_attn.proj"),
+        ):
+            path = tmp_path / f"{format}.safetensors"
+            outcome = convert(source, path, Carry(), format=format)
+            assert "ComfyUI" in (outcome.readers or ())
+            found = load_file(path)
+            assert found[f"{start}.lora_A.weight"].dtype == torch.bfloat16
+            for key, one in lengths.items():
+                assert torch.equal(found[start + key.removeprefix(stem)], one)
+    del lengths[f"{stem}.dora_scale"]
+    with AdapterSource(files.saved(tmp_path / "peft.safetensors", tensors | lengths), "flux") as source:
+        outcome = convert(source, tmp_path / "c.safetensors", Carry())
+    assert outcome.readers == ("diffusers",)
+    assert "--base" in outcome.notes[0]
+
+
 def test_a_base_of_another_model_is_refused(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     one, _ = unet_adapters(tiny_folder("sd15"), tmp_path)
     with AdapterSource(one, "sd15") as source:

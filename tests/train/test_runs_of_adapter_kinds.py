@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa": {"rank": 2, "start": "pissa", "module_dropout": 0.2},
     "loha": {"kind": "loha", "rank": 2},
     "lokr": {"kind": "lokr", "factor": 4},
+    "dokr": {"kind": "lokr", "factor": 4, "dora": True},
     "oft": {"kind": "oft", "block_size": 8},
     "boft": {"kind": "boft", "block_size": 8},
 }

@@ -71,6 +71,8 @@ METHODS: Mapping[str, AdapterMethod] = {
     "loha, tucker": Loha(kind="loha", rank=3, tucker=True),
     "lokr": Lokr(kind="lokr", factor=4),
     "lokr, thin": Lokr(kind="lokr", factor=2, full_rank=False, rank=1, alpha=3.0, tucker=True),
+    "dokr": Lokr(kind="lokr", factor=4, dora=True),
+    "dokr, thin": Lokr(kind="lokr", factor=2, full_rank=False, rank=1, alpha=3.0, tucker=True, dora=True),
     "oft": Oft(kind="oft", block_size=4),
     "boft": Boft(kind="boft", block_size=4),
 }
@@ -78,9 +80,9 @@ METHODS: Mapping[str, AdapterMethod] = {
 FILES = [
     *((kind, "kohya", "auto") for kind in METHODS),
     *((kind, "flux", "auto") for kind in METHODS),
-    *((kind, "flux", "comfy") for kind in METHODS if kind not in ("lokr", "lokr, thin", "boft")),
+    *((kind, "flux", "comfy") for kind in METHODS if "ok" not in kind and kind != "boft"),
     *((kind, "fused", "auto") for kind in ("dora", "loha", "oft", "pissa")),
-    *((kind, keys, "auto") for kind in ("lokr", "lokr, thin") for keys in ("flux2", "z_image")),
+    *((kind, keys, "auto") for kind in METHODS if "ok" in kind for keys in ("flux2", "z_image")),
     ("dora", "fused", "diffusers"),
     ("dora", "kohya", "diffusers"),
 ]
@@ -243,6 +245,8 @@ FACTORS = {
     "loha": ("hada_w2_a", "hada_w1_a"),
     "lokr": ("lokr_w2", "lokr_w2"),
     "lokr, thin": ("lokr_w1", "lokr_w2_a"),
+    "dokr": ("lokr_w2", "lokr_w2"),
+    "dokr, thin": ("lokr_w1", "lokr_w2_a"),
     "oft": ("oft_blocks", "oft_blocks"),
     "boft": ("oft_blocks", "oft_blocks"),
 }
@@ -270,7 +274,7 @@ def test_what_readers_would_get_wrong_is_found(
     tensors = safetensors.torch.load_file(path)
     BREAKS[broken](tensors, kind)
     safetensors.torch.save_file(tensors, path)
-    if kind == "lokr" and broken == "alpha halved":
+    if kind in ("lokr", "dokr") and broken == "alpha halved":
         verify(path, denoiser, weights, KOHYA)  # nobody reads it where both factors are whole
         return
     with pytest.raises(ExportError):
@@ -300,10 +304,11 @@ def flat(tensors: Tensors) -> None:
         (as_lycoris, "another weight"),
     ],
 )
+@pytest.mark.parametrize("kind", ["dora", "dokr"])
 def test_lengths_that_readers_would_get_wrong_are_found(
-    tmp_path: Path, break_file: Callable[[Tensors], None], expected: str
+    tmp_path: Path, kind: str, break_file: Callable[[Tensors], None], expected: str
 ) -> None:
-    denoiser, weights = trained("dora")
+    denoiser, weights = trained(kind)
     path = write(tmp_path / "a.safetensors", denoiser, weights, FLUX)
     tensors = safetensors.torch.load_file(path)
     break_file(tensors)

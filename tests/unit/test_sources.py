@@ -134,6 +134,17 @@ def test_a_pickle_renamed_is_refused_unread(zipped: bool, tmp_path: Path) -> Non
         read_header(path)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x10280])
+def test_a_header_as_long_as_a_pickle_begins_is_none(length: int, tmp_path: Path) -> None:
+    """One file of two thousand has a header of such a length."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2)}, path, metadata={"title": "x"})
+    spare = length - struct.unpack("<Q", path.read_bytes()[:8])[0]
+    save_file({"a": torch.zeros(2)}, path, metadata={"title": "x" * (1 + spare)})
+    assert path.read_bytes()[:2] == struct.pack("<Q", length)[:2]
+    assert read_header(path)["a"].shape == (2,)
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".CKPT"])
 def test_pickles_are_refused_by_name(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"model{suffix}"

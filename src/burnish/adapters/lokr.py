@@ -2,19 +2,21 @@
 
 With out = o1 o2 and in = i1 i2, w1 is (o1, i1) and w2 (o2, i2, *kernel); either may be a product of thin matrices of
 the rank. s is alpha / rank where one is, and 1 where both are whole: readers ignore alpha then. A linear layer's
-product is made of two small ones, on the two halves of each input's index, and never makes the delta.
+product is made of two small ones, on the two halves of each input's index, and never makes the delta. With DoRA
+(`adapters/dora.py`) the changed weight's rows get trained lengths.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from burnish.adapters.deltas import lokr_delta, lokr_factor, split_width, without_core
+from burnish.adapters.deltas import dora_weight, lokr_delta, lokr_factor, split_width, without_core
+from burnish.adapters.dora import added_lengths, frozen_weight, lengthened, own_lengths
 from burnish.adapters.layer import (
     Adaptable,
     AdapterLayer,
@@ -38,12 +40,14 @@ WHOLE_2, A_2, B_2, CORE_2 = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
 class LokrWeights:
     """The adapter of one module, apart from the model.
 
-    `pieces` are what a file holds, by the end of its keys; `shape` is that of the base weight.
+    `pieces` are what a file holds, by the end of its keys; `shape` is that of the base weight; `magnitude` (out,) are
+    DoRA's lengths of rows.
     """
 
     pieces: dict[str, Tensor]
     alpha: float
     shape: tuple[int, ...]
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int | None:
@@ -67,11 +71,20 @@ class LokrWeights:
             return self
         rest = {name: piece for name, piece in self.pieces.items() if name != CORE_2}
         a, b = without_core(self.pieces[CORE_2], self.pieces[A_2], self.pieces[B_2])
-        return LokrWeights({**rest, A_2: a, B_2: b}, self.alpha, self.shape)
+        return replace(self, pieces={**rest, A_2: a, B_2: b})
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """What is added to the base weight: float32, in its shape."""
-        return lokr_delta(*self.factors(), scale=self.scale, shape=self.shape)
+        """What is added to the base weight: float32, in its shape.
+
+        Raises:
+            ValueError: DoRA without the weight.
+        """
+        delta = lokr_delta(*self.factors(), scale=self.scale, shape=self.shape)
+        if self.magnitude is None:
+            return delta
+        if weight is None:
+            raise ValueError("what DoRA adds depends on the base weight")
+        return dora_weight(weight.float(), delta, self.magnitude.float()) - weight.float()
 
     def check(self, base: Adaptable) -> str | None:
         shape = weight_shape(base)
@@ -84,6 +97,8 @@ class LokrWeights:
             return (
                 f"has factors {tuple(first.shape)} and {tuple(second.shape)}; the model's weight is {shape}"
             )
+        if self.magnitude is not None and tuple(self.magnitude.shape) != shape[:1]:
+            return f"has lengths of {self.magnitude.numel()} rows; the model's weight is {shape}"
         return None
 
 
@@ -97,6 +112,12 @@ class LokrLayer(AdapterLayer):
         self.alpha, self.scale, self.shape = weights.alpha, weights.scale, weights.shape
         self._product = own_product(innermost(base))
         self._names = tuple(weights.pieces)
+        self.magnitude = None if weights.magnitude is None else nn.Parameter(placed(base, weights.magnitude))
+        self.register_buffer("row_squares", None, persistent=False)
+        if self.magnitude is not None:
+            self.row_squares = own_lengths(base).square()
+
+    row_squares: Tensor | None
 
     @classmethod
     def fresh(cls, base: Adaptable, choice: ModuleChoice, seed: int, name: str) -> LokrWeights:
@@ -110,14 +131,25 @@ class LokrLayer(AdapterLayer):
                 nn.init.kaiming_uniform_(
                     pieces[own], a=math.sqrt(5), generator=torch_generator(seed, own, name)
                 )
-        return LokrWeights(pieces, choice.alpha, weight_shape(base))
+        magnitude = own_lengths(base).cpu() if method.dora else None
+        return LokrWeights(pieces, choice.alpha, weight_shape(base), magnitude)
 
     @classmethod
     def of(cls, base: nn.Module, weights: AdapterWeights, dropout: Dropout) -> Self:
         assert isinstance(weights, LokrWeights)
         return cls(base, weights, dropout)
 
+    def factors(self) -> tuple[Tensor, ...]:
+        """All but the lengths, which stay float32."""
+        return tuple(getattr(self, name) for name in self._names)
+
     def added(self, x: Tensor, output: Tensor) -> Tensor:
+        product = self._changed(x)
+        if self.magnitude is None:
+            return product
+        return lengthened(self, output, product, self.magnitude, self._lengths())
+
+    def _changed(self, x: Tensor) -> Tensor:
         pieces = dict(zip(self._names, self.in_type(x.dtype), strict=True))
         if len(self.shape) > 2:
             return self._product(x, lokr_delta(*_factors(pieces), scale=self.scale, shape=self.shape))
@@ -131,14 +163,27 @@ class LokrLayer(AdapterLayer):
             first = first * self.scale
         return torch.matmul(first, inner).flatten(-2)
 
+    def _lengths(self) -> Tensor:
+        """(out,) |W + dW| by row, float32 and constant for gradients; the weight meets the small factor first, by which
+        what is left of it is as many times smaller."""
+        assert self.row_squares is not None
+        with torch.no_grad():
+            first, second = _factors({name: getattr(self, name).detach() for name in self._names})
+            first = first * self.scale
+            weight = frozen_weight(self.base)
+            blocks = weight.reshape(len(first), len(second), first.shape[1], -1)  # (o1, o2, i1, i2 * kernel)
+            rows = first.to(weight.dtype)[:, None, None]
+            crossed = (torch.matmul(rows, blocks)[:, :, 0].float() * second).sum(-1)  # (o1, o2)
+            own = torch.outer(first.square().sum(1), second.square().sum(1))
+            return added_lengths(self.row_squares, crossed.flatten(), own.flatten())
+
     def weights(self) -> LokrWeights:
-        pieces = {
-            name: one.detach().float().cpu().clone() for name, one in self.named_parameters(recurse=False)
-        }
-        return LokrWeights(pieces, self.alpha, self.shape)
+        pieces = {name: getattr(self, name).detach().float().cpu().clone() for name in self._names}
+        magnitude = None if self.magnitude is None else self.magnitude.detach().float().cpu().clone()
+        return LokrWeights(pieces, self.alpha, self.shape, magnitude)
 
     def extra_repr(self) -> str:
-        first, second = _factors(dict(self.named_parameters(recurse=False)))
+        first, second = _factors({name: getattr(self, name) for name in self._names})
         return f"factors={tuple(first.shape)} x {tuple(second.shape)}, scale={self.scale:g}"
 
 

@@ -6,10 +6,7 @@ Shapes: A is (rank, in) for a linear layer and (rank, in, *kernel) for a convolu
 Of the same matrices also:
 - LoCon's Tucker form of a convolution (arXiv 2309.14859): A is (rank, in, 1, ...) and a core (rank, rank, *kernel)
   stands between A and B.
-- DoRA (arXiv 2402.09353): the changed weight's rows get trained lengths m, W' = m (W + dW) / |W + dW|. As in section
-  4.3 of the paper the length below the line counts as constant for gradients. What is computed is output +
-  (l - 1) (output - bias) + l dW x with l = m / |W + dW|, and |W + dW|^2 = |W|^2 + 2 <W, dW> + |dW|^2 row by row, which
-  needs no matrix of the weight's size.
+- DoRA (`adapters/dora.py`).
 - A start other than zero (`adapters/starts.py`): B0 A0 is taken off again, so that the base weight stays as it is. The
   difference B A - B0 A0 = B0 (A - A0) + (B - B0) A is a LoRA of twice the rank, computed from float32 differences.
 """
@@ -23,7 +20,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from burnish.adapters.deltas import dora_weight, lora_delta, row_norms
+from burnish.adapters.deltas import dora_weight, lora_delta
+from burnish.adapters.dora import added_lengths, frozen_weight, lengthened, own_lengths
 from burnish.adapters.layer import (
     Adaptable,
     AdapterLayer,
@@ -122,7 +120,7 @@ class LoraLayer(AdapterLayer):
         self._mid = own
         self.register_buffer("row_squares", None, persistent=False)
         if self.magnitude is not None:
-            self.row_squares = row_norms(_frozen_weight(base).float()).square()
+            self.row_squares = own_lengths(base).square()
         for name, tensor in zip(("start_A", "start_B"), weights.start or (None, None), strict=True):
             self.register_buffer(name, None if tensor is None else placed(base, tensor), persistent=False)
 
@@ -136,10 +134,10 @@ class LoraLayer(AdapterLayer):
         method, (out, into, *kernel) = choice.method, weight_shape(base)
         assert isinstance(method, Lora)
         ones = [1 for _ in kernel]
-        magnitude = row_norms(_frozen_weight(base).float()).cpu() if method.dora else None
+        magnitude = own_lengths(base).cpu() if method.dora else None
         if method.start != "zero":
             down, up = principal_factors(
-                _frozen_weight(base), choice.rank, method.start, choice.alpha / choice.rank, seed, name
+                frozen_weight(base), choice.rank, method.start, choice.alpha / choice.rank, seed, name
             )
             return LoraWeights(down, up, choice.alpha, magnitude=magnitude, start=(down, up))
         tucker = method.tucker and kernel_volume(base) > 1
@@ -178,11 +176,7 @@ class LoraLayer(AdapterLayer):
         product = self._up(middle, up)
         if self.magnitude is None:
             return product
-        longer = self.by_row(
-            self.magnitude / self._lengths() - 1
-        )  # float32: its deviation from 0 is what matters
-        ratio = longer.to(x.dtype)
-        return ratio * self.without_bias(output) + (1 + ratio) * product
+        return lengthened(self, output, product, self.magnitude, self._lengths())
 
     def _difference(self) -> tuple[Tensor, Tensor]:
         """A and B, of twice the rank where a start is taken off."""
@@ -208,12 +202,10 @@ class LoraLayer(AdapterLayer):
             if self.lora_mid is not None:
                 down = torch.einsum("mn...,nc->mc...", self.lora_mid.detach(), down.flatten(1))
             thin, tall = down.flatten(1), up.flatten(1) * self.scale
-            weight = _frozen_weight(self.base).flatten(1)
+            weight = frozen_weight(self.base).flatten(1)
             crossed = (weight @ thin.T.to(weight.dtype)).float()
-            squares = (
-                self.row_squares + 2 * (crossed * tall).sum(1) + ((tall @ (thin @ thin.T)) * tall).sum(1)
-            )
-            return squares.clamp(min=1e-24).sqrt()
+            own = ((tall @ (thin @ thin.T)) * tall).sum(1)
+            return added_lengths(self.row_squares, (crossed * tall).sum(1), own)
 
     def weights(self) -> LoraWeights:
         """A float32 copy of the adapter on the CPU; of twice the rank where a start is taken off."""
@@ -230,13 +222,6 @@ class LoraLayer(AdapterLayer):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha:g}, dropout={self.dropout.inputs:g}"
-
-
-def _frozen_weight(base: nn.Module) -> Tensor:
-    """(out, in, *kernel) of the layer under any adapters; widened where it is kept in fewer bits."""
-    weight = innermost(base).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
 
 
 def _listed(shapes: list[tuple[int, ...]]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from burnish.config.contrasts import TextSlider
 from burnish.config.data import Captions, DataSource, Folder
 from burnish.config.document import Document
-from burnish.config.method import Adapter, Full, Lora, Turning
+from burnish.config.method import Adapter, Full, Lokr, Lora, TextualInversion, Turning
 from burnish.config.problems import KeyPath, Problem
 from burnish.config.schema import RunConfig
 
@@ -36,6 +36,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     """Options that do not go together: the path of the one to change, and why."""
     if isinstance(config.method, Full):
         yield from _of_full(config, config.method)
+    if isinstance(config.method, TextualInversion):
+        yield from _of_words(config, config.method)
     yield from _of_single_steps(config)
     for index, source in enumerate(config.data):
         yield from _of_targets(config, index, source)
@@ -67,6 +69,29 @@ def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
         )
 
 
+def _of_words(config: RunConfig, method: TextualInversion) -> Iterator[tuple[KeyPath, str]]:
+    word = "method.kind: textual_inversion trains a few vectors"
+    for option in ("gradient_release", "offload_optimizer"):
+        if getattr(config.memory, option):
+            yield ("memory", option), f"{word}: there is nothing to save; take it out"
+    if config.memory.budget != "auto":
+        yield (
+            ("memory", "budget"),
+            "textual inversion is not planned; take it out, and set memory.activations",
+        )
+    if config.save.format != "auto":
+        yield (
+            ("save", "format"),
+            f"{word}, which have one file for all programs; leave it out instead of {config.save.format}",
+        )
+    if method.lengths == "vocabulary" and config.train.optimizer.schedule_free:
+        text = (
+            f"{config.train.optimizer.kind} keeps an average of the weights of all steps, which lengths cannot be held "
+            "of; set method.lengths: free, or use adamw"
+        )
+        yield ("method", "lengths"), text
+
+
 def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
     """What asks the model as it was before training."""
     asking: list[tuple[str, ...]] = [("target",)] if source.target == "model" else []
@@ -84,9 +109,10 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
             asking.append(("preference",))
     if source.slider is not None:
         asking.append(("slider",))
-    if isinstance(config.method, Full):
+    if isinstance(config.method, Full | TextualInversion):
+        what = "full fine-tuning does not keep" if isinstance(config.method, Full) else "knows no new word"
         for place in asking:
-            text = "asks the model as it was before training, which full fine-tuning does not keep; train an adapter"
+            text = f"asks the model as it was before training, which {what}; train an adapter"
             yield ("data", index, *place), text
 
 
@@ -95,8 +121,9 @@ def _of_sliders(config: RunConfig, index: int, source: DataSource) -> Iterator[t
     if source.slider is None:
         return
     place, method = ("data", index, "slider"), config.method
-    if isinstance(method, Turning) or (isinstance(method, Lora) and method.dora):
-        what = "dora" if isinstance(method, Lora) else method.kind
+    lengths = isinstance(method, Lora | Lokr) and method.dora
+    if isinstance(method, Turning) or lengths:
+        what = "dora" if lengths else method.kind
         yield (
             place,
             f"is used at many strengths, which programs count otherwise for {what}; train lora, loha or lokr",

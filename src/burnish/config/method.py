@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from burnish.config.section import Section, default_kind
 
@@ -137,6 +137,10 @@ class Lokr(Adapter):
     tucker: bool = Field(
         False, description="Thin matrices of convolutions larger than 1x1 in Tucker form, with a core."
     )
+    dora: bool = Field(
+        False,
+        description="Train the lengths of the weight's rows apart from their directions (DoRA, arXiv 2402.09353).",
+    )
 
     @model_validator(mode="after")
     def options_must_have_effect(self) -> Self:
@@ -205,7 +209,48 @@ class Full(Section):
     groups: list[WeightGroup] = Field([], description="Weights with their own learning rate.")
 
 
+class TextualInversion(Section):
+    """A new word (arXiv 2208.01618): only its vectors in the text encoders train; the model stays as it is."""
+
+    kind: Literal["textual_inversion"]
+    token: str = Field(
+        min_length=1,
+        max_length=60,
+        description="The word, which captions and sample prompts say; one that the model does not know, such as "
+        "`<my-cat>`. `[trigger]` is replaced.",
+    )
+    vectors: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Vectors of the word; a prompt has room for 75 in all. More hold more, and bend less to the rest "
+        "of the prompt.",
+    )
+    initial: str | None = Field(
+        None,
+        min_length=1,
+        description="Words to begin with, such as `cat`; drawn as the vocabulary's vectors are spread if absent.",
+    )
+    lengths: Literal["vocabulary", "free"] = Field(
+        "vocabulary",
+        description="Keep each vector as long as those of the vocabulary (its inner 98%), or let them grow.",
+    )
+
+    @field_validator("token")
+    @classmethod
+    def one_lower_case_word(cls, token: str) -> str:
+        if any(letter.isspace() or letter == "," for letter in token):
+            raise ValueError(f"token must be one word, without spaces and commas; got {token!r}")
+        if token != token.lower():
+            raise ValueError(
+                f"token must be lower case, which prompts are read in; got {token!r}, write {token.lower()!r}"
+            )
+        return token
+
+
 AdapterMethod = Lora | Loha | Lokr | Oft | Boft
 AnyMethod = Annotated[
-    Lora | Loha | Lokr | Oft | Boft | Full, Field(discriminator="kind"), default_kind("lora")
+    Lora | Loha | Lokr | Oft | Boft | Full | TextualInversion,
+    Field(discriminator="kind"),
+    default_kind("lora"),
 ]

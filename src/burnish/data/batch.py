@@ -63,6 +63,7 @@ class Batch:
     kept: Tensor | None = (
         None  # of the error against what the model said before training; only with `counted`
     )
+    captions: tuple[str, ...] = ()  # as drawn, for methods that encode them in the step
     contrast: Direction | Opposites | Preference | None = None  # the difference that is learned, if any
 
     def rows(self, index: slice) -> Batch:
@@ -77,6 +78,7 @@ class Batch:
             audio_BCLF=None if self.audio_BCLF is None else self.audio_BCLF[index],
             counted=None if self.counted is None else self.counted[index],
             kept=None if self.kept is None else self.kept[index],
+            captions=self.captions[index],
             contrast=None,
         )
 

@@ -44,6 +44,7 @@ class _Loaded:
     sample_ids: tuple[str, ...]
     paths: tuple[str, ...]
     pictures: tuple[PictureInfo, ...]
+    captions: tuple[str, ...]
     audio_BCLF: Tensor | None
     counted: Tensor | None
     kept: Tensor | None
@@ -61,8 +62,8 @@ class _Problem:
 class _CachedBatches(Dataset["_Loaded | _Problem"]):
     """Micro-step position -> batch."""
 
-    def __init__(self, plan: BatchPlan, cache: Cache, keys: CacheKeys) -> None:
-        self.plan, self.cache, self.keys = plan, cache, keys
+    def __init__(self, plan: BatchPlan, cache: Cache, keys: CacheKeys, encoded: bool) -> None:
+        self.plan, self.cache, self.keys, self.encoded = plan, cache, keys, encoded
 
     def __getitem__(self, position: int) -> _Loaded | _Problem:
         try:
@@ -97,6 +98,7 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
             sample_ids=tuple(draw.id for draw in draws),
             paths=tuple(str(draw.sample.path) for draw in draws),
             pictures=tuple(draw.sample.fit.describe(flipped=draw.flip) for draw in draws),
+            captions=tuple(draw.caption for draw in draws),
             audio_BCLF=torch.stack(audio) if audio else None,
             counted=counted,
             kept=kept,
@@ -104,8 +106,11 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
         )
 
     def _told(self, draw: Draw, text: str, picture: Entry) -> Conditioning:
-        key = self.keys.caption(text, draw.sample, flip=draw.flip)
-        return conditioning_of(self._entry("captions", key, repr(text)), picture)
+        caption: Entry = {}
+        if self.encoded:
+            key = self.keys.caption(text, draw.sample, flip=draw.flip)
+            caption = self._entry("captions", key, repr(text))
+        return conditioning_of(caption, picture)
 
     def _contrast(
         self, draws: Sequence[Draw], pictures: Sequence[Entry]
@@ -166,6 +171,7 @@ def batches(
     start: int = 0,
     workers: int = 0,
     prefetch: int = 2,
+    encoded: bool = True,
 ) -> Iterator[Batch]:
     """Batches of micro-step `start` and all that follow, without end; the same with any number of workers.
 
@@ -175,12 +181,13 @@ def batches(
     Args:
         workers: processes that read the cache, at most one per CPU; 0 reads in the loop.
         prefetch: batches each worker is ahead.
+        encoded: captions come encoded, from the cache; otherwise as text alone.
 
     Raises:
         DataError: an entry is missing or damaged.
         MachineError: a worker died.
     """
-    dataset = _CachedBatches(plan, cache, keys)
+    dataset = _CachedBatches(plan, cache, keys, encoded)
     workers = min(workers, _cpus())
     if workers == 0 or isinstance(cache, RamCache):
         loaded: Iterator[_Loaded | _Problem] = (dataset[position] for position in itertools.count(start))
@@ -212,6 +219,7 @@ def _described(loaded: _Loaded, family: Family) -> Batch:
         sample_ids=loaded.sample_ids,
         paths=loaded.paths,
         position=loaded.position,
+        captions=loaded.captions,
         audio_BCLF=loaded.audio_BCLF,
         counted=loaded.counted,
         kept=loaded.kept,

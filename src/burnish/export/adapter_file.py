@@ -211,7 +211,7 @@ def _why_unreadable(path: Path) -> str:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return "It is a pointer of Git LFS, not the file itself; run `git lfs pull`."
-    if start.startswith((b"PK", b"\x80")):
+    if start.startswith((b"PK", b"\x80")) and start[8:9] != b"{":
         return "It is a pickle under another name; Burnish reads safetensors only."
     return "It is not a whole safetensors file; download or copy it again."
 

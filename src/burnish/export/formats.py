@@ -140,9 +140,10 @@ def to_tensors(
             tensors |= _length_tensors(loras, format, part, keys, modules)
         return tensors
     others = _stacked_by_release(weights, keys, modules) if format == "comfy" else weights
-    return _keyed(
+    tensors = _keyed(
         {key_start(format, kind, part, keys, name): pieces(one, dtype) for name, one in others.items()}
     )
+    return tensors | (_length_tensors(weights, format, part, keys, modules) if kind == "dokr" else {})
 
 
 def refuse_unstackable(
@@ -180,14 +181,14 @@ def _keyed(found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _length_tensors(
-    weights: Mapping[str, LoraWeights],
+    weights: Mapping[str, AdapterWeights],
     format: AdapterFormat,
     part: str,
     keys: ExportKeys,
     modules: Mapping[str, Adaptable],
 ) -> dict[str, Tensor]:
     """DoRA's; a native module's are those of its parts, with the base's own lengths for parts without an adapter."""
-    for_comfyui = "ComfyUI" in read_by("dora", format, keys)
+    for_comfyui = "ComfyUI" in read_by(one_kind(weights), format, keys)
     if format != "comfy":
         return _keyed(
             {

@@ -26,16 +26,17 @@ from burnish.adapters.loha import LohaWeights
 from burnish.adapters.lokr import A_1, WHOLE_1, WHOLE_2, LokrWeights
 from burnish.adapters.lora import LoraWeights
 from burnish.adapters.oft import OftWeights
-from burnish.config.method import AdapterMethod, Lora
+from burnish.config.method import AdapterMethod, Lokr, Lora
 from burnish.errors import AdapterError
 from burnish.family import AdapterFormat, ExportKeys, NativeModule
 
-Kind = Literal["lora", "dora", "loha", "lokr", "oft", "boft"]
+Kind = Literal["lora", "dora", "loha", "lokr", "dokr", "oft", "boft"]
 SPOKEN: Mapping[Kind, str] = {
     "lora": "LoRA",
     "dora": "DoRA",
     "loha": "LoHa",
     "lokr": "LoKr",
+    "dokr": "LoKr with DoRA",
     "oft": "OFT",
     "boft": "BOFT",
 }
@@ -44,7 +45,9 @@ INSTEAD = "train with method.kind: lora, or convert what was trained to a LoRA w
 
 def kind_of_method(method: AdapterMethod) -> Kind:
     """What is trained by a method."""
-    return "dora" if isinstance(method, Lora) and method.dora else method.kind
+    if isinstance(method, Lora | Lokr) and method.dora:
+        return "dora" if isinstance(method, Lora) else "dokr"
+    return method.kind
 
 
 def kind_of(weights: AdapterWeights) -> Kind:
@@ -56,8 +59,8 @@ def kind_of(weights: AdapterWeights) -> Kind:
             return "dora"
         case LohaWeights():
             return "loha"
-        case LokrWeights():
-            return "lokr"
+        case LokrWeights(magnitude=magnitude):
+            return "lokr" if magnitude is None else "dokr"
         case OftWeights(blocks=blocks):
             return "oft" if blocks.dim() == 3 else "boft"
     raise TypeError(f"{type(weights).__name__} has no place in a file")
@@ -86,8 +89,9 @@ def read_by(kind: Kind, format: AdapterFormat, keys: ExportKeys) -> tuple[str, .
             return (*comfyui, "diffusers")
         case "dora":
             return (*comfyui, "diffusers") if format == "diffusers" else comfyui
-        case "lokr" if format == "diffusers" and keys.lokr is not None:
-            return (*(("ComfyUI",) if keys.comfyui else ()), "diffusers")
+        case "lokr" | "dokr" if format == "diffusers" and keys.lokr is not None:
+            # Names of these families that ComfyUI reads as well; its lengths of rows diffusers would leave out.
+            return (*(("ComfyUI",) if keys.comfyui else ()), *(("diffusers",) if kind == "lokr" else ()))
     return comfyui
 
 
@@ -97,7 +101,9 @@ def format_for(kind: Kind, keys: ExportKeys) -> AdapterFormat:
     Raises:
         AdapterError: nothing reads this kind for this family.
     """
-    order = [keys.default, *(format for format in keys.formats if format != keys.default)]
+    # A LoKr does not stack as modules of the release do.
+    first = "diffusers" if kind == "dokr" and keys.lokr is not None else keys.default
+    order = [first, *(format for format in keys.formats if format != first)]
     found = max(order, key=lambda format: len(read_by(kind, format, keys)))
     if not read_by(kind, found, keys):
         raise AdapterError(
@@ -134,7 +140,7 @@ def refuse_modules(kind: Kind, format: AdapterFormat, keys: ExportKeys, modules:
         lost = [
             name
             for name, native in natives.items()
-            if kind == "lokr" and (len(native.holds) > 1 or native.halves_swapped)
+            if kind in ("lokr", "dokr") and (len(native.holds) > 1 or native.halves_swapped)
         ]
         why = "the release keeps several layers in one, whose Kronecker products are no such product together"
     else:
@@ -177,8 +183,8 @@ def _flat_kernel(name: str, piece: Tensor) -> Tensor:
     return piece.flatten(1) if name == WHOLE_2 and piece.dim() not in (2, 4) else piece
 
 
-def lengths(weights: LoraWeights, base: Adaptable, *, for_comfyui: bool) -> dict[str, Tensor]:
-    """DoRA's tensors beside those of the LoRA, by the end of their keys."""
+def lengths(weights: AdapterWeights, base: Adaptable, *, for_comfyui: bool) -> dict[str, Tensor]:
+    """DoRA's tensors beside those of the LoRA or LoKr, by the end of their keys."""
     return _length_tensors(*_rows(weights, base), len(weight_shape(base)), for_comfyui)
 
 
@@ -199,7 +205,7 @@ def _rows(weights: AdapterWeights | None, base: Adaptable) -> tuple[Tensor, Tens
     own = row_norms(weight)
     if weights is None:
         return own.cpu(), own.cpu()
-    assert isinstance(weights, LoraWeights)
+    assert isinstance(weights, LoraWeights | LokrWeights)
     assert weights.magnitude is not None
     changed = row_norms(weight + replace(weights, magnitude=None).delta().to(weight.device))
     return weights.magnitude, weights.magnitude * (own / changed).cpu()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import PurePath
 
@@ -81,6 +81,12 @@ def adapter_metadata(
     return metadata
 
 
+def word_metadata(keys: ExportKeys, provenance: Provenance, word: str) -> dict[str, str]:
+    """The metadata of a new word's file."""
+    about = model_metadata(keys, replace(provenance, part=None, trigger=word))
+    return {**about, "modelspec.architecture": f"{keys.modelspec}/textual-inversion"}
+
+
 def model_metadata(keys: ExportKeys, provenance: Provenance) -> dict[str, str]:
     """The metadata of a whole denoiser's single file."""
     height, width = provenance.resolution
@@ -125,13 +131,14 @@ def _network(weights: Mapping[str, AdapterWeights]) -> dict[str, str]:
     tool writes it. LyCORIS' kinds name their algorithm instead."""
     kind = one_kind(weights)
     if kind not in ("lora", "dora"):
-        algorithm = {"oft": "diag-oft"}.get(kind, kind)
-        return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps({"algo": algorithm})}
+        told = {"algo": {"oft": "diag-oft", "dokr": "lokr"}.get(kind, kind)}
+        told |= {"dora_wd": "True"} if kind == "dokr" else {}
+        return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(told)}
     loras = [one.untuckered() for one in weights.values() if isinstance(one, LoraWeights)]
     described = {"ss_network_module": "networks.lora"} | _ranks(loras)
     if kind == "dora":
-        told = json.loads(described.get("ss_network_args", "{}"))
-        described["ss_network_args"] = json.dumps({**told, "dora_wd": "True"})
+        args = json.loads(described.get("ss_network_args", "{}"))
+        described["ss_network_args"] = json.dumps({**args, "dora_wd": "True"})
     return described
 
 

@@ -46,6 +46,8 @@ def assembled(
         AdapterError: tensors are missing or do not fit each other.
     """
     own = dict(pieces)
+    lokr = any(name.startswith("lokr_") for name in own)
+    magnitude = _lengths(where, own, shape) if lokr else None
     given = own.pop("alpha", None)
     if given is not None and given.numel() != 1:
         raise AdapterError(f"{where}: alpha is not one number but {tuple(given.shape)}")
@@ -55,7 +57,7 @@ def assembled(
     if set(own) not in _COMPLETE:
         raise AdapterError(
             f"{where} has {', '.join(sorted(own))}, which is no LoHa, LoKr or OFT of those that are read here",
-            remedy="Scales of DoRA beside these kinds are not read.",
+            remedy="Scales of DoRA are read beside LoRA and LoKr alone.",
         )
     if "oft_blocks" in own:
         if alpha:
@@ -64,7 +66,7 @@ def assembled(
     if "hada_w1_a" in own:
         rank = own["hada_w1_b"].shape[0]
         return loha_weights(own, float(rank) if alpha is None else alpha, shape), alpha is not None
-    found = LokrWeights(own, 1.0, shape)
+    found = LokrWeights(own, 1.0, shape, magnitude)
     rank_or_one = float(found.rank or 1)
     return replace(
         found, alpha=rank_or_one if alpha is None else alpha
@@ -79,15 +81,24 @@ def _lora(where: str, pieces: Mapping[str, Tensor], alpha: float | None) -> Lora
         raise AdapterError(
             f"{where}: the matrices do not fit each other: {tuple(down.shape)} and {tuple(up.shape)}"
         )
-    lengths = pieces.get("magnitude")
-    if lengths is None and "dora_scale" in pieces:
-        lengths = pieces["dora_scale"]
-        if lengths.shape[0] != up.shape[0] or lengths.numel() != len(lengths):
-            raise AdapterError(
-                f"{where}: dora_scale {tuple(lengths.shape)} is for inputs; it is read for outputs only"
-            )
-    magnitude = None if lengths is None else lengths.flatten()
+    magnitude = _lengths(where, dict(pieces), up.shape)
     return LoraWeights(down, up, float(down.shape[0]) if alpha is None else alpha, mid, magnitude)
+
+
+def _lengths(where: str, pieces: dict[str, Tensor], shape: Sequence[int]) -> Tensor | None:
+    """DoRA's (out,), taken out of `pieces`; peft's where the file has both, which tells them as they were trained.
+
+    Raises:
+        AdapterError: they are of columns.
+    """
+    magnitude, scale = pieces.pop("magnitude", None), pieces.pop("dora_scale", None)
+    if magnitude is not None or scale is None:
+        return None if magnitude is None else magnitude.flatten()
+    if scale.shape[0] != shape[0] or scale.numel() != len(scale):
+        raise AdapterError(
+            f"{where}: dora_scale {tuple(scale.shape)} is for inputs; it is read for outputs only"
+        )
+    return scale.flatten()
 
 
 def taken_apart(

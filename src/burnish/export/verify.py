@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from burnish.adapters.deltas import row_norms
 from burnish.adapters.layer import Adaptable, AdapterWeights, adaptable_modules, weight_shape
+from burnish.adapters.lokr import LokrWeights
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import ExportError
 from burnish.export.verify_file import (
@@ -83,15 +84,18 @@ def verify_adapter(
     if format == "comfy":
         natives = natives_of(modules, keys)
     names = names_of(natives, format, part, keys, kind)
+    lengths = {key: one for key, one in tensors.items() if key.endswith(_LENGTHS)}
+    rest = {key: one for key, one in tensors.items() if key not in lengths}
     if kind in ("lora", "dora"):
         loras = {name: one.untuckered() for name, one in trained.items() if isinstance(one, LoraWeights)}
         expect(path, "trained as another kind of adapter", [name for name in trained if name not in loras])
-        lengths = {key: one for key, one in tensors.items() if key.endswith(_LENGTHS)}
-        rest = {key: one for key, one in tensors.items() if key not in lengths}
         largest = check_loras(path, rest, loras, modules, natives, names, format, keys)
-        _check_lengths(path, lengths, loras, modules, natives, names, format, keys)
     else:
-        largest = _check_others(path, tensors, trained, modules, natives, names, kind)
+        largest = _check_others(path, rest, trained, modules, natives, names, kind)
+    for_comfyui = keys.comfyui and (
+        format in (keys.default, "comfy") or (kind == "dokr" and keys.lokr is not None)
+    )
+    _check_lengths(path, lengths, trained, modules, natives, names, for_comfyui=for_comfyui)
     told = {one.dtype for key, one in tensors.items() if not key.endswith((".alpha", *_LENGTHS))}
     dtypes = sorted(str(one).removeprefix("torch.") for one in told)
     return Verification(format, len(tensors), len(trained), ", ".join(dtypes), largest)
@@ -100,28 +104,27 @@ def verify_adapter(
 def _check_lengths(
     path: Path,
     tensors: Mapping[str, Tensor],
-    trained: Mapping[str, LoraWeights],
+    trained: Mapping[str, AdapterWeights],
     modules: Mapping[str, Adaptable],
     natives: Mapping[str, NativeModule],
     names: Mapping[str, str],
-    format: AdapterFormat,
-    keys: ExportKeys,
+    *,
+    for_comfyui: bool,
 ) -> None:
     """DoRA's: each trained module has them, as both readers need them.
 
     Raises:
         ExportError: not so.
     """
-    if not tensors and all(one.magnitude is None for one in trained.values()):
+    if not tensors and all(_trained_lengths(one) is None for one in trained.values()):
         return
     pieces = _by_module(path, tensors, names)
-    for_comfyui = keys.comfyui and format in (keys.default, "comfy")
     wrong = [f"{name} (trained as DoRA, or not)" for name in pieces if not _any_in(natives[name], trained)]
     for name, native in natives.items():
         if not _any_in(native, trained):
             continue
         parts = [trained.get(part) for part in native.holds]
-        magnitudes = [part.magnitude if part is not None else None for part in parts]
+        magnitudes = [_trained_lengths(part) for part in parts]
         norms = [_row_lengths(modules[one], part) for one, part in zip(native.holds, parts, strict=True)]
         own = pieces.get(name, {})
         if native.halves_swapped:
@@ -135,12 +138,20 @@ def _check_lengths(
     expect(path, "with wrong lengths of rows", wrong)
 
 
-def _row_lengths(base: Adaptable, trained: LoraWeights | None) -> tuple[Tensor, Tensor]:
+def _trained_lengths(trained: AdapterWeights | None) -> Tensor | None:
+    return trained.magnitude if isinstance(trained, LoraWeights | LokrWeights) else None
+
+
+def _row_lengths(base: Adaptable, trained: AdapterWeights | None) -> tuple[Tensor, Tensor]:
     """(out,) |W| and |W + dW| by row."""
     weight = base.weight.detach().double().flatten(1)
     own = row_norms(weight)
-    if trained is None:
+    if isinstance(trained, LokrWeights):
+        first, second = (one.to(weight) for one in trained.factors())
+        return own.cpu(), row_norms(weight + trained.scale * torch.kron(first, second)).cpu()
+    if not isinstance(trained, LoraWeights):
         return own.cpu(), own.cpu()
+    trained = trained.untuckered()
     up, down = (one.to(weight).flatten(1) for one in (trained.up, trained.down))
     crossed = ((weight @ down.T) * up).sum(1) * trained.scale
     squared = ((up @ (down @ down.T)) * up).sum(1) * trained.scale**2

@@ -19,7 +19,7 @@ from burnish.adapters.loha import LohaWeights
 from burnish.adapters.lokr import LokrWeights
 from burnish.adapters.oft import OftWeights
 
-FileKind = Literal["lora", "dora", "loha", "lokr", "oft"]
+FileKind = Literal["lora", "dora", "loha", "lokr", "dokr", "oft"]
 Difference = tuple[float, float, float]
 _UNLIKE = (math.inf, 0.0, 0.0)
 _ROWS = 2048  # of a delta at a time
@@ -32,11 +32,12 @@ def kind_in(tensors: Mapping[str, Tensor]) -> FileKind:
     endings = {key.rpartition(".")[2] for key in tensors}
     if endings & LOHA:
         return "loha"
+    lengths = endings & {"dora_scale", "lora_magnitude_vector"}
     if any(ending.startswith("lokr_") for ending in endings):
-        return "lokr"
+        return "dokr" if lengths else "lokr"
     if "oft_blocks" in endings:
         return "oft"
-    return "dora" if endings & {"dora_scale", "lora_magnitude_vector"} else "lora"
+    return "dora" if lengths else "lora"
 
 
 def wrong_pieces(kind: FileKind, pieces: Mapping[str, Tensor]) -> str | None:
@@ -77,7 +78,7 @@ def difference(
     match trained:
         case LohaWeights() if kind == "loha":
             return _loha_difference(pieces, trained, rows)
-        case LokrWeights() if kind == "lokr" and rows is None:
+        case LokrWeights() if kind in ("lokr", "dokr") and rows is None:
             return _lokr_difference(pieces, trained)
         case OftWeights() if kind == "oft":
             return _oft_difference(pieces["oft_blocks"], trained.blocks, rows)

@@ -38,6 +38,7 @@ LAYOUTS = Layouts(
             projection=False,
             padding="!",
             layers=LAYERS_READ,
+            words="clip_h",
         ),
     ),
 )

@@ -29,7 +29,12 @@ LAYOUTS = Layouts(
             "text_encoder", "tokenizer", "conditioner.embedders.0.", projection=False, padding=clip.END
         ),
         TextEncoderPlace(
-            "text_encoder_2", "tokenizer_2", "conditioner.embedders.1.", projection=True, padding="!"
+            "text_encoder_2",
+            "tokenizer_2",
+            "conditioner.embedders.1.",
+            projection=True,
+            padding="!",
+            words="clip_g",
         ),
     ),
 )
@@ -78,7 +83,6 @@ class StableDiffusionXL(UNetFamily):
         about_size = self.describe_pictures([PictureInfo.whole(height, width)] * batch).to(noisy_BCHW.device)
         return noisy_BCHW, t_B, conditioning.merged({"pooled_BD": pooled_BD, **about_size})
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:

@@ -293,7 +293,9 @@ def _refuse_other_kinds(path: Path, start: bytes, size: int) -> None:
             f"{path} is a git-lfs pointer of {size} bytes, not the weights.",
             remedy="In its folder: git lfs pull",
         )
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    # A header of 640 bytes begins with the same two as a pickle of protocol 2; JSON follows its length.
+    pickled = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    if start.startswith(pickled) and start[8:9] != b"{":
         raise _pickle_error(path)
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise ModelError(

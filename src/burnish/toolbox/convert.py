@@ -102,6 +102,11 @@ def convert(
         network = "lycoris.kohya" if writer.kinds - {"lora", "dora"} else "networks.lora"
         outcome.tensors = writer.finish(source.metadata, network)
         outcome.readers = who_reads(model.keys, chosen, writer.kinds)
+        if writer.peft_lengths and "ComfyUI" in outcome.readers:
+            outcome.readers = tuple(one for one in outcome.readers if one != "ComfyUI")
+            outcome.notes.append(
+                "ComfyUI would leave the lengths of rows (DoRA) out; name the base model with --base"
+            )
     if carry.rank is None:
         same_effect(source, path, model)
     else:
@@ -260,19 +265,21 @@ def _lengths(
     scale: Tensor | None,
     base: Base | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What goes into the file as `lora_magnitude_vector` and as `dora_scale`."""
+    """What goes into the file as `lora_magnitude_vector` and as `dora_scale`; both where the source tells both."""
+    if magnitude is not None and scale is not None:
+        return magnitude, scale
     if format == "diffusers":
         magnitude = scale if magnitude is None else magnitude
         assert magnitude is not None
         return magnitude, None if base is None else _for_comfyui(magnitude, weights, base.weight(part))
-    if magnitude is None or scale is not None:
+    if magnitude is None:
         return None, scale
     if base is None:
         raise AdapterError(
             f"{part.name} has peft's lengths of rows; what ComfyUI needs in their place depends on the base model",
             remedy="Name the base model, a folder or a file, with --base.",
         )
-    return None, _for_comfyui(magnitude, weights, base.weight(part))
+    return magnitude, _for_comfyui(magnitude, weights, base.weight(part))
 
 
 def _for_comfyui(magnitude: Tensor, weights: LoraWeights, weight: Tensor) -> Tensor:

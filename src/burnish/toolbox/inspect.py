@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from burnish.adapters.lora import LoraWeights
 from burnish.export.formats import key_start
+from burnish.export.kinds import Kind
 from burnish.family import AdapterFormat, NativeModule
 from burnish.toolbox.loading import load
 from burnish.toolbox.models import Model
@@ -137,16 +138,16 @@ def spelled_format(source: AdapterSource) -> tuple[AdapterFormat | None, str]:
         return None, "of text encoders alone" if source.texts else "unknown"
     for format in model.keys.formats:
         names = [(same_name(model, target, format), entry) for target, entry in entries]
-        if all(name is not None and _is_spelled(model, format, name, entry) for name, entry in names):
+        if all(_is_spelled(model, format, name, entry) for name, entry in names):
             return format, format
     if all(_is_native_kohya(model, target, entry) for target, entry in entries):
         return None, NATIVE_KOHYA
     return None, _in_words(entries)
 
 
-def _is_spelled(model: Model, format: AdapterFormat, name: str, entry: Entry) -> bool:
-    kind = "lokr" if entry.kind == "lokr" else "lora"
-    if entry.spelled != key_start(format, kind, model.part, model.keys, name):  # type: ignore[arg-type]
+def _is_spelled(model: Model, format: AdapterFormat, name: str | None, entry: Entry) -> bool:
+    kind: Kind = "lora" if entry.kind != "lokr" else "dokr" if entry.is_dora else "lokr"
+    if name is None or entry.spelled != key_start(format, kind, model.part, model.keys, name):
         return False
     return entry.kind != "lora" or ("lora_A" in entry.keys["down"]) == (format != "kohya")
 

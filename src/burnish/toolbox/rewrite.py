@@ -13,7 +13,7 @@ from burnish.toolbox.convert import Outcome
 from burnish.toolbox.low_rank import RankChoice, factored, reduced
 from burnish.toolbox.source import AdapterSource, Entry
 from burnish.toolbox.stream import HASH, Spool, refuse_existing
-from burnish.toolbox.writing import STALE
+from burnish.toolbox.writing import LENGTHS, STALE
 
 # The piece by which the effect of each kind is multiplied; the first that a file has.
 _FACTORS = {
@@ -126,7 +126,7 @@ def _rewritten(
                 if piece in dropped:
                     continue
                 stored = entry.stored(piece)
-                kept = stored.dtype if dtype is None or piece == "alpha" else dtype
+                kept = stored.dtype if dtype is None or piece == "alpha" or key.endswith(LENGTHS) else dtype
                 tensor = changed[piece] if piece in changed else entry.file.read(key)
                 wanted = tensor.reshape(stored.shape) if tensor.numel() == 1 else tensor
                 spool.add(key, wanted.to(kept).contiguous())

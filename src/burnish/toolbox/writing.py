@@ -14,7 +14,7 @@ from torch import Tensor
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
 from burnish.export.formats import key_prefix, key_start, spelled_name
-from burnish.export.kinds import Kind
+from burnish.export.kinds import SPOKEN, Kind
 from burnish.export.stacking import stacked
 from burnish.family import DENOISER, AdapterFormat, NativeModule
 from burnish.toolbox.models import Model, TextModule
@@ -29,6 +29,7 @@ _RAW_ENDINGS = {
     **{f"glora_{name}": f".{name}.weight" for name in ("a1", "a2", "b1", "b2")},
     "magnitude": ".lora_magnitude_vector",
 }
+LENGTHS = (".lora_magnitude_vector", ".dora_scale")
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -87,6 +88,7 @@ class AdapterWriter:
         self.alpha = alpha
         self.names: set[str] = set()
         self.kinds: set[str] = set()
+        self.peft_lengths = False  # whether some lengths are there as peft keeps them alone
         self._prefix = key_prefix(format, model.part, model.keys)
         self._spool = Spool(path)
         self._encoders = 0
@@ -117,6 +119,7 @@ class AdapterWriter:
         """A LoRA of a module, as the format names it; DoRA's lengths (out,) as ComfyUI or diffusers knows them."""
         self.names.add(name)
         self.kinds.add("lora" if magnitude is None and dora_scale is None else "dora")
+        self.peft_lengths |= magnitude is not None and dora_scale is None
         stem = self._prefix + spelled_name(self.format, name)
         self._matrices(stem, weights, folded=self.format != "kohya")
         if magnitude is not None:
@@ -128,7 +131,8 @@ class AdapterWriter:
         """An adapter of any kind as it is, under another name."""
         self.names.add(name)
         self.kinds.add(adapter.told)
-        kind: Kind = "lokr" if adapter.kind == "lokr" else "lora"  # whose names are others for some readers
+        known: list[Kind] = [one for one in SPOKEN if one == adapter.told]
+        kind: Kind = known[0] if known else "lora"  # a LoKr has names of its own for some readers
         stem = key_start(self.format, kind, self.model.part, self.model.keys, name)
         for piece, tensor in adapter.pieces.items():
             self._add(stem + _RAW_ENDINGS.get(piece, f".{piece}"), tensor)
@@ -205,7 +209,9 @@ class AdapterWriter:
         self._spool.add(f"{stem}.alpha", torch.tensor(self.alpha, dtype=torch.float32))
 
     def _add(self, key: str, tensor: Tensor) -> None:
-        self._spool.add(key, tensor.to(self.dtype).contiguous())
+        # Lengths scale the whole weight: rounded to bfloat16 they would change it by more than most adapters do.
+        dtype = torch.float32 if key.endswith(LENGTHS) else self.dtype
+        self._spool.add(key, tensor.to(dtype).contiguous())
 
     def _encoder_count(self) -> int:
         if not self._encoders:
