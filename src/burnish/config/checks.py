@@ -19,7 +19,7 @@ def cross_checks(config: RunConfig, document: Document) -> list[Problem]:
     run_folder = Path(os.path.realpath(config.save.folder / config.name))
     problems = []
     for index, source in enumerate(config.data):
-        if not isinstance(source, Folder):
+        if source.path is None:
             continue
         pictures = Path(os.path.realpath(source.path))
         if run_folder.is_relative_to(pictures):

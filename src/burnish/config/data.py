@@ -246,6 +246,11 @@ class Generated(Pictures):
         description="What to draw; used in turn. The prompts of the slider, if there is one and none are said.",
     )
     count: int = Field(48, ge=1, le=100000, description="How many pictures.")
+    path: Path | None = Field(
+        None,
+        description="Folder with pictures of the class that are there already: they are used, only what they lack of "
+        "`count` is drawn, and nothing is written there. Without captions of their own, the first prompt is theirs.",
+    )
     steps: int | None = Field(
         None, ge=1, le=1000, description="Denoising steps; the family's default if absent."
     )
