@@ -31,7 +31,7 @@ from burnish.export.kinds import kind_of_method
 from burnish.families.sources import user_cache_folder
 from burnish.family import Family, Part
 from burnish.model import ChosenModel, choose_model
-from burnish.prior import drawn_folder
+from burnish.prior import drawn_folder, missing_count, own_folder
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, PictureRequest, encode_requests, with_references
 
@@ -168,7 +168,8 @@ def refuse_unsaid_word(config: RunConfig, samples: Sequence[Sample]) -> None:
 
 def folders(config: RunConfig) -> list[Folder]:
     """The sources that are there already."""
-    return [source for source in config.data if isinstance(source, Folder)]
+    there = [source if isinstance(source, Folder) else own_folder(source) for source in config.data]
+    return [source for source in there if source is not None]
 
 
 def prepare(
@@ -187,15 +188,10 @@ def prepare(
     model = choose_model(config.model, config.memory)
     family = model.load(dtype=dtype, device=device)
     refuse_unreadable(config, family)
-    if len(folders(config)) < len(config.data):
+    if any(isinstance(source, Generated) for source in config.data):
         # The user's own pictures first: a mistake there should not wait for minutes of drawing.
         check_data(config, folders(config), family, folder, events, tell=False)
-    sources = [
-        draw_source(config, source, folder.path / "prior", family, events)
-        if isinstance(source, Generated)
-        else source
-        for source in config.data
-    ]
+    sources = all_folders(config, folder.path / "prior", family, events)
     checked = check_data(config, sources, family, folder, events)
     samples = checked.samples
     trained, held = split(config, samples)
@@ -207,7 +203,7 @@ def prepare(
     if config.memory.cache == "disk":
         cache = DiskCache(config.memory.cache_folder or user_cache_folder())
     keys = CacheKeys.of(family, dtype)
-    seen = [*trained, *held]
+    seen = [picture for sample in (*trained, *held) for picture in sample.pictures]
     encode_masks(seen, family.latents, cache, keys)
     in_step = isinstance(config.method, TextualInversion)
     requests = []
@@ -222,11 +218,32 @@ def prepare(
         cache=cache,
         keys=keys,
         requests=requests,
-        tag_frequency=tag_frequency(samples, config.data),
+        tag_frequency=tag_frequency(samples, [*config.data, *sources[len(config.data) :]]),
         config_hash=config_hash,
         encoded=not in_step,
         asked=sample_requests(config) if in_step else (),
     )
+
+
+def all_folders(config: RunConfig, place: Path, family: Family, events: Listener) -> list[Folder]:
+    """Every source as a folder, in the config's order; what is missing of generated ones is drawn.
+
+    Behind them stand the user's own pictures of generated sources of which some were drawn.
+    """
+    in_order, behind = list[Folder](), list[Folder]()
+    for source in config.data:
+        if isinstance(source, Folder):
+            in_order.append(source)
+            continue
+        own, missing = own_folder(source), missing_count(source)
+        if own is not None and not missing:
+            in_order.append(own)
+            continue
+        wanted = source.model_copy(update={"count": missing})
+        in_order.append(draw_source(config, wanted, place, family, events))
+        if own is not None:
+            behind.append(own)
+    return in_order + behind
 
 
 def draw_source(

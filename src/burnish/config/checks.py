@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from burnish.config.data import DataSource, Folder
+from burnish.config.contrasts import TextSlider
+from burnish.config.data import Captions, DataSource, Folder
 from burnish.config.document import Document
-from burnish.config.method import Full, TextualInversion
+from burnish.config.method import Adapter, Full, Lokr, Lora, TextualInversion, Turning
 from burnish.config.problems import KeyPath, Problem
 from burnish.config.schema import RunConfig
 
@@ -18,7 +19,7 @@ def cross_checks(config: RunConfig, document: Document) -> list[Problem]:
     run_folder = Path(os.path.realpath(config.save.folder / config.name))
     problems = []
     for index, source in enumerate(config.data):
-        if not isinstance(source, Folder):
+        if source.path is None:
             continue
         pictures = Path(os.path.realpath(source.path))
         if run_folder.is_relative_to(pictures):
@@ -40,6 +41,7 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     yield from _of_single_steps(config)
     for index, source in enumerate(config.data):
         yield from _of_targets(config, index, source)
+        yield from _of_sliders(config, index, source)
 
 
 def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
@@ -103,11 +105,36 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
                     ("data", index, "preserve"),
                     "takes the trigger's place, and there is no trigger; set trigger",
                 )
+        if source.preference is not None:
+            asking.append(("preference",))
+    if source.slider is not None:
+        asking.append(("slider",))
     if isinstance(config.method, Full | TextualInversion):
         what = "full fine-tuning does not keep" if isinstance(config.method, Full) else "knows no new word"
         for place in asking:
             text = f"asks the model as it was before training, which {what}; train an adapter"
             yield ("data", index, *place), text
+
+
+def _of_sliders(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
+    """What is used at strengths other than 1 must mean the same at each of them."""
+    if source.slider is None:
+        return
+    place, method = ("data", index, "slider"), config.method
+    lengths = isinstance(method, Lora | Lokr) and method.dora
+    if isinstance(method, Turning) or lengths:
+        what = "dora" if lengths else method.kind
+        yield (
+            place,
+            f"is used at many strengths, which programs count otherwise for {what}; train lora, loha or lokr",
+        )
+    if config.memory.gradient_release and isinstance(method, Adapter):
+        yield place, "learns two directions in one step; leave memory.gradient_release out"
+    if isinstance(source, Folder) and isinstance(source.slider, TextSlider) and source.captions != Captions():
+        yield (
+            ("data", index, "captions"),
+            "are not read with a slider from prompts: its target is the caption",
+        )
 
 
 def _of_single_steps(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
