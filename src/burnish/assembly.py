@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ from burnish.preparation import Prepared
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, encode_requests, with_references
 from burnish.signals import StopRequest
-from burnish.tasks import Sample, Save, Validate, all_disabled
+from burnish.tasks import Sample, Save, Validate, all_at, all_disabled
 from burnish.trained import Told, Trained, keeps_all, results_of, trained_parts
 
 
@@ -141,7 +140,8 @@ def build_attention(config: RunConfig, run: Training, prepared: Prepared) -> Att
         found: dict[Kind, Call] = {}
         batch = next(prepared.batches(prepared.plan.largest(), workers=0)).to(run.device)
         with torch.no_grad(), recorded(found):
-            run.objective.losses(run.family, run.told(batch), run.seed)
+            for _ in run.objective.turns(run.family, run.told(batch), run.seed):
+                continue
         return list(found.values())
 
     return choose(config.memory.attention, calls, run.device, cache_folder(config))
@@ -174,7 +174,7 @@ def build_training(
         optimizer.register_step_post_hook(keeps_lengths(words))
     run = Training(
         family=family,
-        objective=replace(Denoising.of(train.objective, family), frozen=before_training(trained)),
+        objective=with_adapters(Denoising.of(train.objective, family), trained),
         parameters=parameters,
         optimizer=optimizer,
         learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
@@ -205,10 +205,13 @@ def with_prompts(family: Family, batch: Batch) -> Batch:
     return replace(batch, conditioning=family.encode_prompts(batch.captions).merged(batch.conditioning))
 
 
-def before_training(trained: Mapping[str, Trained]) -> Callable[[], AbstractContextManager[None]] | None:
-    """What makes the denoisers predict as if nothing had been trained; None where their own weights move."""
+def with_adapters(objective: Denoising, trained: Mapping[str, Trained]) -> Denoising:
+    """The objective with the denoisers as they were before training, and at other strengths of what trains; as it is
+    where their own weights move."""
     adapters = [one for one in trained.values() if isinstance(one, AdapterSet)]
-    return partial(all_disabled, adapters) if len(adapters) == len(trained) else None
+    if len(adapters) < len(trained):
+        return objective
+    return replace(objective, frozen=partial(all_disabled, adapters), strength=partial(all_at, adapters))
 
 
 def build_steps(

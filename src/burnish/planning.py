@@ -253,8 +253,8 @@ class _Planner:
         self, largest: Shape, modes: tuple[Mode, ...] | None, beside: Beside
     ) -> tuple[list[Choice], Profiles, Limits]:
         """All settings that fit, and what was tried last; slower ways only where those before them do not fit."""
-        for offload in self._offload():
-            for formats in self.formats():
+        for formats in self.formats():
+            for offload in self._offload():
                 limits = Limits(
                     weights=formats,
                     modes=modes,
@@ -264,9 +264,9 @@ class _Planner:
                     beside=beside,
                 )
                 found, profiles = self._fitting(largest, limits)
-                if found and not preferred(found).host:
+                if found:
                     break
-            if found:
+            if found and (offload or not preferred(found).host):
                 break
         return found, profiles, limits
 

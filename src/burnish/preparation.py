@@ -221,7 +221,7 @@ def prepare(
     if config.memory.cache == "disk":
         cache = DiskCache(config.memory.cache_folder or user_cache_folder())
     keys = CacheKeys.of(family, dtype)
-    seen = [*trained, *held]
+    seen = [picture for sample in (*trained, *held) for picture in sample.pictures]
     encode_masks(seen, family.latents, cache, keys)
     in_step = trains_text(config.method)
     requests = []
