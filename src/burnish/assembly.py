@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import Any
 import torch
 
 from burnish.adapters.attached import AdapterSet
+from burnish.adapters.words import NewWord, keeps_lengths
 from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose
 from burnish.compute.compile import Compilation, compile_blocks
+from burnish.config.method import TextualInversion, trains_text
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
 from burnish.events import Events
@@ -37,8 +38,9 @@ from burnish.optim.one_by_one import OneByOne
 from burnish.optim.schedule import learning_rate_factor
 from burnish.preparation import Prepared
 from burnish.run_folder import RunFolder
+from burnish.sampling.sampler import EncodedRequest, encode_requests, with_references
 from burnish.signals import StopRequest
-from burnish.tasks import Sample, Save, Validate, all_disabled
+from burnish.tasks import Sample, Save, Validate, all_at, all_disabled
 from burnish.trained import Told, Trained, keeps_all, results_of, trained_parts
 
 
@@ -104,7 +106,7 @@ def assemble(
         training=training,
         validate=build_validate(config, prepared, events),
         save=build_save(config, resolved, family, trained, prepared, folder, events, stop),
-        sample=build_sample(config, prepared, folder, assistants, attention, events, stop),
+        sample=build_sample(config, family, training, prepared, folder, assistants, attention, events, stop),
         attention=attention,
         compilation=compilation,
     )
@@ -138,7 +140,8 @@ def build_attention(config: RunConfig, run: Training, prepared: Prepared) -> Att
         found: dict[Kind, Call] = {}
         batch = next(prepared.batches(prepared.plan.largest(), workers=0)).to(run.device)
         with torch.no_grad(), recorded(found):
-            run.objective.losses(run.family, batch, run.seed)
+            for _ in run.objective.turns(run.family, run.told(batch), run.seed):
+                continue
         return list(found.values())
 
     return choose(config.memory.attention, calls, run.device, cache_folder(config))
@@ -166,9 +169,12 @@ def build_training(
     if config.memory.gradient_release:
         assert isinstance(optimizer, OneByOne)
         release = GradientRelease(list(parameters.values()), optimizer.step_one, train.max_grad_norm)
-    return Training(
+    words = {part: one for part, one in trained.items() if isinstance(one, NewWord)}
+    if isinstance(config.method, TextualInversion) and config.method.lengths == "vocabulary":
+        optimizer.register_step_post_hook(keeps_lengths(words))
+    run = Training(
         family=family,
-        objective=replace(Denoising.of(train.objective, family), frozen=before_training(trained)),
+        objective=with_adapters(Denoising.of(train.objective, family), trained),
         parameters=parameters,
         optimizer=optimizer,
         learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
@@ -188,12 +194,24 @@ def build_training(
         held_out_fingerprint=held_out_fingerprint(config, prepared),
         release=release,
     )
+    if trains_text(config.method):
+        run.model_identity += family.identity("text_encoders")
+        run.told = partial(with_prompts, family)
+    return run
 
 
-def before_training(trained: Mapping[str, Trained]) -> Callable[[], AbstractContextManager[None]] | None:
-    """What makes the denoisers predict as if nothing had been trained; None where their own weights move."""
+def with_prompts(family: Family, batch: Batch) -> Batch:
+    """The batch with its captions encoded now, so that gradients reach what is trained of the text encoders."""
+    return replace(batch, conditioning=family.encode_prompts(batch.captions).merged(batch.conditioning))
+
+
+def with_adapters(objective: Denoising, trained: Mapping[str, Trained]) -> Denoising:
+    """The objective with the denoisers as they were before training, and at other strengths of what trains; as it is
+    where their own weights move."""
     adapters = [one for one in trained.values() if isinstance(one, AdapterSet)]
-    return partial(all_disabled, adapters) if len(adapters) == len(trained) else None
+    if len(adapters) < len(trained):
+        return objective
+    return replace(objective, frozen=partial(all_disabled, adapters), strength=partial(all_at, adapters))
 
 
 def build_steps(
@@ -255,6 +273,8 @@ def build_save(
 
 def build_sample(
     config: RunConfig,
+    family: Family,
+    run: Training,
     prepared: Prepared,
     folder: RunFolder,
     training_adapters: list[AdapterSet],
@@ -262,10 +282,16 @@ def build_sample(
     events: Events,
     stop: StopRequest,
 ) -> Sample | None:
-    if not prepared.requests:
+    if not prepared.requests and not prepared.asked:
         return None
+
+    def requests() -> Sequence[EncodedRequest]:
+        if prepared.encoded:
+            return prepared.requests
+        return with_references(family, encode_requests(family, prepared.asked), device=run.device)
+
     return Sample(
-        requests=prepared.requests,
+        requests=requests,
         folder=folder.samples,
         every=config.sample.every,
         batch_size=config.sample.batch_size,

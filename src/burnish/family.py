@@ -319,6 +319,7 @@ class Capabilities:
     picks_by_time: bool = (
         False  # of several denoisers, by conditioning["time_B"] on the CPU; absent means: by t_B
     )
+    new_words: bool = False  # has `vocabularies` once its text encoders are loaded
 
     @property
     def own_references(self) -> int:
@@ -395,6 +396,8 @@ class ExportKeys:
     readers: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
     # Who loads sd-scripts' spelling of the release's names, `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`.
     native_kohya: tuple[str, ...] = ("ComfyUI",)
+    # Of CLIP text encoders that adapters and words can be trained of: by part, as diffusers spells it, ComfyUI's name.
+    text_encoders: Mapping[str, str] = field(default_factory=dict)
     # Further names in files of others -> diffusers' modules, stacked by rows; `#` is the block's number.
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -452,6 +455,31 @@ class Audio(Protocol):
         self, noisy: Tensor, noisy_audio: Tensor, t_B: Tensor, conditioning: Conditioning
     ) -> tuple[Tensor, Tensor]:
         """As the family's `predict`, of frames and sound that see each other; both are at the same times."""
+        ...
+
+
+class Vocabulary(Protocol):
+    """The words of a loaded text encoder, to which others can be added."""
+
+    @property
+    def vectors(self) -> Tensor:
+        """(V, D): those of the words it was released with, which stay as they are."""
+        ...
+
+    def numbers(self, text: str) -> list[int]:
+        """The rows of `vectors` that a text is read as, without marks of begin and end."""
+        ...
+
+    def knows(self, word: str) -> bool:
+        """Whether it is one of the words already."""
+        ...
+
+    def add(self, word: str, vectors_ND: nn.Parameter) -> None:
+        """From now on `word` in a prompt is read as these vectors in a row, and gradients reach them.
+
+        Raises:
+            ValueError: it is a word already.
+        """
         ...
 
 
@@ -621,6 +649,13 @@ class Family(Protocol):
         A prompt can be a `NegativePrompt`, to which few families answer otherwise than to a caption.
         `references`, one list per prompt of pictures (3, H, W) in [-1, 1], are given where the capabilities say
         that prompts see them; other families ignore them.
+        """
+        ...
+
+    @property
+    def vocabularies(self) -> Mapping[str, Vocabulary]:
+        """Of the loaded text encoders that can be taught words, by the names that embedding files give them (`clip_l`);
+        `encode_prompts` then passes gradients through. Empty for most families.
         """
         ...
 

@@ -146,4 +146,8 @@ def places(memory: Memory, device: torch.device) -> Places:
     """Where denoiser and VAE are loaded to: streamed blocks are never on the device together."""
     if memory.stream == "auto" or not memory.stream:
         return device
-    return {"denoiser": Split(device, partial(streamed_blocks, share=memory.stream)), "vae": device}
+    return {
+        "denoiser": Split(device, partial(streamed_blocks, share=memory.stream)),
+        "vae": device,
+        "text_encoders": device,
+    }

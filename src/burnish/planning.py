@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from burnish.config.method import Full
+from burnish.config.method import Full, TextualInversion
 from burnish.config.schema import RunConfig
 from burnish.errors import BurnishError, UserError
 from burnish.family import Conditioning, Family, Part
@@ -36,6 +36,7 @@ from burnish.planner.phases import (
     decoding_phase,
     drawing_phase,
     encoding_phase,
+    trained_texts,
 )
 from burnish.planner.profile import Profile, step_of
 from burnish.planner.rates import GIB, Card, Rates
@@ -51,6 +52,8 @@ CONTEXT = int(0.5 * GIB)
 FRAGMENTED = int(0.4 * GIB)
 WORTH_COMPILING = 300  # micro-steps
 REFERENCE_TOKENS = 1369  # of a picture that a text encoder sees: a megapixel in patches of 28 x 28
+CLIP_TOKENS = 77
+HOST_ELSEWHERE = 32  # GiB of host memory, or twice the card's, where the card is not here
 HOST_SHARE = 0.7  # of free host memory may be taken; pinned pages cannot be swapped
 TEXT_ENCODERS: frozenset[Part] = frozenset({"text_encoders"})
 
@@ -68,9 +71,14 @@ def plan_run(
 
     Raises:
         ModelError: no such weights, and the config names no family whose released sizes could stand in.
-        UserError: nothing fits.
+        UserError: nothing fits, or the method is not planned.
         MissingPackage: the optimizer's library is not here.
     """
+    if isinstance(config.method, TextualInversion):
+        raise UserError(
+            "textual inversion is not planned yet: its steps hold the text encoders, too",
+            remedy="It takes what an adapter's run takes with memory.activations: recompute, and the text encoders.",
+        )
     return _Planner(config, card, budget, cuda, can_compile).plan()
 
 
@@ -88,6 +96,7 @@ class _Planner:
         wanted = config.memory.compile
         self.compiled = (can_compile and self._is_long()) if wanted == "auto" else wanted
         self.notes: list[str] = []
+        self.texts = 0  # bytes of text encoders that train
         self.kind, self.of, self.is_here = known_model(config.model, self.dtype)
         self.known = self.skeleton()
         self.measure = Measure(self.skeleton, self.choose)
@@ -136,6 +145,7 @@ class _Planner:
         return self.known.latents.tokens(self.known.latents.of(shape.height, shape.width, shape.frames))
 
     def choose(self, family: Family) -> Mapping[str, Mapping[str, Any]]:
+        assert not isinstance(self.config.method, TextualInversion), "what is not planned"
         return {part: chosen(self.config.method, family, one) for part, one in family.denoisers.items()}
 
     def profile(self, shape: Shape, kept_as: str, mode: str | float) -> Profile:
@@ -153,7 +163,7 @@ class _Planner:
             keep_activations=keep,
             accumulates=train.accumulate > 1,
             averages=train.ema is not None,
-            dropout=0.0 if isinstance(method, Full) else method.dropout,
+            dropout=0.0 if isinstance(method, Full | TextualInversion) else method.dropout,
             own_weights=isinstance(method, Full),
             releases=memory.gradient_release,
             offloads=memory.offload_optimizer,
@@ -206,30 +216,13 @@ class _Planner:
         largest = shapes[0]
         modes = self._modes()
         captions = self._captions()
+        self.texts = self._trained_texts(captions[1], largest.batch)
         vae = self.skeleton(parts=VAE)
         pictures = self._phase(
             "encoding", vae, largest, partial(encoding_phase, vae, largest, cuda=self.cuda)
         )
         drawn = self._drawn()
-        for formats in self.formats():
-            limits = Limits(
-                weights=formats,
-                modes=modes,
-                stream=self._stream(),
-                offload=self._offload(),
-                host=self._host(),
-                beside=drawn[0],
-            )
-            for tried in self._tried(modes):
-                profiles: Profiles = {
-                    kept_as: {mode: self.profile(largest, kept_as, mode) for mode in tried}
-                    for kept_as in formats
-                }
-                found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
-                if found and set(preferred(found).settings.modes) == {"keep"}:
-                    break
-            if found and not preferred(found).host:
-                break
+        found, profiles, limits = self._search(largest, modes, drawn[0])
         if not found or pictures.peak > self.budget or captions[1].peak > self.budget:
             raise self._nothing_fits(profiles, limits, captions[1], pictures)
         best = preferred(found)
@@ -256,6 +249,38 @@ class _Planner:
             notes=tuple(self.notes),
         )
 
+    def _search(
+        self, largest: Shape, modes: tuple[Mode, ...] | None, beside: Beside
+    ) -> tuple[list[Choice], Profiles, Limits]:
+        """All settings that fit, and what was tried last; slower ways only where those before them do not fit."""
+        for formats in self.formats():
+            for offload in self._offload():
+                limits = Limits(
+                    weights=formats,
+                    modes=modes,
+                    stream=self._stream(),
+                    offload=offload,
+                    host=self._host(),
+                    beside=beside,
+                )
+                found, profiles = self._fitting(largest, limits)
+                if found:
+                    break
+            if found and (offload or not preferred(found).host):
+                break
+        return found, profiles, limits
+
+    def _fitting(self, largest: Shape, limits: Limits) -> tuple[list[Choice], Profiles]:
+        for tried in self._tried(limits.modes):
+            profiles: Profiles = {
+                kept_as: {mode: self.profile(largest, kept_as, mode) for mode in tried}
+                for kept_as in limits.weights
+            }
+            found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
+            if found and set(preferred(found).settings.modes) == {"keep"}:
+                break
+        return found, profiles
+
     @staticmethod
     def _tried(modes: tuple[Mode, ...] | None) -> list[tuple[Mode, ...]]:
         """Settings to trace; those in the middle only where all cannot be kept."""
@@ -273,15 +298,20 @@ class _Planner:
         return None if wanted == "auto" else float(wanted)
 
     def _offload(self) -> tuple[bool, ...]:
-        """On a CPU nothing is gained: it is the host."""
+        """In this order. On a CPU nothing is gained: it is the host."""
         wanted = self.config.memory.offload_activations
         if wanted == "auto":
             return (False, True) if self.cuda and not self.rates.unified else (False,)
         return (wanted,)
 
     def _host(self) -> int | None:
-        """Of the host's free memory some is left to what else runs there."""
-        return None if self.card.host_gib is None else int(HOST_SHARE * self.card.host_gib * GIB)
+        """Of the host's free memory some is left to what else runs there; nobody knows that of a card elsewhere."""
+        if self.rates.unified:
+            return None
+        free = self.card.host_gib
+        if free is None:
+            free = max(HOST_ELSEWHERE, 2 * self.card.gib)
+        return int(HOST_SHARE * free * GIB)
 
     def _captions(self) -> tuple[str, Phase]:
         """The first format of text encoders that fits, or the pinned one."""
@@ -297,10 +327,25 @@ class _Planner:
                 break
         return kept_as, phase
 
+    def _trained_texts(self, phase: Phase, batch: int) -> int:
+        method = self.config.method
+        section = None if isinstance(method, Full | TextualInversion) else method.text_encoders
+        if section is None:
+            return 0
+        names = self.known.export.text_encoders
+        trained = [part for part, name in names.items() if not section.which or name in section.which]
+        family = self.skeleton(parts=TEXT_ENCODERS)
+        found = trained_texts(family, phase.weights, trained, CLIP_TOKENS * batch)
+        self.notes.append(
+            f"text encoders with adapters stay on the device: {found / GIB:.1f} GiB, what their backward keeps by a "
+            "rule; their seconds are not counted"
+        )
+        return found
+
     def _drawn(self) -> tuple[Beside, Shape | None]:
         """What adapters that do not train and drawn pictures take beside the denoiser, and their shape."""
         adapters = [path for path, _ in self._frozen_adapters() if path.is_file()]
-        assistant = sum(4 * numbers_in(path) for path in adapters)
+        assistant = sum(4 * numbers_in(path) for path in adapters) + self.texts
         shape = drawn_shape(self.config, self.of)
         if shape is None:
             return Beside(always=assistant), None
@@ -324,6 +369,8 @@ class _Planner:
         used = profiles[settings.weights][settings.modes[0]]
         step = self._evaluated(profiles[settings.weights], settings, Beside(always=beside.always))
         kept = ", ".join(f"{count} x {mode}" for mode, count in settings.kept.items())
+        if best.waiting:
+            kept += f", {best.waiting / GIB:.1f} GiB of it in host memory until backward"
         weights = sum(used.weights) + used.weights_outside
         trained = sum(used.trained) + used.trained_outside
         where = "" if not best.host else f"; {best.host / GIB:.1f} GiB of them in host memory"
@@ -355,6 +402,7 @@ class _Planner:
     def _held_besides(self) -> str:
         held = [
             *(["the VAE, for samples"] if self.config.sample.prompts else []),
+            *(["text encoders"] if self.texts else []),
             *(name for _, name in self._frozen_adapters()),
         ]
         return "".join(f" and {one}" for one in held)
@@ -399,7 +447,7 @@ class _Planner:
         limits = Limits(
             (settings.weights,),
             stream=None if wanted == "auto" else settings.stream,
-            offload=(settings.offload,),
+            offload=settings.offload,
             host=self._host(),
         )
         found: list[Choice] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from burnish.config.data import Folder, Generated
-from burnish.config.method import Full
+from burnish.config.method import Full, TextEncoders, TextualInversion, trains_text
 from burnish.config.schema import RunConfig, SamplePrompt, Size
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
@@ -24,13 +24,14 @@ from burnish.data.plan import BatchPlan
 from burnish.data.preflight import PreparedData, prepare_samples
 from burnish.data.prepare import EncodeCounts, encode_captions, encode_latents, encode_seen_captions, flips
 from burnish.data.samples import Sample, all_captions, hold_out
+from burnish.errors import DataError, UserError
 from burnish.events import Listener
 from burnish.export.formats import format_of_kind
 from burnish.export.kinds import kind_of_method
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family
+from burnish.family import Family, Part
 from burnish.model import ChosenModel, choose_model
-from burnish.prior import drawn_folder
+from burnish.prior import drawn_folder, missing_count, own_folder
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, PictureRequest, encode_requests, with_references
 
@@ -48,10 +49,27 @@ class Prepared:
     requests: list[EncodedRequest]
     tag_frequency: Mapping[str, Mapping[str, int]]  # by source: how often each tag stands in the captions
     config_hash: str
+    # Where prompts are encoded in the step, because text encoders are trained: what to draw, not encoded yet.
+    encoded: bool = True
+    asked: Sequence[PictureRequest] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What training loads."""
+        text: tuple[Part, ...] = () if self.encoded else ("text_encoders",)
+        return ("denoiser", "vae", *text) if self.requests or self.asked else ("denoiser", *text)
 
     def batches(self, start: int, *, workers: int, plan: BatchPlan | None = None) -> Iterator[Batch]:
         """Batches of micro-step `start` and all after it, without end."""
-        return batches(plan or self.plan, self.cache, self.keys, self.family, start=start, workers=workers)
+        return batches(
+            plan or self.plan,
+            self.cache,
+            self.keys,
+            self.family,
+            start=start,
+            workers=workers,
+            encoded=self.encoded,
+        )
 
 
 def check_data(
@@ -120,14 +138,56 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
 
     Raises:
         AdapterError: no program reads this kind of adapter of this family in `save.format`.
+        UserError: the family cannot be taught words, or has no text encoder that adapters go on.
     """
-    if not isinstance(config.method, Full):
-        format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+    if isinstance(config.method, TextualInversion):
+        if not family.capabilities.new_words:
+            raise UserError(
+                f"method.kind: textual_inversion, and {family.title} cannot be taught words here",
+                remedy="Train an adapter (method.kind: lora); families with CLIP alone can: sd15, sd2, sdxl.",
+            )
+        return
+    if isinstance(config.method, Full):
+        return
+    format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+    if config.method.text_encoders is not None:
+        _refuse_text_encoders(config.method.text_encoders, family)
+
+
+def _refuse_text_encoders(section: TextEncoders, family: Family) -> None:
+    has = list(family.export.text_encoders.values())
+    if not has:
+        raise UserError(
+            f"method.text_encoders: {family.title} has no CLIP, and only CLIPs are trained here",
+            remedy="Leave method.text_encoders out; sd15, sd2, sdxl, sd3 and flux have CLIPs.",
+        )
+    unknown = [name for name in section.which if name not in has]
+    if unknown:
+        raise UserError(
+            f"method.text_encoders.which: {family.title} has no {unknown[0]}",
+            remedy=f"Name some of {', '.join(has)}, or leave it out for all.",
+        )
+
+
+def refuse_unsaid_word(config: RunConfig, samples: Sequence[Sample]) -> None:
+    """Raises:
+    DataError: the word to be learned stands in no caption.
+    """
+    if not isinstance(config.method, TextualInversion):
+        return
+    word = config.method.token
+    if any(word in text.lower() for sample in samples for text in sample.captions(config.seed)):
+        return
+    raise DataError(
+        f"method.token: no caption says {word!r}, so nothing would be learned",
+        remedy=f'Set data: captions: prefix: "a photo of {word}, ", or write the word into the caption files.',
+    )
 
 
 def folders(config: RunConfig) -> list[Folder]:
     """The sources that are there already."""
-    return [source for source in config.data if isinstance(source, Folder)]
+    there = [source if isinstance(source, Folder) else own_folder(source) for source in config.data]
+    return [source for source in there if source is not None]
 
 
 def prepare(
@@ -146,18 +206,14 @@ def prepare(
     model = choose_model(config.model, config.memory)
     family = model.load(dtype=dtype, device=device)
     refuse_unreadable(config, family)
-    if len(folders(config)) < len(config.data):
+    if any(isinstance(source, Generated) for source in config.data):
         # The user's own pictures first: a mistake there should not wait for minutes of drawing.
         check_data(config, folders(config), family, folder, events, tell=False)
-    sources = [
-        draw_source(config, source, folder.path / "prior", family, events)
-        if isinstance(source, Generated)
-        else source
-        for source in config.data
-    ]
+    sources = all_folders(config, folder.path / "prior", family, events)
     checked = check_data(config, sources, family, folder, events)
     samples = checked.samples
     trained, held = split(config, samples)
+    refuse_unsaid_word(config, trained)
     if config.train.loader_workers and config.memory.cache == "ram":
         events.warned("train.loader_workers has no effect with memory.cache: ram, which is read in the loop")
 
@@ -165,9 +221,13 @@ def prepare(
     if config.memory.cache == "disk":
         cache = DiskCache(config.memory.cache_folder or user_cache_folder())
     keys = CacheKeys.of(family, dtype)
-    seen = [*trained, *held]
+    seen = [picture for sample in (*trained, *held) for picture in sample.pictures]
     encode_masks(seen, family.latents, cache, keys)
-    requests = encode(config, model, checked, seen, folder, cache, keys, device, dtype, events)
+    in_step = trains_text(config.method)
+    requests = []
+    if not in_step:
+        requests = encode_texts(config, model, checked, seen, folder, cache, keys, device, dtype, events)
+    requests = encode(model, seen, requests, cache, keys, device, dtype, events)
     return Prepared(
         model=model,
         family=family,
@@ -176,9 +236,32 @@ def prepare(
         cache=cache,
         keys=keys,
         requests=requests,
-        tag_frequency=tag_frequency(samples, config.data),
+        tag_frequency=tag_frequency(samples, [*config.data, *sources[len(config.data) :]]),
         config_hash=config_hash,
+        encoded=not in_step,
+        asked=sample_requests(config) if in_step else (),
     )
+
+
+def all_folders(config: RunConfig, place: Path, family: Family, events: Listener) -> list[Folder]:
+    """Every source as a folder, in the config's order; what is missing of generated ones is drawn.
+
+    Behind them stand the user's own pictures of generated sources of which some were drawn.
+    """
+    in_order, behind = list[Folder](), list[Folder]()
+    for source in config.data:
+        if isinstance(source, Folder):
+            in_order.append(source)
+            continue
+        own, missing = own_folder(source), missing_count(source)
+        if own is not None and not missing:
+            in_order.append(own)
+            continue
+        wanted = source.model_copy(update={"count": missing})
+        in_order.append(draw_source(config, wanted, place, family, events))
+        if own is not None:
+            behind.append(own)
+    return in_order + behind
 
 
 def draw_source(
@@ -196,7 +279,7 @@ def draw_source(
     )
 
 
-def encode(
+def encode_texts(
     config: RunConfig,
     model: ChosenModel,
     checked: PreparedData,
@@ -208,7 +291,7 @@ def encode(
     dtype: torch.dtype,
     events: Listener,
 ) -> list[EncodedRequest]:
-    """Fill the cache and encode the sample prompts; a part that nothing asks for is not loaded."""
+    """Fill the cache with captions and encode the sample prompts; what nothing asks for is not loaded."""
     captions = all_captions([sample for sample in samples if not keys.sees(sample)], config.seed)
     requests: list[EncodedRequest] = []
     if config.sample.prompts or any(
@@ -232,6 +315,20 @@ def encode(
         say_repaired(counts, "captions", events.warned)
         requests = encode_requests(encoder, sample_requests(config))
         encoder.release("text_encoders")
+    return requests
+
+
+def encode(
+    model: ChosenModel,
+    samples: Sequence[Sample],
+    requests: list[EncodedRequest],
+    cache: Cache,
+    keys: CacheKeys,
+    device: torch.device,
+    dtype: torch.dtype,
+    events: Listener,
+) -> list[EncodedRequest]:
+    """Fill the cache with latents, and give requests what the denoiser is told about their references."""
     shown = any(one.request.references for one in requests)
     if shown or any(
         cache.get("latents", key) is None for sample in samples for key in latent_keys(sample, keys)

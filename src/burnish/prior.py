@@ -6,12 +6,38 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from burnish.config.data import Captions, Folder, Generated
 from burnish.config.schema import Memory, Model
+from burnish.data.folder import list_folder
 from burnish.generate import draw_pictures_with
 from burnish.sampling.outputs import write_picture
 from burnish.sampling.sampler import PictureRequest
+
+
+def own_folder(source: Generated) -> Folder | None:
+    """The pictures of the class that the user has, as a source; None where there are none.
+
+    Raises:
+        DataError: `path` is no readable folder.
+    """
+    if not _count_there(source):
+        return None
+    return Folder(**{**_shared(source), "path": source.path, "captions": Captions(default=source.prompts[0])})
+
+
+def missing_count(source: Generated) -> int:
+    """How many pictures are to be drawn beside those that are there.
+
+    Raises:
+        DataError: `path` is no readable folder.
+    """
+    return max(0, source.count - _count_there(source))
+
+
+def _count_there(source: Generated) -> int:
+    return 0 if source.path is None else len(list_folder(source.path).pictures)
 
 
 def drawn_folder(
@@ -25,7 +51,7 @@ def drawn_folder(
     precision: str,
     progress: Callable[[int, int], None],
 ) -> Folder:
-    """Draw the pictures of `source` into a folder below `place`, as far as they are not there, and describe it.
+    """Draw `source.count` pictures into a folder below `place`, as far as they are not there, and describe it.
 
     The folder's name is a hash of all that the pictures depend on: another recipe draws elsewhere, and an
     interrupted one goes on.
@@ -55,8 +81,14 @@ def drawn_folder(
     )
     for (path, request), picture in zip(missing.items(), pictures if missing else (), strict=True):
         write_picture(path, picture, request)
-    shared = {name: getattr(source, name) for name in Folder.model_fields if hasattr(source, name)}
-    return Folder(**{**shared, "kind": "folder", "path": folder, "captions": Captions(on_missing="error")})
+    return Folder(**{**_shared(source), "path": folder, "captions": Captions(on_missing="error")})
+
+
+def _shared(source: Generated) -> dict[str, Any]:
+    return {
+        **{name: getattr(source, name) for name in Folder.model_fields if hasattr(source, name)},
+        "kind": "folder",
+    }
 
 
 def requests_of(source: Generated, folder: Path, side: int) -> dict[Path, PictureRequest]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +14,12 @@ from torch import Tensor
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.own_weights import OwnWeights
+from burnish.adapters.words import NewWord
 from burnish.export.adapter_file import write_adapter
 from burnish.export.denoiser_file import write_folder, write_single_file
+from burnish.export.text_encoders import text_adapter
 from burnish.export.verify import verify_adapter
+from burnish.export.word_file import write_word
 from burnish.loop import Training
 from burnish.optim.schedule_free import averaged_point, is_schedule_free
 
@@ -52,7 +55,7 @@ def averaged(run: Training) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True, slots=True)
 class AdapterResult:
-    """The adapter of one denoiser: `<stem><label>.safetensors`."""
+    """The adapter of one denoiser, and of the text encoders that train with it: `<stem><label>.safetensors`."""
 
     part: str
     adapter: AdapterSet
@@ -61,6 +64,7 @@ class AdapterResult:
     format: str
     dtype: torch.dtype
     metadata: Metadata
+    texts: Mapping[str, AdapterSet] = field(default_factory=dict)  # by part
 
     def path(self, label: str) -> Path:
         return self.folder / f"{self.stem}{label}.safetensors"
@@ -69,6 +73,7 @@ class AdapterResult:
         keys = run.family.export
         with averaged(run):
             weights = self.adapter.weights()
+            texts = {part: (one.weights(), one.denoiser) for part, one in self.texts.items()}
             write_adapter(
                 path,
                 weights,
@@ -78,9 +83,10 @@ class AdapterResult:
                 format=self.format,
                 dtype=self.dtype,
                 metadata=self.metadata(run, self.part),
+                texts={part: text_adapter(own, encoder) for part, (own, encoder) in texts.items()},
             )
         return verify_adapter(
-            path, weights, run.family.denoisers[self.part], part=self.part, keys=keys
+            path, weights, run.family.denoisers[self.part], part=self.part, keys=keys, texts=texts
         ).facts()
 
 
@@ -122,6 +128,26 @@ class DenoiserFile:
             values = _state(run, self.part, self.weights)
             told = self.metadata(run, self.part)
             return write_single_file(path, run.family, self.part, values, self.dtype, told).facts()
+
+
+@dataclass(frozen=True, slots=True)
+class WordResult:
+    """A new word in all text encoders: `<stem><label>.safetensors`."""
+
+    words: Mapping[str, NewWord]
+    folder: Path
+    stem: str
+    dtype: torch.dtype
+    metadata: Metadata
+
+    def path(self, label: str) -> Path:
+        return self.folder / f"{self.stem}{label}.safetensors"
+
+    def write(self, run: Training, path: Path) -> Facts:
+        first = next(iter(self.words))
+        with averaged(run):
+            vectors = {name: one.vectors_ND for name, one in self.words.items()}
+            return write_word(path, vectors, self.dtype, self.metadata(run, first)).facts()
 
 
 def _own_average(run: Training) -> AbstractContextManager[None]:

@@ -29,7 +29,7 @@ from burnish.memory.formats import slow_because
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model, places
 from burnish.optim.build import check_optimizer, state_bytes, what_is_lost
-from burnish.preparation import check_data, folders, prepare, refuse_unreadable, split
+from burnish.preparation import check_data, folders, prepare, refuse_unreadable, refuse_unsaid_word, split
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
 from burnish.settling import Compared, Settled, settle
@@ -56,7 +56,8 @@ def check_run(config: RunConfig, progress: Listener) -> None:
     refuse_unreadable(config, family)
     for line in announce_changes(config, folder):
         progress.warned(line)
-    split(config, check_data(config, folders(config), family, folder, progress).samples)
+    samples, _ = split(config, check_data(config, folders(config), family, folder, progress).samples)
+    refuse_unsaid_word(config, samples)
     check_space(folder.checkpoints, 0, config.save.keep)  # whether it can be written to at all
 
 
@@ -100,9 +101,8 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     atomic_write_text(folder.config, resolved)
 
     events.phase("loading the denoiser", 0, 0)
-    parts = ("denoiser", "vae") if prepared.requests else ("denoiser",)
-    family = prepared.model.load(*parts, dtype=dtype, device=places(config.memory, device))
-    if prepared.requests and (alone := drawn_alone(family)):
+    family = prepared.model.load(*prepared.parts, dtype=dtype, device=places(config.memory, device))
+    if "vae" in prepared.parts and (alone := drawn_alone(family)):
         events.warned(f"samples: {alone}")
     assembled = assemble(config, resolved, family, prepared, folder, device, dtype, events, stop)
     if lost := what_is_lost(config.train.optimizer, assembled.training.parameters.values()):
@@ -324,6 +324,8 @@ class RunLog(Listener):
     def stepped(self, report: StepReport) -> None:
         if report.step % LOGGED_EVERY == 0:
             _log.info("step %d: loss %.5f, gradient norm %.4f", report.step, report.loss, report.grad_norm)
+            if report.accuracy is not None:
+                _log.info("step %d: accuracy %.3f", report.step, report.accuracy)
 
     def validated(self, step: int, loss: float, is_best: bool) -> None:
         _log.info("step %d: held-out loss %.5f%s", step, loss, ", the best so far" if is_best else "")

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._triton import has_triton
 
 from burnish.atomic import atomic_write_text
+from burnish.config.method import TextualInversion
 from burnish.config.schema import Memory, RunConfig
 from burnish.events import Listener
 from burnish.loop import Training
@@ -68,6 +69,8 @@ def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: L
         UserError: nothing fits.
     """
     memory = pinned(config.memory, folder)
+    if isinstance(config.method, TextualInversion):
+        return Settled(with_memory(config, memory, UNPLANNED | {"activations": "recompute"}), None)
     if device.type != "cuda" and memory.budget == "auto":
         return Settled(with_memory(config, memory, UNPLANNED), None)
     events.phase("planning", 0, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ class Validate:
         objective = run.objective.comparable()
         begin, end = run.family.schedule.times
         for batch in self.batches():
-            batch = batch.to(run.device)
+            batch = run.told(batch.to(run.device))
             for t in self.times:
                 noise = held_noise(run.seed, "validation", batch.latents_BCHW.shape[1:], batch.sample_ids, t)
                 audio_noise = None
@@ -91,8 +91,8 @@ class Validate:
                     shape = batch.audio_BCLF.shape[1:]
                     audio_noise = held_noise(run.seed, "validation audio", shape, batch.sample_ids, t)
                 t_B = torch.full((len(noise),), begin + (end - begin) * t)
-                loss_B = objective.losses_at(run.family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
-                losses.append(loss_B.flatten())
+                turns = objective.turns_at(run.family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
+                losses += [turn.loss_B.flatten() for turn in turns]
         return float(torch.cat(losses).mean())
 
 
@@ -204,7 +204,7 @@ class Save:
 class Sample:
     """What is drawn with fixed seeds, and a grid over all steps so far; failing to draw never ends a run (law L6)."""
 
-    requests: Sequence[EncodedRequest]
+    requests: Callable[[], Sequence[EncodedRequest]]  # what to draw now
     folder: Path
     every: int
     batch_size: int
@@ -220,7 +220,8 @@ class Sample:
     def draw(self, run: Training) -> None:
         try:
             with torch.no_grad(), averaged(run), all_disabled(self.disabled), self.attention.sampling():
-                pictures = self.pictures(run)
+                requests = self.requests()
+                pictures = self.pictures(run, requests)
         except Interrupted:
             self.events.warned(f"step {run.step}: samples left out, the run is stopping")
             return
@@ -234,17 +235,17 @@ class Sample:
             )
             return
         try:
-            paths = self.write(run.step, pictures)
+            paths = self.write(run.step, requests, pictures)
         except (OSError, DiskFull, DataError, MemoryError) as error:
             self.events.warned(f"step {run.step}: samples were drawn and could not be written: {error}")
             return
         self.events.sampled(run.step, paths)
 
-    def pictures(self, run: Training) -> list[Drawn]:
+    def pictures(self, run: Training, requests: Sequence[EncodedRequest]) -> list[Drawn]:
         drawn: list[Drawn] = []
-        for first in range(0, len(self.requests), self.batch_size):
+        for first in range(0, len(requests), self.batch_size):
             self.raise_if_stopped()
-            chosen = self.requests[first : first + self.batch_size]
+            chosen = requests[first : first + self.batch_size]
             latents = draw_latents(
                 run.family, chosen, device=run.device, dtype=run.dtype, progress=self.progress
             )
@@ -254,26 +255,26 @@ class Sample:
     def progress(self, done: int, total: int) -> None:
         self.raise_if_stopped()
 
-    def write(self, step: int, pictures: Sequence[Drawn]) -> list[Path]:
+    def write(self, step: int, requests: Sequence[EncodedRequest], pictures: Sequence[Drawn]) -> list[Path]:
         paths = []
-        for number, (picture, encoded) in enumerate(zip(pictures, self.requests, strict=True), 1):
+        for number, (picture, encoded) in enumerate(zip(pictures, requests, strict=True), 1):
             path = self.folder / f"step-{step:08d}-{number:02d}.png"
             paths.append(write_picture(path, picture, encoded.request, extra={"step": step}))
-        self.write_grid(step)
+        self.write_grid(step, [encoded.request.prompt for encoded in requests])
         return paths
 
-    def write_grid(self, last_step: int) -> None:
+    def write_grid(self, last_step: int, prompts: Sequence[str]) -> None:
         """One row per prompt, one column per step that has all its pictures, from the files themselves."""
         files: dict[int, dict[int, Path]] = {}  # by step and row
         for path in self.folder.glob("step-*-*.*"):
             if (match := _SAMPLE.fullmatch(path.name)) and int(match[1]) <= last_step:
                 files.setdefault(int(match[1]), {})[int(match[2])] = path
-        rows = range(1, len(self.requests) + 1)
+        rows = range(1, len(prompts) + 1)
         whole = {step: files[step] for step in sorted(files) if files[step].keys() >= set(rows)}
         shown = evenly(list(whole), GRID_COLUMNS)
         save_grid(
             self.folder / "grid.png",
-            rows=[encoded.request.prompt for encoded in self.requests],
+            rows=prompts,
             columns=[f"step {step}" for step in shown],
             pictures=[[thumbnail(whole[step][row]) for step in shown] for row in rows],
         )
@@ -297,10 +298,14 @@ def thumbnail(path: Path) -> Image.Image:
     return small
 
 
+def all_disabled(adapters: Sequence[AdapterSet]) -> AbstractContextManager[None]:
+    return all_at(adapters, 0.0)
+
+
 @contextmanager
-def all_disabled(adapters: Sequence[AdapterSet]) -> Iterator[None]:
-    if not adapters:
-        yield
-        return
-    with adapters[0].disabled(), all_disabled(adapters[1:]):
+def all_at(adapters: Sequence[AdapterSet], strength: float) -> Iterator[None]:
+    """Within it each set is of this strength, at 0 without effect."""
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.at(strength))
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,32 +14,36 @@ from burnish.adapters.casting import cast_once
 from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.own_weights import OwnWeights, choose_weights
 from burnish.adapters.targeting import choose_modules
-from burnish.config.method import AnyMethod, Full
+from burnish.adapters.words import NewWord, teach
+from burnish.config.method import AdapterMethod, AnyMethod, Full, TextualInversion
 from burnish.config.schema import RunConfig
 from burnish.errors import ConfigError
 from burnish.export.formats import refuse_unstackable, resolve_format
-from burnish.export.metadata import Provenance, adapter_metadata, model_metadata
+from burnish.export.metadata import Provenance, adapter_metadata, model_metadata, word_metadata
+from burnish.export.text_encoders import TARGETS
 from burnish.family import Family, TargetSet
 from burnish.generate import part_labels
 from burnish.loop import Training
 from burnish.memory.quantized import choose_products
 from burnish.preparation import Prepared
-from burnish.results import AdapterResult, DenoiserFile, DenoiserFolder, Result
+from burnish.results import AdapterResult, DenoiserFile, DenoiserFolder, Result, WordResult
 from burnish.run_folder import RunFolder
 
 EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Trained = AdapterSet | OwnWeights
+Trained = AdapterSet | OwnWeights | NewWord
 
 
 def trained_parts(
     config: RunConfig, family: Family, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Trained]:
-    """What trains of each loaded denoiser, made ready to.
+    """What trains of each loaded denoiser, or of each text encoder, made ready to.
 
     Raises:
         AdapterError: targets that match nothing, or that the export format cannot hold.
         ConfigError: patterns that match no weight, or a format of whole models that the family has not.
     """
+    if isinstance(config.method, TextualInversion):
+        return {**teach(family, config.method, config.seed)}
     if isinstance(config.method, Full):
         if config.save.format == "comfy" and family.export.tensors is None:
             raise ConfigError(
@@ -59,10 +63,35 @@ def trained_parts(
         refuse_unstackable(adapter.weights(), format, family.export, adaptable_modules(denoiser))
         cast_once(denoiser, list(adapter.layers.values()), dtype)
         adapters[part] = adapter
+    return adapters | text_adapters(config.method, family, device, dtype, config.seed)
+
+
+def text_adapters(
+    method: AdapterMethod, family: Family, device: torch.device, dtype: torch.dtype, seed: int
+) -> dict[str, Trained]:
+    """Those of text encoders, attached, by part; of the method's kind and rank. Its patterns are for the denoiser.
+
+    Raises:
+        AdapterError: the rank is larger than a module can use.
+    """
+    section = method.text_encoders
+    if section is None:
+        return {}
+    plain: dict[str, Any] = {"include": [], "exclude": [], "groups": [], "targets": section.targets}
+    adapters: dict[str, Trained] = {}
+    for part, name in family.export.text_encoders.items():
+        if section.which and name not in section.which:
+            continue
+        encoder = family.loaded[part]
+        choose_products(encoder, device)
+        found = choose_modules(encoder, TARGETS, section.targets, method.model_copy(update=plain))
+        choices = {name: replace(one, learning_rate=section.learning_rate) for name, one in found.items()}
+        adapters[part] = adapter = AdapterSet.attach(encoder, choices, seed=seed)
+        cast_once(encoder, list(adapter.layers.values()), dtype)
     return adapters
 
 
-def chosen(method: AnyMethod, family: Family, denoiser: nn.Module) -> Mapping[str, Any]:
+def chosen(method: AdapterMethod | Full, family: Family, denoiser: nn.Module) -> Mapping[str, Any]:
     """What trains of a denoiser: by module what its adapter is, or by weight its learning rate.
 
     Raises:
@@ -104,6 +133,9 @@ class Told:
     def metadata(self, run: Training, part: str) -> dict[str, str]:
         one = self.trained[part]
         about = self._provenance(run, part)
+        if isinstance(one, NewWord):
+            assert isinstance(self.config.method, TextualInversion)
+            return word_metadata(run.family.export, about, self.config.method.token)
         if isinstance(one, OwnWeights):
             return model_metadata(run.family.export, about)
         return adapter_metadata(run.family.export, one.weights(), about)
@@ -134,10 +166,20 @@ def _results(told: Told, family: Family, folder: RunFolder) -> Iterator[Result]:
     config = told.config
     dtype, format = EXPORT_DTYPES[config.save.dtype], config.save.format
     labels = part_labels(family)
+    words = {part: one for part, one in told.trained.items() if isinstance(one, NewWord)}
+    if words:
+        yield WordResult(words, folder.adapters, config.name, dtype, told.metadata)
+    texts = {
+        part: one
+        for part, one in told.trained.items()
+        if part in family.export.text_encoders and isinstance(one, AdapterSet)
+    }
     for part, one in told.trained.items():
+        if isinstance(one, NewWord) or part in texts:
+            continue
         stem = f"{config.name}-{labels[part]}" if part in labels else config.name
         if isinstance(one, AdapterSet):
-            yield AdapterResult(part, one, folder.adapters, stem, format, dtype, told.metadata)
+            yield AdapterResult(part, one, folder.adapters, stem, format, dtype, told.metadata, texts)
             continue
         if format in ("auto", "diffusers"):
             yield DenoiserFolder(part, one, folder.models, config.name, dtype)

@@ -91,8 +91,8 @@ def test_gradients_are_clipped_to_the_limit_and_not_touched_below_it(
     applied: list[float] = []
     build = assembly.build_optimizer
 
-    def watched(*arguments: Any) -> torch.optim.Optimizer:
-        optimizer = build(*arguments)
+    def watched(*arguments: Any, **options: Any) -> torch.optim.Optimizer:
+        optimizer = build(*arguments, **options)
 
         def watch(*_: object) -> None:
             gradients = [one.grad for group in optimizer.param_groups for one in group["params"]]

@@ -168,9 +168,8 @@ def told(one: EncodedRequest, more: Conditioning) -> EncodedRequest:
 def theirs(model: Path, adapter: Path | None, case: Case, **parts: nn.Module) -> Tensor:
     """What diffusers draws with an adapter, or with `parts` in place of the pipeline's own."""
     pipeline = case.pipeline.from_pretrained(model)
-    pipeline.register_modules(
-        **parts
-    )  # `from_pretrained` passes over those that a pipeline calls optional, as Wan's
+    if parts:  # `from_pretrained` passes over those that a pipeline calls optional, as Wan's
+        pipeline.register_modules(**parts)
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
         with tiny_loaders(case.loader_widths):

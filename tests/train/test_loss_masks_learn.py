@@ -14,12 +14,14 @@ from runs import run_config
 from torch import Tensor
 
 from burnish.config.schema import Model
+from burnish.data.batch import Batch
 from burnish.data.prepare import pixels_of
 from burnish.diffusion.mixing import noisy_and_target
 from burnish.events import Listener, StepReport
-from burnish.family import Family
+from burnish.family import Conditioning, Family
 from burnish.generate import attach_adapter
 from burnish.model import choose_model
+from burnish.objective import Denoising
 from burnish.run import train_run
 
 SIDE, CAPTION, CLASS = 128, "a sks star on a white background", "a blue star on a white background"
@@ -122,6 +124,37 @@ def test_what_is_masked_out_is_not_learned_and_with_a_prior_stays(pictures: Path
     assert with_prior.change(OUTSIDE) < 0.2 * alone.change(OUTSIDE)
     # The class word goes the trigger's way, unless its output is preserved: the test below.
     assert alone.change(INSIDE, 1) > 0.5 * alone.change(INSIDE)
+
+
+def test_what_is_masked_out_reaches_no_weight(pictures: Path) -> None:
+    """Two pictures that differ where the mask is black alone move every weight alike, to the bit: the model is shown
+    that part as one and the same here, so that what is left of it is its part in the loss."""
+    family = choose_model(Model(path="demo")).load(
+        "denoiser", "vae", "text_encoders", dtype=torch.float32, device="cpu"
+    )
+    (denoiser,) = family.denoisers.values()
+    one = family.encode_pixels(pixels_of(Image.open(pictures / "a.png").convert("RGB"))[None])
+    other = one.clone()
+    other[..., 8:] += 3
+    mask = torch.ones(1, 1, *one.shape[-2:])
+    mask[..., 8:] = 0
+    told, noise = family.encode_prompts([CAPTION]), torch.randn_like(one)
+    weights = [part.requires_grad_() for name, part in denoiser.named_parameters() if "attn.to_" in name]
+
+    def gradients(latents: Tensor, counted: Tensor | None) -> list[Tensor]:
+        batch = Batch(latents, told, torch.ones(1), ("a",), ("a",), 0, counted=counted)
+
+        def predict(noisy: Tensor, t_B: Tensor, conditioning: Conditioning) -> Tensor:
+            return family.predict(noisy * mask, t_B, conditioning)
+
+        loss_B = Denoising(family.schedule).losses_at(family, batch, noise, torch.tensor([0.5]), predict)
+        return list(torch.autograd.grad(loss_B.sum(), weights, allow_unused=True))
+
+    pairs = list(zip(gradients(one, mask), gradients(other, mask), strict=True))
+    assert any(found is not None and found.any() for found, _ in pairs)
+    assert all(torch.equal(found, also) for found, also in pairs if found is not None)
+    without = zip(gradients(one, None), gradients(other, None), strict=True)
+    assert all(not torch.equal(found, also) for found, also in without if found is not None)
 
 
 def test_the_class_word_says_what_it_said_while_the_trigger_is_learned(

@@ -90,27 +90,30 @@ def everything(listener: PlainProgress | TerminalProgress) -> None:
     listener.stepped(report(1))
     listener.validated(10, 0.125, True)
     listener.saved(
-        10, FOLDER / "checkpoints", FOLDER / "a.safetensors", {"keys": 88, "difference": 0.0012345}
+        10,
+        FOLDER / "checkpoints",
+        FOLDER / "adapters" / "a.safetensors",
+        {"keys": 88, "difference": 0.0012345},
     )
     listener.phase("drawing samples", 1, 2)
     listener.sampled(10, [FOLDER / "samples" / "1.png"])
     listener.warned("a caption is [bold]empty[/bold]")
     listener.stepped(report(11))
     listener.finished(
-        RunResult("done", 100, FOLDER, FOLDER / "a.safetensors", 10, 0.125, ["1 batch skipped"])
+        RunResult("done", 100, FOLDER, FOLDER / "adapters" / "a.safetensors", 10, 0.125, ["1 batch skipped"])
     )
 
 
 TOLD = (
     "checking pictures: 20/20",
     "step 10: held-out loss 0.12500, the best so far",
-    "step 10: saved and verified runs/robot/a.safetensors (keys 88, difference 0.00123)",
+    "step 10: saved and verified runs/robot/adapters/a.safetensors (keys 88, difference 0.00123)",
     "step 10: 1 picture(s) in runs/robot/samples",
     "note: a caption is [bold]empty[/bold]",
     "done at step 100",
     "1 batch skipped",
     "best held-out loss 0.12500 at step 10",
-    "adapter: runs/robot/a.safetensors",
+    "adapter: runs/robot/adapters/a.safetensors",
 )
 
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from burnish.cli.configs import starter_facts
 from burnish.cli.main import app
+from burnish.config.data import Folder, Generated
 from burnish.config.describe import SCHEMA_FILE, json_schema, show, starter
 from burnish.config.load import load_config
 from burnish.config.schema import RunConfig
@@ -55,6 +56,28 @@ def test_starter_loads_and_fits_its_family(name: str, folder: Path) -> None:
     assert config.sample.guidance == facts.guidance
     assert "[trigger]" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_dreambooth_is_a_subject_beside_its_class(folder: Path) -> None:
+    """Every family's: as the paper has it (arXiv 2208.12242, section 3), subject and class count alike."""
+    for name in family_names():
+        (folder / "mine.yaml").write_text(starter(starter_facts(name), "dreambooth", "old cat"))
+        config = load_config("mine").config
+        subject, drawn = config.data
+        assert isinstance(subject, Folder)
+        assert isinstance(drawn, Generated)
+        assert subject.captions.default == f"a photo of {config.trigger} old cat"
+        assert (drawn.role, drawn.prompts, drawn.weight) == ("regularization", ["a photo of a old cat"], 1.0)
+        assert subject.resolutions == drawn.resolutions == [min(starter_facts(name).size)]
+        assert drawn.count == 5 * subject.repeats
+        assert config.sample.prompts[0] == drawn.prompts[0]
+        assert "[trigger]" not in show(config)
+        assert max(map(len, (folder / "mine.yaml").read_text().splitlines())) <= 120
+    told = ["config", "init", name, "--preset", "dreambooth", "--class", "old cat"]
+    assert CliRunner().invoke(app, told).stdout == starter(starter_facts(name), "dreambooth", "old cat")
+    alone = CliRunner().invoke(app, ["config", "init", name, "--class", "cat"])
+    assert alone.exit_code == 2
+    assert "--preset dreambooth" in alone.stderr
 
 
 def test_starter_is_not_written_over_a_file(folder: Path) -> None:

@@ -349,19 +349,19 @@ def test_as_fast_is_chosen_with_less_on_the_host() -> None:
     assert preferred(found).settings.kept == {"recompute": 1, "keep": SIZES - 1}
 
 
-def test_what_blocks_keep_waits_on_the_host_where_nothing_else_fits() -> None:
+def test_what_blocks_keep_can_wait_on_the_host() -> None:
     large = {mode: grown(profile, 2**30) for mode, profile in PROFILES["native"].items()}
     least = step_of([large["recompute"]] * SIZES).peak
 
-    def fastest(budget: int, *offload: bool) -> list[Choice]:
+    def fitting(budget: int, *, offload: bool) -> list[Choice]:
         limits = Limits(("native",), stream=0.0, offload=offload)
         return choices({"native": large}, RATES, budget, limits, compiled=False)
 
-    assert not preferred(fastest(1 << 62, False, True)).settings.offload
-    assert not fastest(least - 2**30, False)
-    waiting = preferred(fastest(least - 2**30, False, True))
+    assert not fitting(least - 2**30, offload=False)
+    waiting = preferred(fitting(least - 2**30, offload=True))
     assert waiting.settings.offload
-    assert waiting.host == sum(large[mode].blocks[0].growth for mode in waiting.settings.modes)
+    assert waiting.host == 0
+    assert waiting.waiting == sum(large[mode].blocks[0].growth for mode in waiting.settings.modes)
 
 
 def grown(profile: Profile, times: int) -> Profile:

@@ -84,7 +84,7 @@ def planned(model: str, card: str) -> dict[str, Any]:
         "text_encoder_weights": plan.text_encoder_weights,
         "step_gib": round(plan.choice.peak / GIB, 2),
         "peak_gib": round(plan.peak / GIB, 2),
-        "host_gib": round(plan.choice.host / GIB, 2),
+        "host_gib": round((plan.choice.host + plan.choice.waiting) / GIB, 2),
         "seconds_per_step": round(plan.times[0].seconds, 2),
         "settings": in_words(plan.choice),
     }

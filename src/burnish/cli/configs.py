@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Show, check and begin configs.", no_args_is_help=True)
 
+Preset = Literal["adapter", "dreambooth"]  # those of config/describe.py, which a mere --help need not load
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write to this file instead of the screen.")
 ]
@@ -68,13 +69,24 @@ def _timesteps(config: RunConfig, output: Path | None) -> str:
 @guarded
 def init(
     family: Annotated[str, typer.Argument(help="One of `burnish families`.")],
+    preset: Annotated[
+        Preset, typer.Option("--preset", help="An adapter from captioned pictures, or a subject from a few.")
+    ] = "adapter",
+    class_word: Annotated[
+        str | None,
+        typer.Option(
+            "--class", help="Of dreambooth: what the subject is one of, such as dog.", metavar="WORD"
+        ),
+    ] = None,
     output: Output = None,
     force: Force = False,
 ) -> None:
     """A commented config to begin with."""
     from burnish.config.describe import starter
 
-    _put(starter(starter_facts(family)), output, force)
+    if class_word is not None and preset != "dreambooth":
+        raise UserError("--class names the class of a subject", remedy="Add --preset dreambooth.")
+    _put(starter(starter_facts(family), preset, class_word or "dog"), output, force)
 
 
 def starter_facts(name: str) -> StarterFacts:

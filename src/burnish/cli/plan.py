@@ -216,7 +216,8 @@ def _as_json(plan: RunPlan) -> dict[str, Any]:
             "stream": settings.stream,
             "offload_activations": settings.offload,
             "peak_gib": choice.peak / GIB,
-            "host_gib": choice.host / GIB,
+            "host_gib": (choice.host + choice.waiting) / GIB,
+            "streamed_gib": choice.host / GIB,
             "seconds": choice.seconds * plan.accumulate,
         }
 

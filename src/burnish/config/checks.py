@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from burnish.config.data import DataSource, Folder
+from burnish.config.contrasts import TextSlider
+from burnish.config.data import Captions, DataSource, Folder
 from burnish.config.document import Document
-from burnish.config.method import Full
+from burnish.config.method import Adapter, Full, Lokr, Lora, TextualInversion, Turning, trains_text
 from burnish.config.problems import KeyPath, Problem
 from burnish.config.schema import RunConfig
 
@@ -18,7 +19,7 @@ def cross_checks(config: RunConfig, document: Document) -> list[Problem]:
     run_folder = Path(os.path.realpath(config.save.folder / config.name))
     problems = []
     for index, source in enumerate(config.data):
-        if not isinstance(source, Folder):
+        if source.path is None:
             continue
         pictures = Path(os.path.realpath(source.path))
         if run_folder.is_relative_to(pictures):
@@ -35,9 +36,12 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     """Options that do not go together: the path of the one to change, and why."""
     if isinstance(config.method, Full):
         yield from _of_full(config, config.method)
+    if isinstance(config.method, TextualInversion):
+        yield from _of_words(config, config.method)
     yield from _of_single_steps(config)
     for index, source in enumerate(config.data):
         yield from _of_targets(config, index, source)
+        yield from _of_sliders(config, index, source)
 
 
 def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
@@ -65,6 +69,29 @@ def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
         )
 
 
+def _of_words(config: RunConfig, method: TextualInversion) -> Iterator[tuple[KeyPath, str]]:
+    word = "method.kind: textual_inversion trains a few vectors"
+    for option in ("gradient_release", "offload_optimizer"):
+        if getattr(config.memory, option):
+            yield ("memory", option), f"{word}: there is nothing to save; take it out"
+    if config.memory.budget != "auto":
+        yield (
+            ("memory", "budget"),
+            "textual inversion is not planned; take it out, and set memory.activations",
+        )
+    if config.save.format != "auto":
+        yield (
+            ("save", "format"),
+            f"{word}, which have one file for all programs; leave it out instead of {config.save.format}",
+        )
+    if method.lengths == "vocabulary" and config.train.optimizer.schedule_free:
+        text = (
+            f"{config.train.optimizer.kind} keeps an average of the weights of all steps, which lengths cannot be held "
+            "of; set method.lengths: free, or use adamw"
+        )
+        yield ("method", "lengths"), text
+
+
 def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
     """What asks the model as it was before training."""
     asking: list[tuple[str, ...]] = [("target",)] if source.target == "model" else []
@@ -78,10 +105,43 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
                     ("data", index, "preserve"),
                     "takes the trigger's place, and there is no trigger; set trigger",
                 )
-    if isinstance(config.method, Full):
+        if source.preference is not None:
+            asking.append(("preference",))
+    if source.slider is not None:
+        asking.append(("slider",))
+    if isinstance(config.method, Full) or trains_text(config.method):
+        what = "knows no new word"
+        if not isinstance(config.method, TextualInversion):
+            full = isinstance(config.method, Full)
+            what = (
+                "full fine-tuning does not keep"
+                if full
+                else "reads captions otherwise with method.text_encoders"
+            )
         for place in asking:
-            text = "asks the model as it was before training, which full fine-tuning does not keep; train an adapter"
+            text = f"asks the model as it was before training, which {what}; train an adapter of the denoiser alone"
             yield ("data", index, *place), text
+
+
+def _of_sliders(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
+    """What is used at strengths other than 1 must mean the same at each of them."""
+    if source.slider is None:
+        return
+    place, method = ("data", index, "slider"), config.method
+    lengths = isinstance(method, Lora | Lokr) and method.dora
+    if isinstance(method, Turning) or lengths:
+        what = "dora" if lengths else method.kind
+        yield (
+            place,
+            f"is used at many strengths, which programs count otherwise for {what}; train lora, loha or lokr",
+        )
+    if config.memory.gradient_release and isinstance(method, Adapter):
+        yield place, "learns two directions in one step; leave memory.gradient_release out"
+    if isinstance(source, Folder) and isinstance(source.slider, TextSlider) and source.captions != Captions():
+        yield (
+            ("data", index, "captions"),
+            "are not read with a slider from prompts: its target is the caption",
+        )
 
 
 def _of_single_steps(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from burnish.config.section import Section, default_kind
 
@@ -25,8 +25,27 @@ class RateGroup(Section):
     learning_rate: float = Field(gt=0, le=10, description="Instead of the optimizer's rate.")
 
 
+class TextEncoders(Section):
+    """Adapters on CLIP text encoders beside those of the denoiser, of the same kind, rank and alpha."""
+
+    which: list[Literal["clip_l", "clip_g", "clip_h"]] = Field(
+        [], description="Those to train, such as `clip_l`; all that the model has if empty."
+    )
+    targets: Literal["attention", "attention+mlp"] = Field(
+        "attention+mlp", description="Linear layers of their attention, or those of the feed-forward as well."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, le=10, description="Instead of the optimizer's rate; half of it or less is usual."
+    )
+
+
 class Adapter(Section):
     """What every kind of adapter has."""
+
+    text_encoders: TextEncoders | None = Field(
+        None,
+        description="Adapters on text encoders as well; they then stay in memory and read captions in each step.",
+    )
 
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped while training."
@@ -209,7 +228,55 @@ class Full(Section):
     groups: list[WeightGroup] = Field([], description="Weights with their own learning rate.")
 
 
+class TextualInversion(Section):
+    """A new word (arXiv 2208.01618): only its vectors in the text encoders train; the model stays as it is."""
+
+    kind: Literal["textual_inversion"]
+    token: str = Field(
+        min_length=1,
+        max_length=60,
+        description="The word, which captions and sample prompts say; one that the model does not know, such as "
+        "`<my-cat>`. `[trigger]` is replaced.",
+    )
+    vectors: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Vectors of the word; a prompt has room for 75 in all. More hold more, and bend less to the rest "
+        "of the prompt.",
+    )
+    initial: str | None = Field(
+        None,
+        min_length=1,
+        description="Words to begin with, such as `cat`; drawn as the vocabulary's vectors are spread if absent.",
+    )
+    lengths: Literal["vocabulary", "free"] = Field(
+        "vocabulary",
+        description="Keep each vector as long as those of the vocabulary (its inner 98%), or let them grow.",
+    )
+
+    @field_validator("token")
+    @classmethod
+    def one_lower_case_word(cls, token: str) -> str:
+        if any(letter.isspace() or letter == "," for letter in token):
+            raise ValueError(f"token must be one word, without spaces and commas; got {token!r}")
+        if token != token.lower():
+            raise ValueError(
+                f"token must be lower case, which prompts are read in; got {token!r}, write {token.lower()!r}"
+            )
+        return token
+
+
 AdapterMethod = Lora | Loha | Lokr | Oft | Boft
 AnyMethod = Annotated[
-    Lora | Loha | Lokr | Oft | Boft | Full, Field(discriminator="kind"), default_kind("lora")
+    Lora | Loha | Lokr | Oft | Boft | Full | TextualInversion,
+    Field(discriminator="kind"),
+    default_kind("lora"),
 ]
+
+
+def trains_text(method: AnyMethod) -> bool:
+    """Whether anything of the text encoders trains, so that captions are encoded in each step."""
+    if isinstance(method, TextualInversion):
+        return True
+    return not isinstance(method, Full) and method.text_encoders is not None

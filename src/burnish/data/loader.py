@@ -10,9 +10,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from typing import TypeVar
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from burnish.data.batch import Batch
+from burnish.data.batch import Batch, Direction, Opposites, Preference
 from burnish.data.cache import Cache, CacheKeys, Entry, Kind, RamCache
 from burnish.data.loss_masks import MASK, loss_weights
-from burnish.data.plan import BatchPlan
+from burnish.data.plan import BatchPlan, Draw
 from burnish.data.prepare import AUDIO, LATENTS, conditioning_of
 from burnish.errors import DataError, MachineError
 from burnish.family import Conditioning, Family, PictureInfo
@@ -44,9 +44,11 @@ class _Loaded:
     sample_ids: tuple[str, ...]
     paths: tuple[str, ...]
     pictures: tuple[PictureInfo, ...]
+    captions: tuple[str, ...]
     audio_BCLF: Tensor | None
     counted: Tensor | None
     kept: Tensor | None
+    contrast: Direction | Opposites | Preference | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ class _Problem:
 class _CachedBatches(Dataset["_Loaded | _Problem"]):
     """Micro-step position -> batch."""
 
-    def __init__(self, plan: BatchPlan, cache: Cache, keys: CacheKeys) -> None:
-        self.plan, self.cache, self.keys = plan, cache, keys
+    def __init__(self, plan: BatchPlan, cache: Cache, keys: CacheKeys, encoded: bool) -> None:
+        self.plan, self.cache, self.keys, self.encoded = plan, cache, keys, encoded
 
     def __getitem__(self, position: int) -> _Loaded | _Problem:
         try:
@@ -70,17 +72,17 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
             return _Problem(error.message, error.remedy)
 
     def load(self, position: int) -> _Loaded:
-        draws = self.plan.draws(position)
+        draws = with_other_sides(self.plan.draws(position))
         latents, conditioning, audio = [], [], []
+        entries = []
         for draw in draws:
             key = self.keys.latents(draw.sample, flip=draw.flip)
             picture = self._entry("latents", key, str(draw.sample.path))
+            entries.append(picture)
             latents.append(picture[LATENTS])
             if draw.sample.audio:
                 audio.append(picture[AUDIO])
-            key = self.keys.caption(draw.caption, draw.sample, flip=draw.flip)
-            caption = self._entry("captions", key, repr(draw.caption))
-            conditioning.append(conditioning_of(caption, picture))
+            conditioning.append(self._told(draw, draw.caption, picture))
 
         def mask_of(number: int) -> Tensor:
             sample, grid = draws[number].sample, latents[number].shape[-2:]
@@ -96,10 +98,43 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
             sample_ids=tuple(draw.id for draw in draws),
             paths=tuple(str(draw.sample.path) for draw in draws),
             pictures=tuple(draw.sample.fit.describe(flipped=draw.flip) for draw in draws),
+            captions=tuple(draw.caption for draw in draws),
             audio_BCLF=torch.stack(audio) if audio else None,
             counted=counted,
             kept=kept,
+            contrast=self._contrast(draws, entries),
         )
+
+    def _told(self, draw: Draw, text: str, picture: Entry) -> Conditioning:
+        caption: Entry = {}
+        if self.encoded:
+            key = self.keys.caption(text, draw.sample, flip=draw.flip)
+            caption = self._entry("captions", key, repr(text))
+        return conditioning_of(caption, picture)
+
+    def _contrast(
+        self, draws: Sequence[Draw], pictures: Sequence[Entry]
+    ) -> Direction | Opposites | Preference | None:
+        """What the samples of one batch teach; all of them the same."""
+        first = draws[0].sample
+        if first.opposed is not None:
+            pairs = [draw.sample.opposed for draw in draws if draw.sample.opposed is not None]
+            if first.opposed.beta is None:
+                return Opposites()
+            betas = torch.tensor([one.beta for one in pairs], dtype=torch.float32)
+            return Preference(betas, torch.tensor([float(one.decays) for one in pairs]))
+        if first.direction is None:
+            return None
+        both = []
+        for side in (0, 1):
+            told = [
+                self._told(draw, draw.prompts[side], picture)
+                for draw, picture in zip(draws, pictures, strict=True)
+                if draw.prompts is not None
+            ]
+            both.append(Conditioning.collate(told))
+        guidance = [draw.sample.direction.guidance for draw in draws if draw.sample.direction is not None]
+        return Direction(both[0], both[1], torch.tensor(guidance, dtype=torch.float32))
 
     def _entry(self, kind: Kind, key: str, what: str) -> Entry:
         entry = self.cache.get(kind, key)
@@ -109,6 +144,12 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
                 remedy="Start the run again: it goes on from its checkpoint and encodes what is missing.",
             )
         return entry
+
+
+def with_other_sides(draws: tuple[Draw, ...]) -> tuple[Draw, ...]:
+    """All draws, and then the other picture of each where they are pairs: mirrored and captioned alike."""
+    opposed = [(draw, draw.sample.opposed) for draw in draws]
+    return draws + tuple(replace(draw, sample=one.sample) for draw, one in opposed if one is not None)
 
 
 class _Positions(Sampler[int]):
@@ -130,6 +171,7 @@ def batches(
     start: int = 0,
     workers: int = 0,
     prefetch: int = 2,
+    encoded: bool = True,
 ) -> Iterator[Batch]:
     """Batches of micro-step `start` and all that follow, without end; the same with any number of workers.
 
@@ -139,12 +181,13 @@ def batches(
     Args:
         workers: processes that read the cache, at most one per CPU; 0 reads in the loop.
         prefetch: batches each worker is ahead.
+        encoded: captions come encoded, from the cache; otherwise as text alone.
 
     Raises:
         DataError: an entry is missing or damaged.
         MachineError: a worker died.
     """
-    dataset = _CachedBatches(plan, cache, keys)
+    dataset = _CachedBatches(plan, cache, keys, encoded)
     workers = min(workers, _cpus())
     if workers == 0 or isinstance(cache, RamCache):
         loaded: Iterator[_Loaded | _Problem] = (dataset[position] for position in itertools.count(start))
@@ -161,16 +204,26 @@ def batches(
 
 def _described(loaded: _Loaded, family: Family) -> Batch:
     conditioning = Conditioning(loaded.conditioning)
+    described = family.describe_pictures(loaded.pictures)
+    contrast = loaded.contrast
+    if isinstance(contrast, Direction):
+        contrast = replace(
+            contrast,
+            positive=contrast.positive.merged(described),
+            negative=contrast.negative.merged(described),
+        )
     return Batch(
         latents_BCHW=loaded.latents_BCHW,
-        conditioning=conditioning.merged(family.describe_pictures(loaded.pictures)),
+        conditioning=conditioning.merged(described),
         weight_B=loaded.weight_B,
         sample_ids=loaded.sample_ids,
         paths=loaded.paths,
         position=loaded.position,
+        captions=loaded.captions,
         audio_BCLF=loaded.audio_BCLF,
         counted=loaded.counted,
         kept=loaded.kept,
+        contrast=contrast,
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import PurePath
 
@@ -79,6 +79,12 @@ def adapter_metadata(
     if provenance.trigger:
         metadata["modelspec.trigger_phrase"] = provenance.trigger
     return metadata
+
+
+def word_metadata(keys: ExportKeys, provenance: Provenance, word: str) -> dict[str, str]:
+    """The metadata of a new word's file."""
+    about = model_metadata(keys, replace(provenance, part=None, trigger=word))
+    return {**about, "modelspec.architecture": f"{keys.modelspec}/textual-inversion"}
 
 
 def model_metadata(keys: ExportKeys, provenance: Provenance) -> dict[str, str]:

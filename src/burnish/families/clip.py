@@ -6,6 +6,7 @@ Shape letters: B batch, S tokens (always 77), D width.
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -98,14 +99,27 @@ def tokenizer_in(folder: Path) -> CLIPTokenizer:
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
     """Tokens of a prompt with its begin and end, uncut."""
-    return len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+    text = written_out(tokenizer, prompt)
+    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+
+def written_out(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt with all tokens of added words that have several: `<cat> <cat>_1` for `<cat>`, as diffusers does."""
+    added = tokenizer.added_tokens_encoder
+    for word in added:
+        names = [word]
+        while f"{word}_{len(names)}" in added:
+            names.append(f"{word}_{len(names)}")
+        if len(names) > 1:
+            whole = " ".join(names)
+            prompt = re.sub(re.escape(word), lambda _, whole=whole: whole, prompt, flags=re.IGNORECASE)  # type: ignore[misc]
+    return prompt
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """Token numbers (B, 77): start, the caption cut to 75 tokens, end, padding."""
-    encoded = tokenizer(
-        list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-    )
+    texts = [written_out(tokenizer, prompt) for prompt in prompts]
+    encoded = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     ids: Tensor = encoded.input_ids
     return ids
 

@@ -38,6 +38,7 @@ from burnish.family import (
     Schedule,
     Shrink,
     TargetSet,
+    Vocabulary,
     place_of,
 )
 from burnish.randomness import torch_generator
@@ -317,6 +318,10 @@ class PipelineFamily(ABC):
     @property
     def denoisers(self) -> Mapping[str, nn.Module]:
         return {s.folder: self.modules[s.folder] for s in self.denoiser_slots() if s.folder in self.modules}
+
+    @property
+    def vocabularies(self) -> Mapping[str, Vocabulary]:
+        return {}
 
     @property
     def loaded(self) -> Mapping[str, nn.Module]:

@@ -29,7 +29,11 @@ LAYOUTS = Layouts(
             "text_encoder", "tokenizer", "conditioner.embedders.0.", projection=False, padding=clip.END
         ),
         TextEncoderPlace(
-            "text_encoder_2", "tokenizer_2", "conditioner.embedders.1.", projection=True, padding="!"
+            "text_encoder_2",
+            "tokenizer_2",
+            "conditioner.embedders.1.",
+            projection=True,
+            padding="!",
         ),
     ),
 )
@@ -53,6 +57,7 @@ class StableDiffusionXL(UNetFamily):
         base_model_version="sdxl_base_v1-0",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
         readers={"kohya": ("ComfyUI", "diffusers", "A1111 and Forge")},
+        text_encoders={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
         native=partial(native_module, top_attends=True),
         native_kohya=("ComfyUI", "diffusers"),
         tensors=partial(native_tensors, top_attends=True),
@@ -78,7 +83,6 @@ class StableDiffusionXL(UNetFamily):
         about_size = self.describe_pictures([PictureInfo.whole(height, width)] * batch).to(noisy_BCHW.device)
         return noisy_BCHW, t_B, conditioning.merged({"pooled_BD": pooled_BD, **about_size})
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:

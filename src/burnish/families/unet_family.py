@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from burnish.errors import ModelError
 from burnish.families import autoencoder, clip
+from burnish.families.clip_words import ClipVocabulary
 from burnish.families.latent_diffusion import (
     INPAINTING,
     Checkpoint,
@@ -45,6 +46,7 @@ from burnish.family import (
     Schedule,
     Shrink,
     TargetSet,
+    Vocabulary,
 )
 from burnish.randomness import torch_generator
 
@@ -60,7 +62,7 @@ class UNetFamily(ABC):
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     default_targets: ClassVar[str] = "attention+mlp"
     export: ExportKeys
-    capabilities = Capabilities()
+    capabilities = Capabilities(new_words=True)
     defaults: SamplerDefaults
     latents = LatentShape(channels=4, compression=8)
     audio: Audio | None = None
@@ -78,7 +80,7 @@ class UNetFamily(ABC):
             self._fill_holes()
 
     def _fill_holes(self) -> None:
-        self.fills, self.capabilities = True, Capabilities(references=1, masks=True)
+        self.fills, self.capabilities = True, Capabilities(references=1, masks=True, new_words=True)
 
     @classmethod
     @abstractmethod
@@ -196,7 +198,11 @@ class UNetFamily(ABC):
     def count_tokens(self, prompt: str) -> int:
         return clip.count_tokens(self._parts.loaded_text_encoders()[0][0], prompt)
 
-    @torch.no_grad()
+    @property
+    def vocabularies(self) -> Mapping[str, Vocabulary]:
+        places = zip(self.layouts.text_encoders, self._parts.text_encoders, strict=False)
+        return {self.export.text_encoders[place.folder]: ClipVocabulary(*loaded) for place, loaded in places}
+
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:

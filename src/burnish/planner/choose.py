@@ -43,7 +43,8 @@ class Settings:
 class Choice:
     settings: Settings
     peak: int  # bytes of the training step on the device, without what lies outside of tensors
-    host: int  # bytes of weights kept in host memory, and of what waits there for backward
+    host: int  # bytes of streamed weights, which stay in host memory
+    waiting: int  # bytes of what blocks keep that wait there between forward and backward
     seconds: float  # per micro-step
     work: Work = field(compare=False)
 
@@ -63,7 +64,7 @@ class Limits:
     weights: tuple[str, ...]  # formats to try, at least one
     modes: tuple[Mode, ...] | None = None  # one per block
     stream: float | None = None
-    offload: tuple[bool, ...] = (False,)  # what to try
+    offload: bool = False  # what blocks keep waits on the host
     may_stream: bool = True
     host: int | None = None  # bytes that may wait in host memory; None: not known
     beside: Beside = Beside()
@@ -77,11 +78,9 @@ def choices(profiles: Profiles, rates: Rates, budget: int, limits: Limits, *, co
     """Every combination within `budget` bytes, fastest first; among equally fast ones the smaller."""
     found = [
         choice
-        for weights, offload, used in _tables(profiles, limits)
+        for weights, used in _tables(profiles, limits)
         for modes in _mixtures(used, limits)
-        for choice in _streamed(
-            used, weights, modes, rates, budget, limits, offload=offload, compiled=compiled
-        )
+        for choice in _streamed(used, weights, modes, rates, budget, limits, compiled=compiled)
     ]
     return sorted(found, key=lambda one: (round(one.seconds, 4), one.peak))
 
@@ -89,7 +88,7 @@ def choices(profiles: Profiles, rates: Rates, budget: int, limits: Limits, *, co
 def preferred(found: Sequence[Choice]) -> Choice:
     """Of those about as fast as the fastest, the fastest that keeps least on the host."""
     near = [one for one in found if one.seconds <= AS_FAST * found[0].seconds]
-    return min(near, key=lambda one: (one.settings.offload, one.host))
+    return min(near, key=lambda one: one.host)
 
 
 def smallest(profiles: Profiles, rates: Rates, limits: Limits, *, compiled: bool) -> Choice:
@@ -98,9 +97,9 @@ def smallest(profiles: Profiles, rates: Rates, limits: Limits, *, compiled: bool
     found = [
         evaluate(
             used, weights, modes, _away(_sizes(used), share), rates,
-            compiled=compiled, beside=limits.beside, offload=offload,
+            compiled=compiled, beside=limits.beside, offload=limits.offload,
         )
-        for weights, offload, used in _tables(profiles, limits)
+        for weights, used in _tables(profiles, limits)
         for modes in _mixtures(used, limits)
     ]  # fmt: skip
     return min(found, key=lambda one: one.peak)
@@ -135,7 +134,8 @@ def evaluate(
     return Choice(
         Settings(weights, tuple(modes), tuple(streamed), share, offload),
         peak=max(step.peak, used[0].first_level + beside.between_steps) + beside.always - away + ring,
-        host=away + waiting,
+        host=away,
+        waiting=waiting,
         seconds=_seconds(step, away, waiting, rates, weights, compiled=compiled),
         work=step.work,
     )
@@ -163,10 +163,9 @@ def with_offload(profiles: Mapping[Mode, Profile], offload: bool) -> Mapping[Mod
     return {mode: offloaded(one) if mode in MOVABLE else one for mode, one in profiles.items()}
 
 
-def _tables(profiles: Profiles, limits: Limits) -> Iterator[tuple[str, bool, Mapping[Mode, Profile]]]:
+def _tables(profiles: Profiles, limits: Limits) -> Iterator[tuple[str, Mapping[Mode, Profile]]]:
     for weights in limits.weights:
-        for offload in limits.offload:
-            yield weights, offload, with_offload(profiles[weights], offload)
+        yield weights, with_offload(profiles[weights], limits.offload)
 
 
 def _mixtures(profiles: Mapping[Mode, Profile], limits: Limits) -> Iterator[tuple[Mode, ...]]:
@@ -191,7 +190,6 @@ def _streamed(
     budget: int,
     limits: Limits,
     *,
-    offload: bool,
     compiled: bool,
 ) -> Iterator[Choice]:
     """The combination with as few streamed blocks as make it fit, or with the pinned share."""
@@ -207,7 +205,7 @@ def _streamed(
             rates,
             compiled=compiled,
             share=percent / 100,
-            offload=offload,
+            offload=limits.offload,
             beside=limits.beside,
         )
 
@@ -228,7 +226,7 @@ def _streamed(
 
 
 def _has_room(choice: Choice, limits: Limits) -> bool:
-    return limits.host is None or choice.host <= limits.host
+    return limits.host is None or choice.host + choice.waiting <= limits.host
 
 
 def _may_stream(rates: Rates, limits: Limits) -> bool:

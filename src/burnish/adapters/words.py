@@ -1,0 +1,114 @@
+"""A new word as what is trained: vectors in the vocabulary of a frozen text encoder (arXiv 2208.01618).
+
+Shape letters: V words, N vectors of the new one, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from burnish.config.method import TextualInversion
+from burnish.errors import ConfigError
+from burnish.family import Family, Vocabulary
+from burnish.randomness import torch_generator
+
+INNER = (0.01, 0.99)  # between these shares of the vocabulary by length lies what a vector may be long
+
+
+class NewWord:
+    """The vectors of a word in one vocabulary; they train in float32 whatever the text encoder computes in."""
+
+    def __init__(self, vectors_ND: nn.Parameter, lengths: tuple[float, float]) -> None:
+        self.vectors_ND = vectors_ND
+        self.lengths = lengths
+
+    @classmethod
+    def teach(cls, vocabulary: Vocabulary, method: TextualInversion, name: str, seed: int) -> Self:
+        """Add the method's word to `vocabulary`, called `name` in messages.
+
+        Raises:
+            ConfigError: the word is one already, or the initial text has no words.
+        """
+        words = [method.token, *(f"{method.token}_{number}" for number in range(1, method.vectors))]
+        known = next((word for word in words if vocabulary.knows(word)), None)
+        if known is not None:
+            raise ConfigError(
+                f"method.token: {known!r} is in the vocabulary of {name} already, where it means something else",
+                remedy=f"Take a word that the model does not know, such as <{method.token.strip('<>')}-1>.",
+            )
+        start_ND = first_vectors(vocabulary, method, name, seed)
+        lengths = vocabulary.vectors.float().norm(dim=1).quantile(torch.tensor(INNER).to(start_ND.device))
+        shortest, longest = lengths.tolist()
+        word = cls(nn.Parameter(start_ND), (shortest, longest))
+        vocabulary.add(method.token, word.vectors_ND)
+        return word
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {"vectors": self.vectors_ND}
+
+    def parameter_groups(self, default_lr: float) -> list[dict[str, Any]]:
+        return [{"params": [self.vectors_ND], "lr": default_lr, "names": ["vectors"]}]
+
+    @torch.no_grad()
+    def keep_length(self) -> None:
+        """Each vector as long as the vocabulary's are: one that grows without bound drowns the rest of the prompt."""
+        shortest, longest = self.lengths
+        length_N1 = self.vectors_ND.norm(dim=1, keepdim=True)
+        wanted_N1 = length_N1.clamp(shortest, longest)
+        self.vectors_ND.copy_(
+            torch.where(wanted_N1 == length_N1, self.vectors_ND, self.vectors_ND * (wanted_N1 / length_N1))
+        )
+
+
+def first_vectors(vocabulary: Vocabulary, method: TextualInversion, name: str, seed: int) -> Tensor:
+    """(N, D), float32: those of the initial text, spread over the vectors; without a text, drawn as the vocabulary's
+    are distributed.
+
+    More words than vectors are averaged in groups; of fewer, the first ones come again.
+
+    Raises:
+        ConfigError: the text has no words.
+    """
+    known_VD = vocabulary.vectors
+    if method.initial is None:
+        drawn_ND = torch.randn(
+            method.vectors, known_VD.shape[1], generator=torch_generator(seed, "new word", name)
+        )
+        spread_D, mean_D = torch.std_mean(known_VD.float(), dim=0)
+        return drawn_ND.to(known_VD.device) * spread_D + mean_D
+    numbers = vocabulary.numbers(method.initial)
+    if not numbers:
+        raise ConfigError(
+            f"method.initial: {method.initial!r} has no words",
+            remedy="Name what the pictures show, such as `cat`.",
+        )
+    start_MD = known_VD[torch.tensor(numbers, device=known_VD.device)].float()
+    if len(numbers) <= method.vectors:
+        return torch.stack([start_MD[index % len(numbers)] for index in range(method.vectors)])
+    return torch.stack([group.mean(dim=0) for group in start_MD.tensor_split(method.vectors)])
+
+
+def teach(family: Family, method: TextualInversion, seed: int) -> dict[str, NewWord]:
+    """The method's word in every vocabulary of a family, by the vocabulary's name.
+
+    Raises:
+        ConfigError: as `NewWord.teach`.
+    """
+    return {
+        name: NewWord.teach(vocabulary, method, name, seed)
+        for name, vocabulary in family.vocabularies.items()
+    }
+
+
+def keeps_lengths(words: Mapping[str, NewWord]) -> Callable[[torch.optim.Optimizer, Any, Any], None]:
+    """A hook to be called after each step of an optimizer."""
+
+    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for word in words.values():
+            word.keep_length()
+
+    return after_step
