@@ -43,7 +43,7 @@ from burnish.planner.rates import GIB, Card, Rates
 from burnish.planner.references import shown
 from burnish.planner.store import ProfileStore
 from burnish.planner.trace import Recipe, Shape
-from burnish.planning_shapes import drawn_shape, numbers_in, shapes_of, tokens_of
+from burnish.planning_shapes import drawn_shape, numbers_in, passes_besides, shapes_of, tokens_of
 from burnish.run_plan import Row, RunPlan, Timed, cache_of
 from burnish.trained import chosen, own_weights
 
@@ -111,6 +111,7 @@ class _Planner:
 
         if config.memory.offload_optimizer:
             self.notes.append(self._moved())
+        self.notes += passes_besides(config)
 
     def _moved(self) -> str:
         """Of the optimizer's state in host memory."""
