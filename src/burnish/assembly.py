@@ -16,7 +16,7 @@ from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose
 from burnish.compute.compile import Compilation, compile_blocks
-from burnish.config.method import TextualInversion
+from burnish.config.method import TextualInversion, trains_text
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
 from burnish.events import Events
@@ -194,7 +194,7 @@ def build_training(
         held_out_fingerprint=held_out_fingerprint(config, prepared),
         release=release,
     )
-    if words:
+    if trains_text(config.method):
         run.model_identity += family.identity("text_encoders")
         run.told = partial(with_prompts, family)
     return run

@@ -367,7 +367,8 @@ NativeTensors = Callable[[Mapping[str, Sequence[int]]], Mapping[str, NativeTenso
 class ExportKeys:
     """How this family's adapter keys read in the files of others (the table of docs/interop.md).
 
-    `kohya` and `diffusers` write diffusers' module names, `comfy` those of the original release (`native`).
+    `diffusers` writes diffusers' module names, `comfy` those of the original release (`native`), `kohya` diffusers'
+    where that is the default and the release's elsewhere.
 
     `default` loads both in ComfyUI and in diffusers. `modelspec` and `ss_base_model_version` go to the metadata.
     Modules are named by `fnmatch` patterns over diffusers' names: `unreadable` those that some reader would not find,
@@ -395,8 +396,14 @@ class ExportKeys:
     readers: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
     # Who loads sd-scripts' spelling of the release's names, `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`.
     native_kohya: tuple[str, ...] = ("ComfyUI",)
+    # Of CLIP text encoders that adapters and words can be trained of: by part, as diffusers spells it, ComfyUI's name.
+    text_encoders: Mapping[str, str] = field(default_factory=dict)
     # Further names in files of others -> diffusers' modules, stacked by rows; `#` is the block's number.
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def by_release(self, format: AdapterFormat) -> bool:
+        """Whether a format has the release's module names, which may hold several of diffusers' modules each."""
+        return format == "comfy" or (format == "kohya" and self.default != "kohya")
 
 
 @dataclass(frozen=True, slots=True)

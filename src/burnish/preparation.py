@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from burnish.config.data import Folder, Generated
-from burnish.config.method import Full, TextualInversion
+from burnish.config.method import Full, TextEncoders, TextualInversion, trains_text
 from burnish.config.schema import RunConfig, SamplePrompt, Size
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
@@ -138,7 +138,7 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
 
     Raises:
         AdapterError: no program reads this kind of adapter of this family in `save.format`.
-        UserError: the family cannot be taught words.
+        UserError: the family cannot be taught words, or has no text encoder that adapters go on.
     """
     if isinstance(config.method, TextualInversion):
         if not family.capabilities.new_words:
@@ -147,8 +147,26 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
                 remedy="Train an adapter (method.kind: lora); families with CLIP alone can: sd15, sd2, sdxl.",
             )
         return
-    if not isinstance(config.method, Full):
-        format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+    if isinstance(config.method, Full):
+        return
+    format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+    if config.method.text_encoders is not None:
+        _refuse_text_encoders(config.method.text_encoders, family)
+
+
+def _refuse_text_encoders(section: TextEncoders, family: Family) -> None:
+    has = list(family.export.text_encoders.values())
+    if not has:
+        raise UserError(
+            f"method.text_encoders: {family.title} has no CLIP, and only CLIPs are trained here",
+            remedy="Leave method.text_encoders out; sd15, sd2, sdxl, sd3 and flux have CLIPs.",
+        )
+    unknown = [name for name in section.which if name not in has]
+    if unknown:
+        raise UserError(
+            f"method.text_encoders.which: {family.title} has no {unknown[0]}",
+            remedy=f"Name some of {', '.join(has)}, or leave it out for all.",
+        )
 
 
 def refuse_unsaid_word(config: RunConfig, samples: Sequence[Sample]) -> None:
@@ -205,7 +223,7 @@ def prepare(
     keys = CacheKeys.of(family, dtype)
     seen = [picture for sample in (*trained, *held) for picture in sample.pictures]
     encode_masks(seen, family.latents, cache, keys)
-    in_step = isinstance(config.method, TextualInversion)
+    in_step = trains_text(config.method)
     requests = []
     if not in_step:
         requests = encode_texts(config, model, checked, seen, folder, cache, keys, device, dtype, events)

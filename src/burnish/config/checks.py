@@ -9,7 +9,7 @@ from pathlib import Path
 from burnish.config.contrasts import TextSlider
 from burnish.config.data import Captions, DataSource, Folder
 from burnish.config.document import Document
-from burnish.config.method import Adapter, Full, Lokr, Lora, TextualInversion, Turning
+from burnish.config.method import Adapter, Full, Lokr, Lora, TextualInversion, Turning, trains_text
 from burnish.config.problems import KeyPath, Problem
 from burnish.config.schema import RunConfig
 
@@ -109,10 +109,17 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
             asking.append(("preference",))
     if source.slider is not None:
         asking.append(("slider",))
-    if isinstance(config.method, Full | TextualInversion):
-        what = "full fine-tuning does not keep" if isinstance(config.method, Full) else "knows no new word"
+    if isinstance(config.method, Full) or trains_text(config.method):
+        what = "knows no new word"
+        if not isinstance(config.method, TextualInversion):
+            full = isinstance(config.method, Full)
+            what = (
+                "full fine-tuning does not keep"
+                if full
+                else "reads captions otherwise with method.text_encoders"
+            )
         for place in asking:
-            text = f"asks the model as it was before training, which {what}; train an adapter"
+            text = f"asks the model as it was before training, which {what}; train an adapter of the denoiser alone"
             yield ("data", index, *place), text
 
 
