@@ -29,6 +29,7 @@ from burnish.config.suggest import called_elsewhere
 from burnish.data.batch import Batch, Direction, Opposites, Preference
 from burnish.data.cache import CacheKeys, RamCache
 from burnish.data.loader import batches
+from burnish.data.pictures import content_hash
 from burnish.data.plan import BatchPlan
 from burnish.data.preflight import PreparedData, prepare_samples
 from burnish.data.prepare import LATENTS
@@ -310,6 +311,7 @@ def test_a_pair_is_one_batch_of_the_same_names_captions_and_mirroring(pairs: Pat
         assert batch.contrast.decays_B.tolist() == [1, 1]
     opposed = samples[0].opposed
     assert opposed is not None
+    assert opposed.sample.sha256 == content_hash((pairs / "bad" / "a.png").read_bytes())
     changed = [replace(samples[0], opposed=replace(opposed, beta=31.0)), *samples[1:]]
     assert BatchPlan(changed, 2, 42).fingerprint != plan.fingerprint
 
