@@ -160,6 +160,8 @@ def prepare(
     checked = check_data(config, sources, family, folder, events)
     samples = checked.samples
     trained, held = split(config, samples)
+    if config.train.objective.guided_target is not None:
+        trained = [replace(sample, unprompted=True) for sample in trained]
     refuse_unsaid_word(config, trained)
     if config.train.loader_workers and config.memory.cache == "ram":
         events.warned("train.loader_workers has no effect with memory.cache: ram, which is read in the loop")

@@ -52,6 +52,9 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     if asked is not None:
         yield from _of_words(config, asked)
     yield from _of_single_steps(config)
+    if config.train.objective.guided_target is not None and trains_text(config.method):
+        text = "asks for the empty caption as it was encoded before training; train an adapter of the denoiser alone"
+        yield ("train", "objective", "guided_target"), text
     for index, source in enumerate(config.data):
         yield from _of_targets(config, index, source)
         yield from _of_sliders(config, index, source)
