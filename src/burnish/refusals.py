@@ -21,10 +21,10 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
         AdapterError: no program reads this kind of adapter of this family in `save.format`.
         UserError: the family cannot be taught words, or has no text encoder that adapters go on.
     """
-    if word_of(config.method) is not None and not family.capabilities.new_words:
+    if word_of(config.method) is not None and not family.export.vocabularies:
         raise UserError(
             f"a new word (`method`), and {family.title} cannot be taught words here",
-            remedy="Train an adapter alone (method.kind: lora); families with CLIP alone can: sd15, sd2, sdxl.",
+            remedy="Train an adapter alone (method.kind: lora); sd15, sd2, sdxl, sd3, flux and chroma can.",
         )
     if isinstance(config.method, Full | TextualInversion):
         return
