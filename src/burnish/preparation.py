@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from burnish.config.data import Folder, Generated
-from burnish.config.method import Full, TextualInversion
+from burnish.config.data import Captions, Folder, Generated
+from burnish.config.method import Full, TextualInversion, Vae
 from burnish.config.schema import RunConfig, SamplePrompt, Size
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
-from burnish.data.loader import batches
+from burnish.data.loader import batches, pixel_batches
 from burnish.data.loss_masks import encode_masks
 from burnish.data.plan import BatchPlan
 from burnish.data.preflight import PreparedData, prepare_samples
@@ -32,6 +32,7 @@ from burnish.families.sources import user_cache_folder
 from burnish.family import Family, Part
 from burnish.model import ChosenModel, choose_model
 from burnish.prior import drawn_folder, missing_count, own_folder
+from burnish.reconstruction import autoencoder_of
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, PictureRequest, encode_requests, with_references
 
@@ -53,14 +54,21 @@ class Prepared:
     encoded: bool = True
     asked: Sequence[PictureRequest] = ()
 
+    pixels: Vae | None = None  # the VAE itself trains, on pixels
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """What training loads."""
+        if self.pixels is not None:
+            return ("vae",)
         text: tuple[Part, ...] = () if self.encoded else ("text_encoders",)
         return ("denoiser", "vae", *text) if self.requests or self.asked else ("denoiser", *text)
 
     def batches(self, start: int, *, workers: int, plan: BatchPlan | None = None) -> Iterator[Batch]:
         """Batches of micro-step `start` and all after it, without end."""
+        if self.pixels is not None:
+            crop = self.pixels.crop
+            return pixel_batches(plan or self.plan, self.family, crop=crop, start=start, workers=workers)
         return batches(
             plan or self.plan,
             self.cache,
@@ -86,6 +94,9 @@ def check_data(
     Raises:
         DataError: captions to be mended, too many pictures skipped, or none left.
     """
+    if isinstance(config.method, Vae):
+        nothing_said = Captions(default="")
+        sources = [source.model_copy(update={"captions": nothing_said}) for source in sources]
     prepared = prepare_samples(
         sources,
         pixel_multiple=family.latents.pixel_multiple,
@@ -138,7 +149,7 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
 
     Raises:
         AdapterError: no program reads this kind of adapter of this family in `save.format`.
-        UserError: the family cannot be taught words.
+        UserError: the family cannot be taught words, or its VAE is of a kind that is not trained.
     """
     if isinstance(config.method, TextualInversion):
         if not family.capabilities.new_words:
@@ -146,6 +157,9 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
                 f"method.kind: textual_inversion, and {family.title} cannot be taught words here",
                 remedy="Train an adapter (method.kind: lora); families with CLIP alone can: sd15, sd2, sdxl.",
             )
+        return
+    if isinstance(config.method, Vae):
+        autoencoder_of(type(family).skeleton(parts=frozenset({"vae"}), of=family))
         return
     if not isinstance(config.method, Full):
         format_of_kind(config.save.format, family.export, kind_of_method(config.method))
@@ -205,11 +219,12 @@ def prepare(
     keys = CacheKeys.of(family, dtype)
     seen = [*trained, *held]
     encode_masks(seen, family.latents, cache, keys)
-    in_step = isinstance(config.method, TextualInversion)
+    in_step, pixels = isinstance(config.method, TextualInversion), isinstance(config.method, Vae)
     requests = []
-    if not in_step:
+    if not in_step and not pixels:
         requests = encode_texts(config, model, checked, seen, folder, cache, keys, device, dtype, events)
-    requests = encode(model, seen, requests, cache, keys, device, dtype, events)
+    if not pixels:
+        requests = encode(model, seen, requests, cache, keys, device, dtype, events)
     return Prepared(
         model=model,
         family=family,
@@ -222,6 +237,7 @@ def prepare(
         config_hash=config_hash,
         encoded=not in_step,
         asked=sample_requests(config) if in_step else (),
+        pixels=config.method if isinstance(config.method, Vae) else None,
     )
 
 
