@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose
 from burnish.compute.compile import Compilation, compile_blocks
-from burnish.config.method import TextualInversion, Vae
+from burnish.config.method import TextualInversion, Vae, trains_text
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
 from burnish.events import Events
@@ -43,7 +42,7 @@ from burnish.reconstruction import Reconstruction, autoencoder_of
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, encode_requests, with_references
 from burnish.signals import StopRequest
-from burnish.tasks import Sample, Save, Validate, all_disabled
+from burnish.tasks import Sample, Save, Validate, all_at, all_disabled
 from burnish.trained import Told, Trained, keeps_all, results_of, trained_parts
 
 
@@ -145,7 +144,8 @@ def build_attention(config: RunConfig, run: Training, prepared: Prepared) -> Att
         found: dict[Kind, Call] = {}
         batch = next(prepared.batches(prepared.plan.largest(), workers=0)).to(run.device)
         with torch.no_grad(), recorded(found):
-            run.objective.losses(run.family, run.told(batch), run.seed)
+            for _ in run.objective.turns(run.family, run.told(batch), run.seed):
+                continue
         return list(found.values())
 
     if not run.family.denoisers:
@@ -200,7 +200,7 @@ def build_training(
         held_out_fingerprint=held_out_fingerprint(config, prepared),
         release=release,
     )
-    if words:
+    if trains_text(config.method):
         run.model_identity += family.identity("text_encoders")
         run.told = partial(with_prompts, family)
     return run
@@ -211,7 +211,7 @@ def build_objective(
 ) -> Denoising | Reconstruction:
     if isinstance(config.method, Vae):
         return Reconstruction.of(config.method, DTYPES[config.train.precision])
-    return replace(Denoising.of(config.train.objective, family), frozen=before_training(trained))
+    return with_adapters(Denoising.of(config.train.objective, family), trained)
 
 
 def with_prompts(family: Family, batch: Batch) -> Batch:
@@ -219,10 +219,13 @@ def with_prompts(family: Family, batch: Batch) -> Batch:
     return replace(batch, conditioning=family.encode_prompts(batch.captions).merged(batch.conditioning))
 
 
-def before_training(trained: Mapping[str, Trained]) -> Callable[[], AbstractContextManager[None]] | None:
-    """What makes the denoisers predict as if nothing had been trained; None where their own weights move."""
+def with_adapters(objective: Denoising, trained: Mapping[str, Trained]) -> Denoising:
+    """The objective with the denoisers as they were before training, and at other strengths of what trains; as it is
+    where their own weights move."""
     adapters = [one for one in trained.values() if isinstance(one, AdapterSet)]
-    return partial(all_disabled, adapters) if len(adapters) == len(trained) else None
+    if len(adapters) < len(trained):
+        return objective
+    return replace(objective, frozen=partial(all_disabled, adapters), strength=partial(all_at, adapters))
 
 
 def build_steps(

@@ -23,6 +23,9 @@ class StepReport:
     learning_rate: float
     seconds: float  # wall time of this step
     memory_gib: float | None  # peak on the training device so far; None on a CPU
+    accuracy: float | None = (
+        None  # of preferences: share of the step's pairs that the model tells apart rightly
+    )
 
 
 @dataclass(frozen=True, slots=True)

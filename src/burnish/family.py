@@ -395,6 +395,8 @@ class ExportKeys:
     readers: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
     # Who loads sd-scripts' spelling of the release's names, `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`.
     native_kohya: tuple[str, ...] = ("ComfyUI",)
+    # Of CLIP text encoders that adapters and words can be trained of: by part, as diffusers spells it, ComfyUI's name.
+    text_encoders: Mapping[str, str] = field(default_factory=dict)
     # Further names in files of others -> diffusers' modules, stacked by rows; `#` is the block's number.
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.layer import adaptable_modules, innermost
 from burnish.config.schema import Memory, Model
 from burnish.errors import AdapterError
-from burnish.export.adapter_file import read_adapter, read_metadata
+from burnish.export.adapter_file import read_adapter, read_metadata, read_text_adapters
 from burnish.export.metadata import PART
+from burnish.export.text_encoders import file_modules, own_names
+from burnish.export.word_file import ALONE, is_word, read_word
 from burnish.family import Family
 from burnish.memory.quantized import QuantizedLinear
 from burnish.memory.streaming import stream_weights
@@ -40,8 +42,8 @@ def draw_pictures_with(
 ) -> Iterator[Drawn]:
     """One picture or clip per request, in order, batch by batch; each adapter is a file and its strength.
 
-    `memory` says how weights are kept, and which of them on the host; the defaults if absent.
-    The text encoders are gone before the denoiser loads.
+    Files of new words are adapters, too, as are text encoders' in those of denoisers. `memory` says how weights are
+    kept, and which of them on the host; the defaults if absent. The text encoders are gone before the denoiser loads.
 
     Raises:
         ModelError, AdapterError: files that are missing or do not fit.
@@ -50,6 +52,12 @@ def draw_pictures_with(
     where, dtype = choose_device(device, precision), DTYPES[precision]
     chosen = choose_model(model, memory)
     family = chosen.load("text_encoders", dtype=dtype, device=where)
+    words = [path for path, _ in adapters if is_word(path)]
+    for path, strength in adapters:
+        if path in words:
+            learn_word(family, path)
+        else:
+            attach_texts(family, path, strength, _log.warning)
     encoded = encode_requests(family, requests)
     family.release("text_encoders")
     memory = memory or Memory()
@@ -58,7 +66,8 @@ def draw_pictures_with(
     if alone := drawn_alone(family):
         _log.warning("%s", alone)
     for path, strength in adapters:
-        attach_adapter(family, path, _log.warning).multiplier = strength
+        if path not in words:
+            attach_adapter(family, path, _log.warning, texts_apart=True).multiplier = strength
     if memory.stream != "auto" and memory.stream:
         stream_weights(family.denoisers.values(), family.blocks(), memory.stream, transfer_to(where), where)
     for first in range(0, len(encoded), batch_size):
@@ -80,15 +89,66 @@ def drawn_alone(family: Family) -> str | None:
     )
 
 
-def attach_adapter(family: Family, path: Path, note: Callable[[str], None]) -> AdapterSet:
+def learn_word(family: Family, path: Path) -> str:
+    """Teach the loaded text encoders the word of a file: the one its metadata tell, else the file's name.
+
+    Raises:
+        AdapterError: the file has no vectors for one of them, or of another width, or the word is known already.
+    """
+    told, vectors = read_metadata(path), read_word(path)
+    word = told.get("modelspec.trigger_phrase", path.stem).lower()
+    for name, vocabulary in family.vocabularies.items():
+        found, width = vectors.get(name, vectors.get(ALONE)), vocabulary.vectors.shape[1]
+        if found is None or found.dim() != 2 or found.shape[1] != width:
+            raise AdapterError(
+                f"{path.name} holds no vectors of {width} numbers for {name}",
+                remedy=f"Is it a word for another model than {family.title}?",
+            )
+        if vocabulary.knows(word):
+            raise AdapterError(f"{path.name}: {word!r} is in the vocabulary of {name} already")
+        vocabulary.add(word, nn.Parameter(found.float().to(vocabulary.vectors.device), requires_grad=False))
+    if not family.vocabularies:
+        raise AdapterError(f"{path.name} is a new word, and {family.title} cannot be taught words here")
+    return word
+
+
+def attach_texts(
+    family: Family, path: Path, strength: float, note: Callable[[str], None]
+) -> list[AdapterSet]:
+    """Attach what an adapter file holds for the loaded text encoders, frozen; often that is nothing.
+
+    Raises:
+        AdapterError: as `attach_adapter`.
+    """
+    parts = family.export.text_encoders
+    if not parts:
+        return []
+    encoders = {part: family.loaded[part] for part in parts}
+    files = read_text_adapters(path, {p: file_modules(one) for p, one in encoders.items()}, family.export)
+    attached = []
+    for part, file in files.items():
+        for line in file.notes:
+            note(line)
+        one = AdapterSet.from_weights(encoders[part], own_names(file.weights, encoders[part]))
+        one.multiplier = strength
+        attached.append(one)
+    return attached
+
+
+def attach_adapter(
+    family: Family, path: Path, note: Callable[[str], None], *, texts_apart: bool = False
+) -> AdapterSet:
     """Attach a saved adapter, frozen, to the denoiser it is for; `note` hears what had to be assumed.
+
+    What the file holds for text encoders is an error, unless it is attached by `attach_texts` (`texts_apart`).
 
     Raises:
         AdapterError: the file does not fit, or does not tell which of several denoisers it is for.
     """
     part = _part_of(family, path)
     denoiser = family.denoisers[part]
-    file = read_adapter(path, adaptable_modules(denoiser), part=part, keys=family.export)
+    modules = adaptable_modules(denoiser)
+    file = read_adapter(path, modules, part=part, keys=family.export, texts_apart=texts_apart)
     for line in file.notes:
         note(f"{path.name}: {line}")
     return AdapterSet.from_weights(denoiser, file.weights)

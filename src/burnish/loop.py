@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from burnish.errors import NonFiniteLoss
 from burnish.events import Events, StepReport
 from burnish.family import Family
 from burnish.memory.gradient_release import GradientRelease
-from burnish.objective import Denoising
+from burnish.objective import Denoising, Turn
 from burnish.optim.ema import Ema
 from burnish.optim.schedule import apply_learning_rate
 from burnish.randomness import stable_seed
@@ -68,15 +68,6 @@ class Training:
     told: Callable[[Batch], Batch] = field(default=lambda batch: batch)
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One micro-step's losses, kept on the device until the step's one synchronisation."""
-
-    batch: Batch
-    loss_B: Tensor
-    t_B: Tensor
-
-
 def train(
     run: Training,
     events: Events,
@@ -114,10 +105,10 @@ def train_from(
         if run.release is not None:
             judged, loss_value, norm_value = released_step(run, run.release, batches[0], samples)
         else:
-            judged = [micro_step(run, batch, samples) for batch in batches]
+            judged = [turn for batch in batches for turn in micro_step(run, batch, samples)]
             run.scaler.unscale_(run.optimizer)
             grad_norm = total_norm([one.grad for one in parameters if one.grad is not None])
-            loss = torch.stack([(one.loss_B * one.batch.weight_B).sum() for one in judged]).sum() / samples
+            loss = torch.stack([(one.loss_B * one.weight_B).sum() for one in judged]).sum() / samples
             loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one host sync of a step
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             overflows += 1
@@ -141,7 +132,7 @@ def train_from(
         run.step += 1
         run.position = judged[-1].batch.position + 1
         run.updating = False
-        events.stepped(report(run, loss_value, norm_value, time.perf_counter() - began))
+        events.stepped(report(run, judged, loss_value, norm_value, time.perf_counter() - began))
         for task in tasks:
             task(run)
 
@@ -153,27 +144,35 @@ def take(run: Training) -> Generator[Batch, None, None]:
             yield batch.to(run.device)
 
 
-def micro_step(run: Training, batch: Batch, samples: int) -> Judged:
-    """Forward and backward of one micro-batch; gradients add up to those of the mean over the step's `samples`."""
+def micro_step(run: Training, batch: Batch, samples: int) -> list[Turn]:
+    """Forward and backward of one micro-batch; gradients add up to those of the mean over the step's `samples`.
+
+    Losses stay on the device until the step's one synchronisation.
+    """
     seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
-    loss_B, t_B = run.objective.losses(run.family, run.told(batch), run.seed)
-    scaled = run.scaler.scale((loss_B * batch.weight_B).sum() / samples)
-    torch.autograd.backward(scaled)
-    return Judged(batch, loss_B.detach(), t_B)
+    judged = []
+    with closing(run.objective.turns(run.family, run.told(batch), run.seed)) as turns:
+        for turn in turns:
+            scaled = run.scaler.scale((turn.loss_B * turn.weight_B).sum() / samples)
+            torch.autograd.backward(scaled)
+            judged.append(replace(turn, loss_B=turn.loss_B.detach()))
+    return judged
 
 
 def released_step(
     run: Training, release: GradientRelease, batch: Batch, samples: int
-) -> tuple[list[Judged], float, float]:
+) -> tuple[list[Turn], float, float]:
     """Forward, and backward that moves the weights on its way; the loss and the gradient's norm.
 
     Raises:
         NonFiniteLoss: the loss is NaN or inf; the weights are as they were before the step.
     """
     seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
-    loss_B, t_B = run.objective.losses(run.family, run.told(batch), run.seed)
-    loss = (loss_B * batch.weight_B).sum() / samples
-    judged = [Judged(batch, loss_B.detach(), t_B)]
+    (turn,) = run.objective.turns(
+        run.family, run.told(batch), run.seed
+    )  # sliders, which have two, are refused
+    loss = (turn.loss_B * turn.weight_B).sum() / samples
+    judged = [replace(turn, loss_B=turn.loss_B.detach())]
     value = float(
         loss.detach()
     )  # known before the first weight moves, at the price of a second wait for the device
@@ -210,7 +209,10 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-def report(run: Training, loss: float, grad_norm: float, seconds: float) -> StepReport:
+def report(
+    run: Training, judged: Sequence[Turn], loss: float, grad_norm: float, seconds: float
+) -> StepReport:
+    pairs = [one.told_apart_B for one in judged if one.told_apart_B is not None]
     on_cuda = run.device.type == "cuda"
     return StepReport(
         step=run.step,
@@ -223,10 +225,11 @@ def report(run: Training, loss: float, grad_norm: float, seconds: float) -> Step
         ),
         seconds=seconds,
         memory_gib=torch.cuda.max_memory_allocated(run.device) / 2**30 if on_cuda else None,
+        accuracy=float(torch.cat(pairs).mean()) if pairs else None,
     )
 
 
-def non_finite(run: Training, judged: Sequence[Judged], loss: float, grad_norm: float) -> NonFiniteLoss:
+def non_finite(run: Training, judged: Sequence[Turn], loss: float, grad_norm: float) -> NonFiniteLoss:
     """The error that names samples, times and positions to blame: those whose loss is not finite, or all."""
     bad = [one for one in judged if not torch.isfinite(one.loss_B).all()]
     named = [

@@ -6,9 +6,10 @@ An objective sees a batch and a family and gives one loss per sample. Noise and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -23,7 +24,8 @@ from burnish.config.objective import (
     Squared,
     UniformTimesteps,
 )
-from burnish.data.batch import Batch
+from burnish.data.batch import Batch, Direction, Opposites, Preference
+from burnish.diffusion.contrasts import preference_loss, preference_margin, slider_target, told_apart
 from burnish.diffusion.distance import delta_at, mean_distance, squared_error
 from burnish.diffusion.mixing import noisy_and_target
 from burnish.diffusion.noise import noise_of
@@ -35,6 +37,27 @@ from burnish.randomness import torch_generator
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 Streams = tuple[Tensor, ...]  # of the frames, and of the sound where there is some
+At = Callable[[float], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What is learned at one time; most batches are one turn."""
+
+    batch: Batch
+    loss_B: Tensor
+    t_B: Tensor
+    weight_B: Tensor  # of each row in the loss of the step
+    told_apart_B: Tensor | None = None  # of pairs: 1 where the model favours the right one
+
+
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """Noise and times of a batch, and what comes of them."""
+
+    noisy: Streams
+    targets: Streams
+    t_B: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +76,8 @@ class Denoising:
     guidance: float | None = 1.0  # value fed to a guidance embedding; None bypasses it
     # Within it the family predicts as before training; None where it cannot, which no such batch is then given to.
     frozen: Callable[[], AbstractContextManager[None]] | None = None
+    # Within it the adapters that train are at this strength, none at 0; None where none train, as with `frozen`.
+    strength: At | None = None
 
     @classmethod
     def of(cls, section: Objective, family: Family) -> Self:
@@ -86,7 +111,7 @@ class Denoising:
 
     def comparable(self) -> Self:
         """Plain squared error at all times alike: what held-out losses are counted in, whatever trains. Where there
-        are masks it is that of the places that count."""
+        are masks it is that of the places that count; where a difference is learned it is its own loss, of squares."""
         plain = replace(self.timesteps, emphasis=())
         return replace(self, loss=Squared(), weighting=None, timesteps=plain, frozen=None)
 
@@ -102,15 +127,27 @@ class Denoising:
                 shape = batch.audio_BCLF.shape[1:]
                 audio_noise = held_noise(seed, "validation audio", shape, batch.sample_ids, t)
             t_B = torch.full((len(noise),), begin + (end - begin) * t)
-            losses.append(plain.losses_at(family, batch, noise, t_B, audio_noise_BCLF=audio_noise))
+            turns = plain.turns_at(family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
+            losses += [turn.loss_B.flatten() for turn in turns]
         return torch.cat(losses)
 
     def losses(
         self, family: Family, batch: Batch, seed: int, predict: Predict | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Loss per sample in float32, shape (B,), and the times drawn, shape (B,).
+        """Loss per sample in float32, shape (B,), and the times drawn, shape (B,); of batches that are one turn.
 
         `predict` stands in for `family.predict` where a caller wraps it (autocast).
+        """
+        (turn,) = self.turns(family, batch, seed, predict)
+        return turn.loss_B, turn.t_B
+
+    def turns(
+        self, family: Family, batch: Batch, seed: int, predict: Predict | None = None
+    ) -> Generator[Turn, None, None]:
+        """What is learned of a batch, one after the other, at noise and times that are drawn.
+
+        The adapters are at a turn's strength until the next is asked for: backward has to come before, since blocks may
+        be computed again in it.
         """
         noise_BCHW = self.draw_noise(batch, seed)
         t_B = self.draw_times(batch, seed, family.latents.tokens(batch.latents_BCHW.shape))
@@ -119,7 +156,74 @@ class Denoising:
         if self.input_perturbation:
             further_BCHW = plain_noise(batch, seed, "perturbation", batch.latents_BCHW.shape[1:])
             mixed_BCHW = noise_BCHW + self.input_perturbation * further_BCHW
-        return self.losses_at(family, batch, noise_BCHW, t_B, predict, audio_noise_BCLF, mixed_BCHW), t_B
+        yield from self.turns_at(family, batch, noise_BCHW, t_B, predict, audio_noise_BCLF, mixed_BCHW)
+
+    def turns_at(
+        self,
+        family: Family,
+        batch: Batch,
+        noise_BCHW: Tensor,
+        t_B: Tensor,
+        predict: Predict | None = None,
+        audio_noise_BCLF: Tensor | None = None,
+        mixed_BCHW: Tensor | None = None,
+    ) -> Generator[Turn, None, None]:
+        """As `turns`, at given noise and times."""
+        if batch.contrast is None:
+            loss_B = self.losses_at(family, batch, noise_BCHW, t_B, predict, audio_noise_BCLF, mixed_BCHW)
+            yield Turn(batch, loss_B, t_B, batch.weight_B)
+            return
+        if isinstance(batch.contrast, Opposites):
+            half = len(batch.sample_ids) // 2
+            for strength, rows in ((1.0, slice(0, half)), (-1.0, slice(half, None))):
+                end, mixed = batch.rows(rows), None if mixed_BCHW is None else mixed_BCHW[rows]
+                with self._at(strength):
+                    loss_B = self.losses_at(family, end, noise_BCHW[rows], t_B[rows], predict, None, mixed)
+                    yield Turn(end, loss_B, t_B[rows], end.weight_B)
+            return
+        told = self._told(family, batch, batch.conditioning, t_B)
+        noised = self._noised(batch, noise_BCHW, t_B, audio_noise_BCLF, mixed_BCHW)
+        say = partial(self._said, family, noised, predict=predict)
+        if isinstance(batch.contrast, Direction):
+            yield from self._both_ways(family, batch, batch.contrast, noised, say)
+            return
+        with torch.no_grad(), self._at(0.0):
+            before_B = self._distances(say(told), noised.targets, t_B)
+        with self._at(1.0):
+            error_B = self._distances(say(told), noised.targets, t_B)
+            yield self._preferred(batch, batch.contrast, error_B, before_B, t_B)
+
+    def _both_ways(
+        self, family: Family, batch: Batch, direction: Direction, noised: Noised, say: Callable[..., Streams]
+    ) -> Iterator[Turn]:
+        """At strength 1 towards the positive prompt, at -1 towards the negative one."""
+        told = self._told(family, batch, batch.conditioning, noised.t_B)
+        ends = (direction.positive, direction.negative)
+        with torch.no_grad(), self._at(0.0):
+            before = say(told)
+            positive, negative = (say(self._told(family, batch, one, noised.t_B)) for one in ends)
+        for strength in (1.0, -1.0):
+            targets = tuple(
+                slider_target(*three, direction.guidance_B, strength)
+                for three in zip(before, positive, negative, strict=True)
+            )
+            with self._at(strength):
+                loss_B = self._weighted(self._distances(say(told), targets, noised.t_B), noised.t_B)
+                yield Turn(batch, loss_B, noised.t_B, batch.weight_B / 2)
+
+    def _preferred(
+        self, batch: Batch, preference: Preference, error_B: Tensor, before_B: Tensor, t_B: Tensor
+    ) -> Turn:
+        """Each pair's loss stands in both of its rows."""
+        half_B = t_B[: len(preference.beta_B)]
+        beta_B = preference.beta_B * (1 - half_B) ** (2 * preference.decays_B)
+        margin_B = preference_margin(error_B, before_B, sent(beta_B, error_B.device))
+        loss_B = self._weighted(preference_loss(margin_B).repeat(2), t_B)
+        return Turn(batch, loss_B, t_B, batch.weight_B, told_apart(margin_B.detach()))
+
+    def _at(self, strength: float) -> AbstractContextManager[None]:
+        assert self.strength is not None, "a batch that teaches a difference is given to adapters alone"
+        return self.strength(strength)
 
     def losses_at(
         self,
@@ -138,8 +242,20 @@ class Denoising:
         Args:
             mixed_BCHW: noise that is mixed in, where it is another than the one that is learned.
         """
+        noised = self._noised(batch, noise_BCHW, t_B, audio_noise_BCLF, mixed_BCHW)
+        told = self._told(family, batch, batch.conditioning, t_B)
+        predicted = partial(self._said, family, noised, told, predict=predict)
+        return self._weighted(self._loss(batch, noised.targets, predicted, t_B), t_B)
+
+    def _noised(
+        self,
+        batch: Batch,
+        noise_BCHW: Tensor,
+        t_B: Tensor,
+        audio_noise_BCLF: Tensor | None,
+        mixed_BCHW: Tensor | None,
+    ) -> Noised:
         device = batch.latents_BCHW.device
-        conditioning = self._told(family, batch, t_B)
         noisy_BCHW, target_BCHW = noisy_and_target(
             self.schedule,
             batch.latents_BCHW.float(),
@@ -147,30 +263,37 @@ class Denoising:
             t_B,
             None if mixed_BCHW is None else sent(mixed_BCHW, device),
         )
-        noisy: Streams = (noisy_BCHW,)
-        targets: Streams = (target_BCHW,)
-        if batch.audio_BCLF is not None:
-            assert audio_noise_BCLF is not None, "sound has noise of its own"
-            sound = noisy_and_target(
-                self.schedule, batch.audio_BCLF.float(), sent(audio_noise_BCLF, device), t_B
-            )
-            noisy, targets = (*noisy, sound[0]), (*targets, sound[1])
+        if batch.audio_BCLF is None:
+            return Noised((noisy_BCHW,), (target_BCHW,), t_B)
+        assert audio_noise_BCLF is not None, "sound has noise of its own"
+        sound = noisy_and_target(self.schedule, batch.audio_BCLF.float(), sent(audio_noise_BCLF, device), t_B)
+        return Noised((noisy_BCHW, sound[0]), (target_BCHW, sound[1]), t_B)
 
-        def predicted() -> Streams:
-            if len(noisy) == 1:
-                return ((predict or family.predict)(noisy[0], sent(t_B, device), conditioning),)
-            assert family.audio is not None, "a batch has sound for a family with sound"
-            return family.audio.predict(noisy[0], noisy[1], sent(t_B, device), conditioning)
+    def _said(
+        self, family: Family, noised: Noised, told: Conditioning, predict: Predict | None = None
+    ) -> Streams:
+        """What the family says, told so."""
+        noisy, t_B = noised.noisy, sent(noised.t_B, noised.noisy[0].device)
+        if len(noisy) == 1:
+            return ((predict or family.predict)(noisy[0], t_B, told),)
+        assert family.audio is not None, "a batch has sound for a family with sound"
+        return family.audio.predict(noisy[0], noisy[1], t_B, told)
 
-        loss_B = self._loss(batch, targets, predicted, t_B)
+    def _distances(self, said: Streams, targets: Streams, t_B: Tensor) -> Tensor:
+        """Added up over the streams, (B,)."""
+        delta_B = delta_at(self.loss, self.schedule, t_B)
+        found = [mean_distance(self.loss, *both, delta_B) for both in zip(said, targets, strict=True)]
+        return found[0] if len(found) == 1 else found[0] + found[1]
+
+    def _weighted(self, loss_B: Tensor, t_B: Tensor) -> Tensor:
+        """By what the times count for."""
         if self.weighting is not None:
-            loss_B = loss_B * sent(weight_at(self.weighting, self.schedule, t_B), device)
+            loss_B = loss_B * sent(weight_at(self.weighting, self.schedule, t_B), loss_B.device)
         if self.timesteps.emphasis:
-            loss_B = loss_B * sent(self.timesteps.weight(t_B), device)
+            loss_B = loss_B * sent(self.timesteps.weight(t_B), loss_B.device)
         return loss_B
 
-    def _told(self, family: Family, batch: Batch, t_B: Tensor) -> Conditioning:
-        conditioning = batch.conditioning
+    def _told(self, family: Family, batch: Batch, conditioning: Conditioning, t_B: Tensor) -> Conditioning:
         if family.capabilities.guidance_embedding and self.guidance is not None:
             guidance_B = torch.full(
                 t_B.shape, self.guidance, dtype=t_B.dtype, device=batch.latents_BCHW.device

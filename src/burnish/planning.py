@@ -36,6 +36,7 @@ from burnish.planner.phases import (
     decoding_phase,
     drawing_phase,
     encoding_phase,
+    trained_texts,
 )
 from burnish.planner.profile import Profile, step_of
 from burnish.planner.rates import GIB, Card, Rates
@@ -51,6 +52,7 @@ CONTEXT = int(0.5 * GIB)
 FRAGMENTED = int(0.4 * GIB)
 WORTH_COMPILING = 300  # micro-steps
 REFERENCE_TOKENS = 1369  # of a picture that a text encoder sees: a megapixel in patches of 28 x 28
+CLIP_TOKENS = 77
 HOST_ELSEWHERE = 32  # GiB of host memory, or twice the card's, where the card is not here
 HOST_SHARE = 0.7  # of free host memory may be taken; pinned pages cannot be swapped
 TEXT_ENCODERS: frozenset[Part] = frozenset({"text_encoders"})
@@ -99,6 +101,7 @@ class _Planner:
         wanted = config.memory.compile
         self.compiled = (can_compile and self._is_long()) if wanted == "auto" else wanted
         self.notes: list[str] = []
+        self.texts = 0  # bytes of text encoders that train
         self.kind, self.of, self.is_here = known_model(config.model, self.dtype)
         self.known = self.skeleton()
         self.measure = Measure(self.skeleton, self.choose)
@@ -218,6 +221,7 @@ class _Planner:
         largest = shapes[0]
         modes = self._modes()
         captions = self._captions()
+        self.texts = self._trained_texts(captions[1], largest.batch)
         vae = self.skeleton(parts=VAE)
         pictures = self._phase(
             "encoding", vae, largest, partial(encoding_phase, vae, largest, cuda=self.cuda)
@@ -254,8 +258,8 @@ class _Planner:
         self, largest: Shape, modes: tuple[Mode, ...] | None, beside: Beside
     ) -> tuple[list[Choice], Profiles, Limits]:
         """All settings that fit, and what was tried last; slower ways only where those before them do not fit."""
-        for offload in self._offload():
-            for formats in self.formats():
+        for formats in self.formats():
+            for offload in self._offload():
                 limits = Limits(
                     weights=formats,
                     modes=modes,
@@ -265,9 +269,9 @@ class _Planner:
                     beside=beside,
                 )
                 found, profiles = self._fitting(largest, limits)
-                if found and not preferred(found).host:
+                if found:
                     break
-            if found:
+            if found and (offload or not preferred(found).host):
                 break
         return found, profiles, limits
 
@@ -328,10 +332,25 @@ class _Planner:
                 break
         return kept_as, phase
 
+    def _trained_texts(self, phase: Phase, batch: int) -> int:
+        method = self.config.method
+        section = None if isinstance(method, Full | TextualInversion | Vae) else method.text_encoders
+        if section is None:
+            return 0
+        names = self.known.export.text_encoders
+        trained = [part for part, name in names.items() if not section.which or name in section.which]
+        family = self.skeleton(parts=TEXT_ENCODERS)
+        found = trained_texts(family, phase.weights, trained, CLIP_TOKENS * batch)
+        self.notes.append(
+            f"text encoders with adapters stay on the device: {found / GIB:.1f} GiB, what their backward keeps by a "
+            "rule; their seconds are not counted"
+        )
+        return found
+
     def _drawn(self) -> tuple[Beside, Shape | None]:
         """What adapters that do not train and drawn pictures take beside the denoiser, and their shape."""
         adapters = [path for path, _ in self._frozen_adapters() if path.is_file()]
-        assistant = sum(4 * numbers_in(path) for path in adapters)
+        assistant = sum(4 * numbers_in(path) for path in adapters) + self.texts
         shape = drawn_shape(self.config, self.of)
         if shape is None:
             return Beside(always=assistant), None
@@ -388,6 +407,7 @@ class _Planner:
     def _held_besides(self) -> str:
         held = [
             *(["the VAE, for samples"] if self.config.sample.prompts else []),
+            *(["text encoders"] if self.texts else []),
             *(name for _, name in self._frozen_adapters()),
         ]
         return "".join(f" and {one}" for one in held)

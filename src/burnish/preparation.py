@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from burnish.config.data import Captions, Folder, Generated
-from burnish.config.method import Full, TextualInversion, Vae
+from burnish.config.method import Full, TextEncoders, TextualInversion, Vae, trains_text
 from burnish.config.schema import RunConfig, SamplePrompt, Size
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
@@ -149,7 +149,8 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
 
     Raises:
         AdapterError: no program reads this kind of adapter of this family in `save.format`.
-        UserError: the family cannot be taught words, or its VAE is of a kind that is not trained.
+        UserError: the family cannot be taught words, has no text encoder that adapters go on, or a VAE of a kind that
+            is not trained.
     """
     if isinstance(config.method, TextualInversion):
         if not family.capabilities.new_words:
@@ -161,8 +162,26 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
     if isinstance(config.method, Vae):
         autoencoder_of(type(family).skeleton(parts=frozenset({"vae"}), of=family))
         return
-    if not isinstance(config.method, Full):
-        format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+    if isinstance(config.method, Full):
+        return
+    format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+    if config.method.text_encoders is not None:
+        _refuse_text_encoders(config.method.text_encoders, family)
+
+
+def _refuse_text_encoders(section: TextEncoders, family: Family) -> None:
+    has = list(family.export.text_encoders.values())
+    if not has:
+        raise UserError(
+            f"method.text_encoders: {family.title} has no CLIP, and only CLIPs are trained here",
+            remedy="Leave method.text_encoders out; sd15, sd2, sdxl, sd3 and flux have CLIPs.",
+        )
+    unknown = [name for name in section.which if name not in has]
+    if unknown:
+        raise UserError(
+            f"method.text_encoders.which: {family.title} has no {unknown[0]}",
+            remedy=f"Name some of {', '.join(has)}, or leave it out for all.",
+        )
 
 
 def refuse_unsaid_word(config: RunConfig, samples: Sequence[Sample]) -> None:
@@ -217,9 +236,9 @@ def prepare(
     if config.memory.cache == "disk":
         cache = DiskCache(config.memory.cache_folder or user_cache_folder())
     keys = CacheKeys.of(family, dtype)
-    seen = [*trained, *held]
+    seen = [picture for sample in (*trained, *held) for picture in sample.pictures]
     encode_masks(seen, family.latents, cache, keys)
-    in_step, pixels = isinstance(config.method, TextualInversion), isinstance(config.method, Vae)
+    in_step, pixels = trains_text(config.method), isinstance(config.method, Vae)
     requests = []
     if not in_step and not pixels:
         requests = encode_texts(config, model, checked, seen, folder, cache, keys, device, dtype, events)

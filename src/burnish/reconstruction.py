@@ -5,7 +5,7 @@ Shape letters: B batch, C channels, H W height and width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
@@ -20,6 +20,7 @@ from burnish.config.method import Vae
 from burnish.data.batch import Batch
 from burnish.errors import UserError
 from burnish.family import Family
+from burnish.objective import Turn
 from burnish.randomness import torch_generator
 
 SCALES = 4  # of edges: each half as fine as the one before
@@ -56,8 +57,13 @@ class Reconstruction:
     def of(cls, method: Vae, computed_in: torch.dtype) -> Self:
         return cls(method.mse, method.l1, method.edges, method.kl, method.encoder, computed_in)
 
-    def losses(self, family: Family, batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
-        """Loss per sample in float32, shape (B,), and zeros in place of times."""
+    def turns(self, family: Family, batch: Batch, seed: int) -> Generator[Turn, None, None]:
+        """All that is learned of a batch is one turn; zeros stand in place of times."""
+        loss_B = self.losses(family, batch, seed)
+        yield Turn(batch, loss_B, torch.zeros(len(loss_B)), batch.weight_B)
+
+    def losses(self, family: Family, batch: Batch, seed: int) -> Tensor:
+        """Loss per sample in float32, shape (B,)."""
         vae, pixels_B3HW = autoencoder_of(family), batch.latents_BCHW
         with torch.set_grad_enabled(self.encoder and torch.is_grad_enabled()):
             posterior = self._encoded(vae, pixels_B3HW)
@@ -75,7 +81,7 @@ class Reconstruction:
         if self.encoder and self.kl:
             # Both as sums in the paper's code (`LPIPSWithDiscriminator`), so per value of the picture here.
             loss_B = loss_B + self.kl * posterior.kl() / pixels_B3HW[0].numel()
-        return loss_B, torch.zeros(len(loss_B))
+        return loss_B
 
     def held_out(self, family: Family, batch: Batch, times: Sequence[float], seed: int) -> Tensor:
         """Squared error of each sample as it is decoded in use, from the posterior's mode; times do not matter."""

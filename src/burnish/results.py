@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from burnish.adapters.own_weights import OwnWeights
 from burnish.adapters.words import NewWord
 from burnish.export.adapter_file import write_adapter
 from burnish.export.denoiser_file import write_folder, write_single_file
+from burnish.export.text_encoders import text_adapter
 from burnish.export.vae_file import write_vae_file
 from burnish.export.verify import verify_adapter
 from burnish.export.word_file import write_word
@@ -56,7 +57,7 @@ def averaged(run: Training) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True, slots=True)
 class AdapterResult:
-    """The adapter of one denoiser: `<stem><label>.safetensors`."""
+    """The adapter of one denoiser, and of the text encoders that train with it: `<stem><label>.safetensors`."""
 
     part: str
     adapter: AdapterSet
@@ -65,6 +66,7 @@ class AdapterResult:
     format: str
     dtype: torch.dtype
     metadata: Metadata
+    texts: Mapping[str, AdapterSet] = field(default_factory=dict)  # by part
 
     def path(self, label: str) -> Path:
         return self.folder / f"{self.stem}{label}.safetensors"
@@ -73,6 +75,7 @@ class AdapterResult:
         keys = run.family.export
         with averaged(run):
             weights = self.adapter.weights()
+            texts = {part: (one.weights(), one.denoiser) for part, one in self.texts.items()}
             write_adapter(
                 path,
                 weights,
@@ -82,9 +85,10 @@ class AdapterResult:
                 format=self.format,
                 dtype=self.dtype,
                 metadata=self.metadata(run, self.part),
+                texts={part: text_adapter(own, encoder) for part, (own, encoder) in texts.items()},
             )
         return verify_adapter(
-            path, weights, run.family.denoisers[self.part], part=self.part, keys=keys
+            path, weights, run.family.denoisers[self.part], part=self.part, keys=keys, texts=texts
         ).facts()
 
 

@@ -324,6 +324,8 @@ class RunLog(Listener):
     def stepped(self, report: StepReport) -> None:
         if report.step % LOGGED_EVERY == 0:
             _log.info("step %d: loss %.5f, gradient norm %.4f", report.step, report.loss, report.grad_norm)
+            if report.accuracy is not None:
+                _log.info("step %d: accuracy %.3f", report.step, report.accuracy)
 
     def validated(self, step: int, loss: float, is_best: bool) -> None:
         _log.info("step %d: held-out loss %.5f%s", step, loss, ", the best so far" if is_best else "")

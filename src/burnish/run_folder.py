@@ -258,6 +258,7 @@ class Recorder(Listener):
             "learning_rate": report.learning_rate,
             "seconds": report.seconds,
             "memory_gib": report.memory_gib,
+            "accuracy": report.accuracy,
         }
         for key, value in values.items():
             self._add(report.step, key, value)

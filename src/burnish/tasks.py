@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -276,10 +276,14 @@ def thumbnail(path: Path) -> Image.Image:
     return small
 
 
+def all_disabled(adapters: Sequence[AdapterSet]) -> AbstractContextManager[None]:
+    return all_at(adapters, 0.0)
+
+
 @contextmanager
-def all_disabled(adapters: Sequence[AdapterSet]) -> Iterator[None]:
-    if not adapters:
-        yield
-        return
-    with adapters[0].disabled(), all_disabled(adapters[1:]):
+def all_at(adapters: Sequence[AdapterSet], strength: float) -> Iterator[None]:
+    """Within it each set is of this strength, at 0 without effect."""
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.at(strength))
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from burnish.config.schema import RunConfig
 from burnish.errors import ConfigError
 from burnish.export.formats import refuse_unstackable, resolve_format
 from burnish.export.metadata import Provenance, adapter_metadata, model_metadata, vae_metadata, word_metadata
+from burnish.export.text_encoders import TARGETS
 from burnish.families.autoencoder import shapes_tell
 from burnish.family import Family, TargetSet
 from burnish.generate import part_labels
@@ -82,6 +83,31 @@ def trained_parts(
         refuse_unstackable(adapter.weights(), format, family.export, adaptable_modules(denoiser))
         cast_once(denoiser, list(adapter.layers.values()), dtype)
         adapters[part] = adapter
+    return adapters | text_adapters(config.method, family, device, dtype, config.seed)
+
+
+def text_adapters(
+    method: AdapterMethod, family: Family, device: torch.device, dtype: torch.dtype, seed: int
+) -> dict[str, Trained]:
+    """Those of text encoders, attached, by part; of the method's kind and rank. Its patterns are for the denoiser.
+
+    Raises:
+        AdapterError: the rank is larger than a module can use.
+    """
+    section = method.text_encoders
+    if section is None:
+        return {}
+    plain: dict[str, Any] = {"include": [], "exclude": [], "groups": [], "targets": section.targets}
+    adapters: dict[str, Trained] = {}
+    for part, name in family.export.text_encoders.items():
+        if section.which and name not in section.which:
+            continue
+        encoder = family.loaded[part]
+        choose_products(encoder, device)
+        found = choose_modules(encoder, TARGETS, section.targets, method.model_copy(update=plain))
+        choices = {name: replace(one, learning_rate=section.learning_rate) for name, one in found.items()}
+        adapters[part] = adapter = AdapterSet.attach(encoder, choices, seed=seed)
+        cast_once(encoder, list(adapter.layers.values()), dtype)
     return adapters
 
 
@@ -165,8 +191,13 @@ def _results(told: Told, family: Family, folder: RunFolder) -> Iterator[Result]:
     words = {part: one for part, one in told.trained.items() if isinstance(one, NewWord)}
     if words:
         yield WordResult(words, folder.adapters, config.name, dtype, told.metadata)
+    texts = {
+        part: one
+        for part, one in told.trained.items()
+        if part in family.export.text_encoders and isinstance(one, AdapterSet)
+    }
     for part, one in told.trained.items():
-        if isinstance(one, NewWord):
+        if isinstance(one, NewWord) or part in texts:
             continue
         if isinstance(config.method, Vae):
             assert isinstance(one, OwnWeights)
@@ -177,7 +208,7 @@ def _results(told: Told, family: Family, folder: RunFolder) -> Iterator[Result]:
             continue
         stem = f"{config.name}-{labels[part]}" if part in labels else config.name
         if isinstance(one, AdapterSet):
-            yield AdapterResult(part, one, folder.adapters, stem, format, dtype, told.metadata)
+            yield AdapterResult(part, one, folder.adapters, stem, format, dtype, told.metadata, texts)
             continue
         if format in ("auto", "diffusers"):
             yield DenoiserFolder(part, one, folder.models, config.name, dtype)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_families_learn import load, ours, pictures, theirs
 from tiny import Case, cases
 from tiny_pipelines import PIPELINES
-from torch import Tensor, nn
+from torch import Tensor
 
 import burnish.run
 from burnish.assembly import Assembled
@@ -26,7 +26,7 @@ from burnish.config.checks import contradictions
 from burnish.data.batch import Batch
 from burnish.errors import ConfigError, DataError, Interrupted, UserError
 from burnish.events import Listener, StepReport
-from burnish.family import Family
+from burnish.generate import learn_word
 from burnish.objective import Denoising, held_noise
 from burnish.run import train_run
 from burnish.run_folder import RunFolder
@@ -52,16 +52,6 @@ def word_config(model: Path, folder: Path, **changes: Any) -> Any:
         **changes,
     }
     return run_config(model, folder / "pictures", folder / "runs", values)
-
-
-def read(family: Family, path: Path) -> dict[str, Tensor]:
-    """Teach a loaded family the word of a file."""
-    file = load_file(path)
-    vectors = {name: file.get(name, file.get("emb_params")) for name in family.vocabularies}
-    for name, vocabulary in family.vocabularies.items():
-        assert vectors[name] is not None
-        vocabulary.add(WORD, nn.Parameter(vectors[name], requires_grad=False))
-    return file
 
 
 def parts_with_word(model: Path, case: Case, path: Path) -> dict[str, Any]:
@@ -120,7 +110,8 @@ def test_a_word_is_learned_and_nothing_else_and_diffusers_draws_the_same(
     with monkeypatch.context() as plain:
         plain.setattr(test_families_learn, "CAPTION", SAID.replace(WORD, " ".join(["dog"] * 8)))
         before_drawn = ours(family, case)
-    file = read(family, path)
+    assert learn_word(family, path) == WORD
+    file = load_file(path)
     assert sorted(file) == (["clip_g", "clip_l"] if name == "sdxl" else ["emb_params"])
     with_word = ours(family, case)
     assert (with_word - before_drawn).abs().max() > 0.01, "there is no effect to compare"

@@ -157,7 +157,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     expected = digest(last_checkpoint(tmp_path / "straight"))
     losses = Reconstruction.losses
 
-    def lose_and_stop(objective: Reconstruction, family: Any, batch: Any, seed: int) -> tuple[Tensor, Tensor]:
+    def lose_and_stop(objective: Reconstruction, family: Any, batch: Any, seed: int) -> Tensor:
         if batch.position == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return losses(objective, family, batch, seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from burnish.cli.main import app
@@ -74,6 +74,23 @@ def test_a_training_adapter_is_counted(config: Path, tmp_path: Path) -> None:
         for text in (plain, beside)
     ]
     assert peaks[1] - peaks[0] == pytest.approx(4 / 1024)  # float32, as it is attached
+
+
+def test_text_encoders_that_train_are_counted(config: Path, tiny_folder: TinyFolder) -> None:
+    _, plain = invoke(str(config), "--gpu", "4090", "--json")
+    code, beside = invoke(str(config), "--set", "method.text_encoders.which=[]", "--gpu", "4090", "--json")
+    assert code == 0, beside
+    told = [json.loads(text) for text in (plain, beside)]
+    peaks = [next(row["gib"] for row in one["rows"] if row["what"] == "training") for one in told]
+    folders = tiny_folder("sd3").glob("text_encoder*/*.safetensors")
+    weights = sum(one.numel() * 2 for path in folders for one in load_file(path).values())
+    kept = 0  # by backward of 77 tokens in bfloat16: 24 widths in each layer
+    for path in tiny_folder("sd3").glob("text_encoder*/config.json"):
+        clip = json.loads(path.read_text())
+        kept += 77 * clip.get("hidden_size", 0) * clip.get("num_hidden_layers", 0) * 24 * 2
+    assert (peaks[1] - peaks[0]) * 2**30 == pytest.approx(weights + kept, rel=1e-3)
+    assert "text encoders" in beside
+    assert "text encoders with adapters" not in plain
 
 
 def test_the_answer_for_a_named_card_is_kept_and_given_without_torch(config: Path) -> None:

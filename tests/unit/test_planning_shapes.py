@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from burnish.config.schema import RunConfig
 from burnish.families.registry import family_named
@@ -159,6 +159,19 @@ def test_a_mask_that_is_known_picks_as_many_of_what_is_not() -> None:
         assert not torch.all(unknown == 0)
     assert with_places(torch.ops.aten.add.Tensor, (unknown, mask)) == (unknown, mask)
     assert not is_asked_of_unknown(torch.ops.aten._local_scalar_dense.default, (mask[0],))
+
+
+def test_masks_and_draws_of_millions_are_counted_without_being_made() -> None:
+    frames = torch.arange(4).repeat_interleave(512)
+    counted = LiveBytes(FakeTensorMode(allow_non_fake_inputs=True), rounding=1)
+    with counted:
+        earlier = frames[None, :] <= frames[:, None]
+        mask = torch.where(earlier, 0.0, float("-inf"))
+        drawn = torch.randint(9, (1024, 1024), generator=torch.Generator())
+        assert not isinstance(frames[None, :] + 1, FakeTensor)
+    assert all(isinstance(one, FakeTensor) for one in (mask, drawn))
+    assert (mask.shape, drawn.shape) == ((2048, 2048), (1024, 1024))
+    assert counted.peak >= 2048 * 2048 * 5 + 1024 * 1024 * 8
 
 
 @pytest.mark.parametrize("width", [64, 512])

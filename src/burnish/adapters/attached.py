@@ -156,6 +156,20 @@ class AdapterSet:
             layer.multiplier = value
 
     @contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        """Within it the whole set is of this strength, at 0 as if it were not attached."""
+        if strength == 0:
+            with self.disabled():
+                yield
+            return
+        before = self.multiplier
+        try:
+            self.multiplier = strength
+            yield
+        finally:
+            self.multiplier = before
+
+    @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within it the denoiser computes as if this set were not attached; other sets stay on."""
         before = [(layer, layer.active) for layer in self.layers.values()]

@@ -52,7 +52,8 @@ class Pace:
 
 def step_facts(report: StepReport) -> str:
     memory = "" if report.memory_gib is None else f"  memory {report.memory_gib:.1f} GiB"
-    return f"loss {report.loss:.4f}  lr {report.learning_rate:.2e}{memory}"
+    accuracy = "" if report.accuracy is None else f"  accuracy {report.accuracy:.2f}"
+    return f"loss {report.loss:.4f}{accuracy}  lr {report.learning_rate:.2e}{memory}"
 
 
 def saved_line(step: int, adapter: Path, facts: Mapping[str, object]) -> str:

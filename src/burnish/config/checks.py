@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from burnish.config.data import DataSource, Folder
+from burnish.config.contrasts import TextSlider
+from burnish.config.data import Captions, DataSource, Folder
 from burnish.config.document import Document
-from burnish.config.method import Full, TextualInversion, Vae
+from burnish.config.method import Adapter, Full, Lokr, Lora, TextualInversion, Turning, Vae, trains_text
 from burnish.config.objective import Objective
 from burnish.config.problems import KeyPath, Problem
 from burnish.config.schema import RunConfig
@@ -43,6 +44,7 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     yield from _of_single_steps(config)
     for index, source in enumerate(config.data):
         yield from _of_targets(config, index, source)
+        yield from _of_sliders(config, index, source)
 
 
 def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
@@ -149,11 +151,43 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
                     ("data", index, "preserve"),
                     "takes the trigger's place, and there is no trigger; set trigger",
                 )
-    if isinstance(config.method, Full | TextualInversion):
-        what = "full fine-tuning does not keep" if isinstance(config.method, Full) else "knows no new word"
+        if source.preference is not None:
+            asking.append(("preference",))
+    if source.slider is not None:
+        asking.append(("slider",))
+    if isinstance(config.method, Full) or trains_text(config.method):
+        what = "knows no new word"
+        if not isinstance(config.method, TextualInversion):
+            full = isinstance(config.method, Full)
+            what = (
+                "full fine-tuning does not keep"
+                if full
+                else "reads captions otherwise with method.text_encoders"
+            )
         for place in asking:
-            text = f"asks the model as it was before training, which {what}; train an adapter"
+            text = f"asks the model as it was before training, which {what}; train an adapter of the denoiser alone"
             yield ("data", index, *place), text
+
+
+def _of_sliders(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
+    """What is used at strengths other than 1 must mean the same at each of them."""
+    if source.slider is None:
+        return
+    place, method = ("data", index, "slider"), config.method
+    lengths = isinstance(method, Lora | Lokr) and method.dora
+    if isinstance(method, Turning) or lengths:
+        what = "dora" if lengths else method.kind
+        yield (
+            place,
+            f"is used at many strengths, which programs count otherwise for {what}; train lora, loha or lokr",
+        )
+    if config.memory.gradient_release and isinstance(method, Adapter):
+        yield place, "learns two directions in one step; leave memory.gradient_release out"
+    if isinstance(source, Folder) and isinstance(source.slider, TextSlider) and source.captions != Captions():
+        yield (
+            ("data", index, "captions"),
+            "are not read with a slider from prompts: its target is the caption",
+        )
 
 
 def _of_single_steps(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from burnish.config.contrasts import AnySlider, PictureSlider, Preference, TextSlider
 from burnish.config.section import Section, default_kind
 
 
@@ -181,12 +182,30 @@ class Folder(Pictures):
         description="Draw each picture a second time, its caption with the class word in place of the trigger, towards "
         "what the model said before training; needs `trigger`, an adapter, and a second pass through the model.",
     )
+    slider: AnySlider | None = Field(
+        None,
+        description="Teach a slider, not the pictures: from prompts, at these pictures, whose captions are not read; "
+        "or from pairs of pictures. Needs an adapter and further passes through the model.",
+    )
+    preference: Preference | None = Field(
+        None,
+        description="Teach that these pictures are preferred to others of the same names; needs an adapter, and a "
+        "second pass through the model.",
+    )
+
+    @property
+    def other_side(self) -> Path | None:
+        """The folder with the other picture of each pair."""
+        if isinstance(self.slider, PictureSlider):
+            return self.slider.opposite
+        return self.preference.rejected if self.preference is not None else None
 
     @property
     def folders_beside(self) -> list[Path]:
         """Of pictures that belong to those here and are none of them."""
         counted = [self.loss_masks.path] if isinstance(self.loss_masks, FolderMasks) else []
-        return [*self.references, *([self.masks] if self.masks else []), *counted]
+        others = [self.other_side] if self.other_side is not None else []
+        return [*self.references, *([self.masks] if self.masks else []), *counted, *others]
 
     @model_validator(mode="after")
     def spread_says_how_often(self) -> Self:
@@ -202,15 +221,30 @@ class Folder(Pictures):
             raise ValueError("preserve goes with what is taught: role: train and target: picture")
         return self
 
+    @model_validator(mode="after")
+    def one_thing_is_taught(self) -> Self:
+        taught = [name for name in ("slider", "preference") if getattr(self, name) is not None]
+        besides = [name for name in ("loss_masks", "preserve") if getattr(self, name) is not None]
+        if taught and (len(taught) > 1 or besides):
+            other = (taught[1:] + besides)[0]
+            raise ValueError(f"{taught[0]} and {other} do not go together; give each a source of its own")
+        if taught and (self.role != "train" or self.target != "picture"):
+            raise ValueError(f"{taught[0]} goes with what is taught: role: train and target: picture")
+        return self
+
 
 class Generated(Pictures):
     """Pictures that the base model draws before training, to keep it as it was (prior preservation)."""
 
     kind: Literal["generated"]
     role: Literal["train", "regularization"] = Field(
-        "regularization", description="`regularization` keeps the model as it was; `train` teaches them."
+        "regularization",
+        description="`regularization` keeps the model as it was; `train` teaches them, as a slider always does.",
     )
-    prompts: list[str] = Field(min_length=1, description="What to draw; used in turn.")
+    prompts: list[str] = Field(
+        [],
+        description="What to draw; used in turn. The prompts of the slider, if there is one and none are said.",
+    )
     count: int = Field(48, ge=1, le=100000, description="How many pictures.")
     path: Path | None = Field(
         None,
@@ -225,6 +259,30 @@ class Generated(Pictures):
     )
     batch_size: int = Field(4, ge=1, le=256, description="Pictures drawn at once.")
     seed: int = Field(0, ge=0, description="Seed of the first picture; each further picture takes the next.")
+    slider: TextSlider | None = Field(
+        None,
+        description="Teach a slider from prompts at these pictures. Needs an adapter and further passes through the "
+        "model.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def a_slider_is_taught(cls, values: Any) -> Any:
+        """Where it says neither, at pictures of its own prompts."""
+        if not isinstance(values, dict) or values.get("slider") is None:
+            return values
+        slider = values["slider"]
+        told = slider if isinstance(slider, dict) else dict(slider)
+        prompts = [told[name] for name in ("target", "positive", "negative") if name in told]
+        return {"role": "train", "prompts": prompts, **values}
+
+    @model_validator(mode="after")
+    def something_is_drawn(self) -> Self:
+        if not self.prompts:
+            raise ValueError("prompts must say what to draw")
+        if self.slider is not None and (self.role != "train" or self.target != "picture"):
+            raise ValueError("slider goes with what is taught: role: train and target: picture")
+        return self
 
 
 DataSource = Annotated[Folder | Generated, Field(discriminator="kind"), default_kind("folder")]

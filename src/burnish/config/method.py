@@ -25,8 +25,27 @@ class RateGroup(Section):
     learning_rate: float = Field(gt=0, le=10, description="Instead of the optimizer's rate.")
 
 
+class TextEncoders(Section):
+    """Adapters on CLIP text encoders beside those of the denoiser, of the same kind, rank and alpha."""
+
+    which: list[Literal["clip_l", "clip_g", "clip_h"]] = Field(
+        [], description="Those to train, such as `clip_l`; all that the model has if empty."
+    )
+    targets: Literal["attention", "attention+mlp"] = Field(
+        "attention+mlp", description="Linear layers of their attention, or those of the feed-forward as well."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, le=10, description="Instead of the optimizer's rate; half of it or less is usual."
+    )
+
+
 class Adapter(Section):
     """What every kind of adapter has."""
+
+    text_encoders: TextEncoders | None = Field(
+        None,
+        description="Adapters on text encoders as well; they then stay in memory and read captions in each step.",
+    )
 
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped while training."
@@ -293,3 +312,10 @@ AnyMethod = Annotated[
     Field(discriminator="kind"),
     default_kind("lora"),
 ]
+
+
+def trains_text(method: AnyMethod) -> bool:
+    """Whether anything of the text encoders trains, so that captions are encoded in each step."""
+    if isinstance(method, TextualInversion):
+        return True
+    return not isinstance(method, Full | Vae) and method.text_encoders is not None

@@ -12,6 +12,38 @@ from burnish.hardware import sent
 
 
 @dataclass(frozen=True, slots=True)
+class Direction:
+    """What a slider learns at the batch's latents: from what the one prompt says towards what the other does."""
+
+    positive: Conditioning
+    negative: Conditioning
+    guidance_B: Tensor
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None) -> Direction:
+        told = self.positive.to(device, dtype), self.negative.to(device, dtype)
+        return Direction(*told, sent(self.guidance_B, device))
+
+
+@dataclass(frozen=True, slots=True)
+class Opposites:
+    """The second half of the rows are the other ends of a slider, in the order of the first."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None) -> Opposites:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """The second half of the rows are the pictures that those of the first are preferred to."""
+
+    beta_B: Tensor  # of each pair
+    decays_B: Tensor  # 1 where beta falls with the time, else 0
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None) -> Preference:
+        return self  # small, and used with the times, on the host
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Cached latents and conditioning of one micro-step; everything but `weight_B` is as the cache gave it.
 
@@ -32,6 +64,23 @@ class Batch:
         None  # of the error against what the model said before training; only with `counted`
     )
     captions: tuple[str, ...] = ()  # as drawn, for methods that encode them in the step
+    contrast: Direction | Opposites | Preference | None = None  # the difference that is learned, if any
+
+    def rows(self, index: slice) -> Batch:
+        """Some of the rows, without what they were to be compared with."""
+        return replace(
+            self,
+            latents_BCHW=self.latents_BCHW[index],
+            conditioning=self.conditioning.rows(index),
+            weight_B=self.weight_B[index],
+            sample_ids=self.sample_ids[index],
+            paths=self.paths[index],
+            audio_BCLF=None if self.audio_BCLF is None else self.audio_BCLF[index],
+            counted=None if self.counted is None else self.counted[index],
+            kept=None if self.kept is None else self.kept[index],
+            captions=self.captions[index],
+            contrast=None,
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         return replace(
@@ -42,4 +91,5 @@ class Batch:
             audio_BCLF=None if self.audio_BCLF is None else sent(self.audio_BCLF, device, dtype),
             counted=None if self.counted is None else sent(self.counted, device),
             kept=None if self.kept is None else sent(self.kept, device),
+            contrast=None if self.contrast is None else self.contrast.to(device, dtype),
         )

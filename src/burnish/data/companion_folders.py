@@ -26,6 +26,7 @@ class Beside:
     holes: tuple[Path, Facts] | None
     family: Family | None
     counted: tuple[Path, Facts] | None = None
+    opposed: tuple[Path, Facts] | None = None
 
     def references(self, fit: Fit) -> tuple[Companion, ...]:
         """As a sample with this fit sees them; the family decides their size."""
@@ -46,6 +47,12 @@ class Beside:
         if self.counted is None:
             return None
         return self._placed(*self.counted, fit, (fit.bucket.height, fit.bucket.width))
+
+    def other_side(self, fit: Fit) -> Companion | None:
+        """The other picture of the pair."""
+        if self.opposed is None:
+            return None
+        return self._placed(*self.opposed, fit, (fit.bucket.height, fit.bucket.width))
 
     def _placed(self, path: Path, facts: Facts, fit: Fit, size: tuple[int, int]) -> Companion:
         """One of the target's size takes the target's way, so that both still lie over one another.
@@ -70,6 +77,7 @@ class CompanionFolders:
     folders: tuple[_ByStem, ...]
     masks: _ByStem | None
     loss_masks: _ByStem | None = None
+    opposed: _ByStem | None = None
 
     @classmethod
     def of(cls, source: Folder, family: Family | None, probe: Probe) -> CompanionFolders | None:
@@ -79,14 +87,16 @@ class CompanionFolders:
             DataError: the family has no use for them, or a folder cannot be read.
         """
         section = source.loss_masks
-        if not source.references and source.masks is None and not isinstance(section, FolderMasks):
+        if not source.folders_beside:
             return None
         can = family.capabilities if family is not None else Capabilities()
         _refuse_unused(source, can, family.title if family is not None else "this model")
         folders = tuple(_ByStem.of(folder, source.recursive) for folder in source.references)
         masks = _ByStem.of(source.masks, source.recursive) if source.masks is not None else None
         counted = _ByStem.of(section.path, source.recursive) if isinstance(section, FolderMasks) else None
-        return cls(family, probe, folders, masks, counted)
+        other = source.other_side
+        opposed = _ByStem.of(other, source.recursive) if other is not None else None
+        return cls(family, probe, folders, masks, counted, opposed)
 
     def of_picture(self, name: str, target: Facts) -> Beside:
         """What belongs to the picture or clip `name`.
@@ -99,7 +109,17 @@ class CompanionFolders:
         counted = None
         if self.loss_masks is not None:
             counted = self._checked(self.loss_masks, name, "mask of the loss")
-        return Beside(target, shown, holes, self.family, counted)
+        opposed = None
+        if self.opposed is not None:
+            if target.duration is not None:
+                raise BadPicture("a clip, and pairs are of pictures", remedy="Move it elsewhere.")
+            opposed = self._checked(self.opposed, name, "other picture of the pair")
+            if opposed[1].sha256 == target.sha256:
+                raise BadPicture(
+                    f"the same picture as {opposed[0]}",
+                    remedy="A pair is of two pictures; take it out of both.",
+                )
+        return Beside(target, shown, holes, self.family, counted, opposed)
 
     def _checked(self, folder: _ByStem, name: str, what: str) -> tuple[Path, Facts]:
         path = folder.find(name)

@@ -10,9 +10,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from typing import TypeVar
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from burnish.data.batch import Batch
+from burnish.data.batch import Batch, Direction, Opposites, Preference
 from burnish.data.cache import Cache, CacheKeys, Entry, Kind, RamCache
 from burnish.data.loss_masks import MASK, loss_weights
 from burnish.data.plan import BatchPlan, Draw
@@ -49,6 +49,7 @@ class _Loaded:
     audio_BCLF: Tensor | None
     counted: Tensor | None
     kept: Tensor | None
+    contrast: Direction | Opposites | Preference | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +73,17 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
             return _Problem(error.message, error.remedy)
 
     def load(self, position: int) -> _Loaded:
-        draws = self.plan.draws(position)
+        draws = with_other_sides(self.plan.draws(position))
         latents, conditioning, audio = [], [], []
+        entries = []
         for draw in draws:
             key = self.keys.latents(draw.sample, flip=draw.flip)
             picture = self._entry("latents", key, str(draw.sample.path))
+            entries.append(picture)
             latents.append(picture[LATENTS])
             if draw.sample.audio:
                 audio.append(picture[AUDIO])
-            caption: Entry = {}
-            if self.encoded:
-                key = self.keys.caption(draw.caption, draw.sample, flip=draw.flip)
-                caption = self._entry("captions", key, repr(draw.caption))
-            conditioning.append(conditioning_of(caption, picture))
+            conditioning.append(self._told(draw, draw.caption, picture))
 
         def mask_of(number: int) -> Tensor:
             sample, grid = draws[number].sample, latents[number].shape[-2:]
@@ -104,7 +103,39 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
             audio_BCLF=torch.stack(audio) if audio else None,
             counted=counted,
             kept=kept,
+            contrast=self._contrast(draws, entries),
         )
+
+    def _told(self, draw: Draw, text: str, picture: Entry) -> Conditioning:
+        caption: Entry = {}
+        if self.encoded:
+            key = self.keys.caption(text, draw.sample, flip=draw.flip)
+            caption = self._entry("captions", key, repr(text))
+        return conditioning_of(caption, picture)
+
+    def _contrast(
+        self, draws: Sequence[Draw], pictures: Sequence[Entry]
+    ) -> Direction | Opposites | Preference | None:
+        """What the samples of one batch teach; all of them the same."""
+        first = draws[0].sample
+        if first.opposed is not None:
+            pairs = [draw.sample.opposed for draw in draws if draw.sample.opposed is not None]
+            if first.opposed.beta is None:
+                return Opposites()
+            betas = torch.tensor([one.beta for one in pairs], dtype=torch.float32)
+            return Preference(betas, torch.tensor([float(one.decays) for one in pairs]))
+        if first.direction is None:
+            return None
+        both = []
+        for side in (0, 1):
+            told = [
+                self._told(draw, draw.prompts[side], picture)
+                for draw, picture in zip(draws, pictures, strict=True)
+                if draw.prompts is not None
+            ]
+            both.append(Conditioning.collate(told))
+        guidance = [draw.sample.direction.guidance for draw in draws if draw.sample.direction is not None]
+        return Direction(both[0], both[1], torch.tensor(guidance, dtype=torch.float32))
 
     def _entry(self, kind: Kind, key: str, what: str) -> Entry:
         entry = self.cache.get(kind, key)
@@ -142,6 +173,7 @@ class _PixelBatches(Dataset["_Loaded | _Problem"]):
             audio_BCLF=None,
             counted=None,
             kept=None,
+            contrast=None,
         )
 
     def _cut(self, draw: Draw) -> Tensor:
@@ -155,6 +187,12 @@ class _PixelBatches(Dataset["_Loaded | _Problem"]):
             for side, cut in zip(pixels_3HW.shape[-2:], (height, width), strict=True)
         )
         return pixels_3HW[:, top : top + height, left : left + width]
+
+
+def with_other_sides(draws: tuple[Draw, ...]) -> tuple[Draw, ...]:
+    """All draws, and then the other picture of each where they are pairs: mirrored and captioned alike."""
+    opposed = [(draw, draw.sample.opposed) for draw in draws]
+    return draws + tuple(replace(draw, sample=one.sample) for draw, one in opposed if one is not None)
 
 
 class _Positions(Sampler[int]):
@@ -228,9 +266,17 @@ def _read(
 
 def _described(loaded: _Loaded, family: Family) -> Batch:
     conditioning = Conditioning(loaded.conditioning)
+    described = family.describe_pictures(loaded.pictures)
+    contrast = loaded.contrast
+    if isinstance(contrast, Direction):
+        contrast = replace(
+            contrast,
+            positive=contrast.positive.merged(described),
+            negative=contrast.negative.merged(described),
+        )
     return Batch(
         latents_BCHW=loaded.latents_BCHW,
-        conditioning=conditioning.merged(family.describe_pictures(loaded.pictures)),
+        conditioning=conditioning.merged(described),
         weight_B=loaded.weight_B,
         sample_ids=loaded.sample_ids,
         paths=loaded.paths,
@@ -239,6 +285,7 @@ def _described(loaded: _Loaded, family: Family) -> Batch:
         audio_BCLF=loaded.audio_BCLF,
         counted=loaded.counted,
         kept=loaded.kept,
+        contrast=contrast,
     )
 
 

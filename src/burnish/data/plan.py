@@ -20,6 +20,7 @@ class Draw:
     repeat: int
     flip: bool
     caption: str
+    prompts: tuple[str, str] | None = None  # positive and negative, of a sample with a direction
 
     @property
     def id(self) -> str:
@@ -75,6 +76,11 @@ class BatchPlan:
                 hasher.update(repr((s.fps, s.fills_holes, shown)).encode())
             if s.audio:
                 hasher.update(b"audio")
+            if s.direction is not None:
+                hasher.update(repr(s.direction).encode("utf-8", "surrogatepass"))
+            if s.opposed is not None:
+                other = s.opposed.sample
+                hasher.update(repr((other.sha256, other.fit, s.opposed.beta, s.opposed.decays)).encode())
             if s.counts is not None:
                 hasher.update(repr(replace(s.counts, mask=None)).encode())
                 hasher.update(repr(s.counts.mask.key() if s.counts.mask else None).encode())
@@ -94,7 +100,8 @@ class BatchPlan:
         def pixels(at: int) -> int:
             shape = self.samples[batches[at][0][0]].shape
             shown = sum(height * width for height, width in shape.references)
-            return len(batches[at]) * (shape.bucket.area * shape.frames + shown)
+            together = 2 if shape.teaches == "preference" else 1
+            return together * len(batches[at]) * (shape.bucket.area * shape.frames + shown)
 
         return max(range(len(batches)), key=pixels)
 
@@ -111,7 +118,13 @@ class BatchPlan:
         caption = sample.rules.draw(
             sample.caption, picture_id=sample.picture_id, draw_id=name, epoch=epoch, seed=self.seed
         )
-        return Draw(sample, epoch, repeat, flip, caption)
+        prompts = None
+        if sample.direction is not None:
+            kept = sample.direction.preserve or ("",)
+            prompts = sample.direction.prompts(
+                python_random(self.seed, "preserved", name, epoch).choice(kept)
+            )
+        return Draw(sample, epoch, repeat, flip, caption, prompts)
 
     def _epoch(self, epoch: int) -> list[list[tuple[int, int]]]:
         if self._order is None or self._order[0] != epoch:

@@ -21,6 +21,7 @@ from burnish.data.captions import (
     read_caption_list,
 )
 from burnish.data.companion_folders import CompanionFolders
+from burnish.data.contrasts import contrasted, fixed_caption
 from burnish.data.folder import Listing, Outcome, list_folder, printable
 from burnish.data.loss_masks import counts_of, preserved, refuse_without_alpha
 from burnish.data.pictures import BadPicture
@@ -173,7 +174,9 @@ class _Source:
         found.skipped += listing.skipped
         found.warnings += listing.warnings
 
-        captions = _Captions(listing, config.captions, config.role == "regularization", self.trigger)
+        captions = _Captions(
+            listing, config.captions, config.role == "regularization", self.trigger, fixed_caption(config)
+        )
         found.warnings += captions.orphans()
         found.errors += captions.ambiguous()
         paths = [config.path / name for name in listing.pictures]
@@ -238,7 +241,7 @@ class _Source:
         heard = {part: self._hears(name, facts, part, fps, found) for part in parts}
         # A model that also sees other pictures, such as a control picture, learns without holes unless given some.
         holes = can.masks and (can.references == 1 or config.masks is not None)
-        return [
+        made = [
             Sample(
                 picture_id=f"{self.index}/{name}",
                 path=config.path / name,
@@ -267,6 +270,7 @@ class _Source:
             for resolution, placing in placed
             for part in parts
         ]
+        return [contrasted(sample, config, beside) for sample in made]
 
     def _hears(self, name: str, facts: Facts, part: Window, fps: float, found: SourceReport) -> bool:
         """Whether the sound of a part of a clip is trained; where there is none, that is noted."""
@@ -305,8 +309,13 @@ class _Source:
 class _Captions:
     """Which caption belongs to which picture of a folder."""
 
-    def __init__(self, listing: Listing, config: Captions, regularization: bool, trigger: str | None) -> None:
-        self.listing, self.config = listing, config
+    def __init__(
+        self, listing: Listing, config: Captions, regularization: bool, trigger: str | None, fixed: str | None
+    ) -> None:
+        """Args:
+        fixed: the caption of all, whatever the files say.
+        """
+        self.listing, self.config, self.fixed = listing, config, fixed
         self.regularization, self.trigger = regularization, trigger
         self.rules = CaptionRules.of(config, trigger=trigger, regularization=regularization)
         self.list_path = self._list_path()
@@ -319,6 +328,8 @@ class _Captions:
             BadPicture: it has none and is to be skipped.
             BadCaption: it has one that must be mended.
         """
+        if self.fixed is not None:
+            return Caption(self.fixed)
         caption = self._listed(name) if self.by_name is not None else self._beside(name)
         if caption is None or not caption.text:
             caption = self._missing(name, caption)
@@ -331,7 +342,7 @@ class _Captions:
 
     def ambiguous(self) -> list[Outcome]:
         """Pictures that share one caption file, as a.png and a.jpg share a.txt."""
-        if self.by_name is not None:
+        if self.by_name is not None or self.fixed is not None:
             return []
         sharing: dict[str, list[str]] = defaultdict(list)
         for name in self.listing.pictures:
@@ -348,6 +359,8 @@ class _Captions:
 
     def orphans(self) -> list[str]:
         """Captions whose picture is not there."""
+        if self.fixed is not None:
+            return []
         if self.by_name is not None:
             pictures = {normalised(name) for name in self.listing.pictures}
             pictures |= {normalised(outcome.file) for outcome in self.listing.skipped}

@@ -14,6 +14,7 @@ from burnish.errors import DataError
 from burnish.randomness import stable_seed
 
 Role = Literal["train", "regularization"]
+Teaches = Literal["", "direction", "opposites", "preference"]  # the sample itself, or some difference
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -25,12 +26,16 @@ class BatchShape:
     references: tuple[tuple[int, int], ...] = ()  # sizes
     sees_itself: bool = False
     audio: bool = False
+    teaches: Teaches = ""
 
     def __str__(self) -> str:
         references = "".join(f"+{height}x{width}" for height, width in self.references)
         itself = "+itself" if self.sees_itself else ""
         audio = "+audio" if self.audio else ""
-        return f"{self.bucket}{f'x{self.frames}' if self.frames > 1 else ''}{itself}{references}{audio}"
+        taught = f"+{self.teaches}" if self.teaches else ""
+        return (
+            f"{self.bucket}{f'x{self.frames}' if self.frames > 1 else ''}{itself}{references}{audio}{taught}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,35 @@ class Counts:
     @property
     def asks_model(self) -> bool:
         return self.model or (self.masked and self.prior > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """From one prompt to another: what a slider learns at a sample, whose own caption is the slider's target."""
+
+    positive: str
+    negative: str
+    preserve: tuple[str, ...] = ()
+    guidance: float = 1.0
+
+    def prompts(self, preserved: str) -> tuple[str, str]:
+        """Both, with a concept that is to stay behind each; empty for none."""
+        behind = f", {preserved}" if preserved else ""
+        return self.positive + behind, self.negative + behind
+
+    @property
+    def possible(self) -> tuple[str, ...]:
+        """Every prompt that can be drawn."""
+        return tuple(text for one in self.preserve or ("",) for text in self.prompts(one))
+
+
+@dataclass(frozen=True, slots=True)
+class Opposed:
+    """The other picture of a pair: a slider's other end or, with a beta, what is not preferred."""
+
+    sample: Sample  # of the same id, so that both are given the same noise
+    beta: float | None = None
+    decays: bool = False  # beta, with the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +118,8 @@ class Sample:
     fills_holes: bool = False  # with `mask`, or with drawn ones
     audio: bool = False  # of a clip: its sound is trained with its frames
     counts: Counts | None = None  # None: all of it alike
+    direction: Direction | None = None
+    opposed: Opposed | None = None
 
     @property
     def is_clip(self) -> bool:
@@ -102,7 +138,18 @@ class Sample:
     @property
     def shape(self) -> BatchShape:
         sizes = tuple(one.size for one in self.references)
-        return BatchShape(self.bucket, self.frames, sizes, self.sees_itself, self.audio)
+        return BatchShape(self.bucket, self.frames, sizes, self.sees_itself, self.audio, self.teaches)
+
+    @property
+    def teaches(self) -> Teaches:
+        if self.opposed is not None:
+            return "opposites" if self.opposed.beta is None else "preference"
+        return "direction" if self.direction is not None else ""
+
+    @property
+    def pictures(self) -> tuple[Sample, ...]:
+        """Itself, and the other picture of its pair."""
+        return (self,) if self.opposed is None else (self, self.opposed.sample)
 
     @property
     def has_references(self) -> bool:
@@ -118,8 +165,9 @@ class Sample:
         return f"{self.picture_id}@{self.bucket}{part}"
 
     def captions(self, seed: int) -> tuple[str, ...]:
-        """Every caption this sample can ever be trained on."""
-        return self.rules.possible(self.caption, picture_id=self.picture_id, seed=seed)
+        """Every caption this sample can ever be trained on, and the prompts beside it."""
+        own = self.rules.possible(self.caption, picture_id=self.picture_id, seed=seed)
+        return own if self.direction is None else (*own, *self.direction.possible)
 
 
 def all_captions(samples: Sequence[Sample], seed: int) -> tuple[str, ...]:

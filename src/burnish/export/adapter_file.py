@@ -23,6 +23,7 @@ from burnish.export.formats import key_prefix, resolve_format, to_tensors
 from burnish.export.metadata import file_hashes
 from burnish.export.reading import OTHER_PIECES, assembled, taken_apart
 from burnish.export.stacking import native_module
+from burnish.export.text_encoders import TextAdapter, text_keys
 from burnish.family import ExportKeys, NativeModule
 
 # One matrix each: what sd-scripts, peft (with and without adapter name) and older diffusers call A and B.
@@ -65,11 +66,12 @@ def write_adapter(
     format: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str],
+    texts: Mapping[str, TextAdapter] | None = None,
 ) -> Path:
     """Write an adapter in `format`, with the hashes of its tensors added to `metadata`; the folder is made.
 
     `part` is the denoiser's name as diffusers spells it (`unet`, `transformer`), `modules` are all that could be
-    trained of it.
+    trained of it; `texts` what goes with it of text encoders, by their parts.
 
     Raises:
         AdapterError: this family has no such format, or there is nothing to write.
@@ -80,6 +82,9 @@ def write_adapter(
         raise AdapterError(f"there is no adapter to write to {path.name}: no module was trained")
     chosen = resolve_format(format, keys, weights)
     tensors = to_tensors(weights, chosen, part=part, keys=keys, dtype=dtype, modules=modules)
+    for encoder, one in (texts or {}).items():
+        own = text_keys(keys, encoder)
+        tensors |= to_tensors(one.weights, chosen, part=encoder, keys=own, dtype=dtype, modules=one.modules)
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise NonFiniteLoss(
@@ -104,19 +109,66 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def read_adapter(path: Path, modules: Mapping[str, Adaptable], *, part: str, keys: ExportKeys) -> AdapterFile:
+def read_adapter(
+    path: Path,
+    modules: Mapping[str, Adaptable],
+    *,
+    part: str,
+    keys: ExportKeys,
+    texts_apart: bool = False,
+) -> AdapterFile:
     """Read an adapter of any kind for the modules named, whatever program wrote it.
 
     Module names may be diffusers' or those of the original release. Known spellings: sd-scripts (`lora_unet_`),
     diffusers (`unet.`, `transformer.`), bare names or those after `diffusion_model.`, peft (`base_model.model.`,
     alpha in the metadata). Without alpha the scale is 1. An adapter of several of diffusers' modules at once is
-    taken apart; of these, and of modules in the original names, those without any effect are left out.
+    taken apart; of these, and of modules in the original names, those without any effect are left out. Keys of text
+    encoders that are read by `read_text_adapters` are passed over if `texts_apart`.
 
     Raises:
         AdapterError: the file is damaged, holds NaN, or holds keys that are no adapter of these modules.
     """
     tensors, metadata = _load(path)
-    names = _spellings(modules, part, keys)
+    if texts_apart and keys.text_encoders:
+        tensors = {key: one for key, one in tensors.items() if not _TEXT_ENCODER.match(key)}
+    return _read(path, tensors, metadata, modules, _spellings(modules, part, keys), part, keys)
+
+
+def read_text_adapters(
+    path: Path, encoders: Mapping[str, Mapping[str, Adaptable]], keys: ExportKeys
+) -> dict[str, AdapterFile]:
+    """What a file holds for text encoders, by part; names of modules are those of files.
+
+    Args:
+        encoders: by part, what takes adapters, by names of files (`text_encoders.file_modules`).
+
+    Raises:
+        AdapterError: the file is damaged, or holds keys of text encoders that are no adapter of these.
+    """
+    tensors, metadata = _load(path)
+    tensors = {key: one for key, one in tensors.items() if _TEXT_ENCODER.match(key)}
+    left, found = dict(tensors), {}
+    for part, modules in encoders.items():
+        own = text_keys(keys, part)
+        names = _text_spellings(modules, part, own)
+        mine = {key: left.pop(key) for key in tensors if key in left and _split(key)[0] in names}
+        if mine:
+            found[part] = _read(path, mine, metadata, modules, names, part, own)
+    if left:
+        raise _unknown_keys(path, list(left), len(tensors), [])
+    return found
+
+
+def _read(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str],
+    modules: Mapping[str, Adaptable],
+    names: Mapping[str, NativeModule],
+    part: str,
+    keys: ExportKeys,
+) -> AdapterFile:
+    """The adapters of the modules that `names` spells."""
     found: dict[NativeModule, _Found] = {}
     unknown = []
     for key, tensor in tensors.items():
@@ -233,6 +285,20 @@ def _spellings(modules: Iterable[str], part: str, keys: ExportKeys) -> dict[str,
     return names
 
 
+def _text_spellings(modules: Iterable[str], part: str, keys: ExportKeys) -> dict[str, NativeModule]:
+    """The same of a text encoder; with `text_model.` and without, and as the first CLIP also by sd-scripts' `lora_te1_`
+    of models that have one."""
+    flat = {keys.prefix["kohya"]} | ({"lora_te_", "lora_te1_"} if part == "text_encoder" else set())
+    dotted = {keys.prefix["diffusers"], keys.prefix["comfy"]}
+    names: dict[str, NativeModule] = {}
+    for module in modules:
+        target = NativeModule(module, (module,))
+        for spelled in (module, module.removeprefix("text_model.")):
+            names |= {prefix + spelled: target for prefix in dotted}
+            names |= {prefix + spelled.replace(".", "_"): target for prefix in flat}
+    return names
+
+
 def _split(key: str) -> tuple[str, str | None]:
     """A key's beginning and which piece it is: "down", "up", "alpha" or nothing known."""
     for ending, piece in _ENDINGS.items():
@@ -286,7 +352,7 @@ def _unknown_keys(path: Path, unknown: list[str], count: int, modules: Iterable[
     if len(text_encoder) == len(unknown):
         return AdapterError(
             f"{path}: {len(unknown)} of {count} keys are for text encoders, which take none here: {shown}",
-            remedy="Remove them from the file, or train with an adapter of the denoiser alone.",
+            remedy="Remove them from the file (`burnish adapter convert --drop-text-encoders`), or use one without.",
         )
     expected = ", ".join(modules)[:200]
     return AdapterError(

@@ -7,7 +7,7 @@ and does less than it should. So each save is checked here. Nothing in `verify*.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from burnish.export.verify_kinds import (
     wrong_pieces,
 )
 from burnish.export.verify_lora import check_loras
+from burnish.export.verify_text import as_in_files, text_modules, text_names, without_texts
 from burnish.family import AdapterFormat, ExportKeys, NativeModule
 
 _LENGTHS = (".lora_magnitude_vector", ".dora_scale")
@@ -57,19 +58,27 @@ class Verification:
 
 
 def verify_adapter(
-    path: Path, trained: Mapping[str, AdapterWeights], denoiser: nn.Module, *, part: str, keys: ExportKeys
+    path: Path,
+    trained: Mapping[str, AdapterWeights],
+    denoiser: nn.Module,
+    *,
+    part: str,
+    keys: ExportKeys,
+    texts: Mapping[str, tuple[Mapping[str, AdapterWeights], nn.Module]] | None = None,
 ) -> Verification:
     """Check that an adapter file reads back as trained.
 
     Each key belongs to a module of `denoiser`, each trained module is there, shapes fit, and the delta that a
     reader computes is the trained one within the rounding of the file's number type. What was not trained is
     exactly zero, and there only where its format needs it. `trained` is float32; `denoiser` may have adapters
-    attached, its own names count.
+    attached, its own names count. `texts` are adapters of text encoders by part, by the encoder's own names, and the
+    encoders.
 
     Raises:
         ExportError: anything of this is not so; names the keys or modules.
     """
-    tensors, metadata = read_tensors(path)
+    every, metadata = read_tensors(path)
+    tensors, of_texts = without_texts(every, keys)
     modules = adaptable_modules(denoiser)
     kind = kind_in(tensors)
     format = format_of(path, tensors, part, keys, modules, kind)
@@ -84,6 +93,38 @@ def verify_adapter(
     if format == "comfy":
         natives = natives_of(modules, keys)
     names = names_of(natives, format, part, keys, kind)
+    largest = _check(path, tensors, trained, modules, natives, names, format, keys, kind)
+    for encoder, (own, module) in (texts or {}).items():
+        layers = text_modules(module)
+        named = text_names(layers, encoder, format, keys)
+        mine = {key: of_texts.pop(key) for key in every if module_start(key) in named}
+        as_named = {as_in_files(name): one for name, one in own.items()}
+        alone = {name: NativeModule(name, (name,)) for name in layers}
+        plain = replace(keys, native=None, complete=())
+        largest = max(largest, _check(path, mine, as_named, layers, alone, named, format, plain, kind))
+    expect(path, "for text encoders that were not trained", list(of_texts))
+    told = {one.dtype for key, one in every.items() if not key.endswith((".alpha", *_LENGTHS))}
+    dtypes = sorted(str(one).removeprefix("torch.") for one in told)
+    count = len(trained) + sum(len(own) for own, _ in (texts or {}).values())
+    return Verification(format, len(every), count, ", ".join(dtypes), largest)
+
+
+def _check(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    trained: Mapping[str, AdapterWeights],
+    modules: Mapping[str, Adaptable],
+    natives: Mapping[str, NativeModule],
+    names: Mapping[str, str],
+    format: AdapterFormat,
+    keys: ExportKeys,
+    kind: FileKind,
+) -> float:
+    """The largest relative difference.
+
+    Raises:
+        ExportError: what is in the file is not what was trained.
+    """
     lengths = {key: one for key, one in tensors.items() if key.endswith(_LENGTHS)}
     rest = {key: one for key, one in tensors.items() if key not in lengths}
     if kind in ("lora", "dora"):
@@ -96,9 +137,7 @@ def verify_adapter(
         format in (keys.default, "comfy") or (kind == "dokr" and keys.lokr is not None)
     )
     _check_lengths(path, lengths, trained, modules, natives, names, for_comfyui=for_comfyui)
-    told = {one.dtype for key, one in tensors.items() if not key.endswith((".alpha", *_LENGTHS))}
-    dtypes = sorted(str(one).removeprefix("torch.") for one in told)
-    return Verification(format, len(tensors), len(trained), ", ".join(dtypes), largest)
+    return largest
 
 
 def _check_lengths(

@@ -7,19 +7,21 @@ ComfyUI: `load_embed` in `comfy/sd1_clip.py`); diffusers is told the word (`load
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from burnish.atomic import atomic_write_bytes, cannot_write
 from burnish.errors import ExportError, NonFiniteLoss
 
 ALONE = "emb_params"
+_ENCODER = re.compile(r"clip_[lgh]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,16 @@ def write_word(
     return WordWritten(
         len(next(iter(vectors.values()))), " ".join(vectors), str(dtype).removeprefix("torch.")
     )
+
+
+def is_word(path: Path) -> bool:
+    """Whether a file holds a new word and no adapter: each tensor has the name of a text encoder, or `emb_params`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError):
+        return False  # said by who reads it as an adapter
+    return bool(names) and all(name == ALONE or _ENCODER.fullmatch(name) for name in names)
 
 
 def read_word(path: Path) -> dict[str, Tensor]:

@@ -91,7 +91,9 @@ class Flux(PipelineFamily):
     )
     slots = flux_transformer.SLOTS
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
-    export = flux_transformer.export_keys("flux-1-dev", "flux1")
+    export = replace(
+        flux_transformer.export_keys("flux-1-dev", "flux1"), text_encoders={"text_encoder": "clip_l"}
+    )
     latents = flux_transformer.LATENTS
     variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {
         "FLUX.1 Kontext": {"model_index": {"_class_name": "FluxKontextPipeline"}},

@@ -144,7 +144,6 @@ def channels(config: Mapping[str, Any]) -> tuple[int, int]:
     return taken, int(config.get("out_channels") or taken)
 
 
-@torch.no_grad()
 def encode_prompts(family: PipelineFamily, prompts: Sequence[str]) -> Conditioning:
     """T5's last hidden state `tokens_BSD`, padding included, as long as the family's limit; CLIP's `pooled_BD`.
 

@@ -49,7 +49,6 @@ class TextEncoderPlace:
     projection: bool  # whether it gives the pooled embedding
     padding: str
     layers: int | None = None  # that are read, where files have more
-    words: str = "clip_l"  # what files of new words call it
 
 
 @dataclass(frozen=True)

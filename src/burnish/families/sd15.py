@@ -38,6 +38,7 @@ class StableDiffusion15(UNetFamily):
         base_model_version="sd_v1",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
         readers={"kohya": ("ComfyUI", "diffusers", "A1111 and Forge")},
+        text_encoders={"text_encoder": "clip_l"},
         native=partial(native_module, top_attends=False),
         tensors=partial(native_tensors, top_attends=False),
     )

@@ -38,7 +38,6 @@ LAYOUTS = Layouts(
             projection=False,
             padding="!",
             layers=LAYERS_READ,
-            words="clip_h",
         ),
     ),
 )
@@ -61,6 +60,7 @@ class StableDiffusion2(UNetFamily):
         base_model_version="sd_v2",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
         readers={"kohya": ("ComfyUI", "diffusers", "A1111 and Forge")},
+        text_encoders={"text_encoder": "clip_h"},
         native=partial(native_module, top_attends=False),
         tensors=partial(native_tensors, top_attends=False),
     )

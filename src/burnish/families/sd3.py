@@ -164,6 +164,7 @@ class StableDiffusion3(PipelineFamily):
         modelspec="stable-diffusion-3",
         base_model_version="sd3",
         prefix={"diffusers": "transformer."},
+        text_encoders={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
         tensors=_native_tensors,
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
@@ -193,7 +194,6 @@ class StableDiffusion3(PipelineFamily):
         first, plain = min(depth, dual), min(depth, int(config["num_layers"]) - dual)
         return {**config, "num_layers": first + plain, "dual_attention_layers": list(range(first))}
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:

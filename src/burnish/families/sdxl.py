@@ -34,7 +34,6 @@ LAYOUTS = Layouts(
             "conditioner.embedders.1.",
             projection=True,
             padding="!",
-            words="clip_g",
         ),
     ),
 )
@@ -58,6 +57,7 @@ class StableDiffusionXL(UNetFamily):
         base_model_version="sdxl_base_v1-0",
         prefix={"kohya": "lora_unet_", "diffusers": "unet."},
         readers={"kohya": ("ComfyUI", "diffusers", "A1111 and Forge")},
+        text_encoders={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
         native=partial(native_module, top_attends=True),
         native_kohya=("ComfyUI", "diffusers"),
         tensors=partial(native_tensors, top_attends=True),

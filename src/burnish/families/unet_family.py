@@ -201,7 +201,7 @@ class UNetFamily(ABC):
     @property
     def vocabularies(self) -> Mapping[str, Vocabulary]:
         places = zip(self.layouts.text_encoders, self._parts.text_encoders, strict=False)
-        return {place.words: ClipVocabulary(*loaded) for place, loaded in places}
+        return {self.export.text_encoders[place.folder]: ClipVocabulary(*loaded) for place, loaded in places}
 
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, mm_flop
 
 from burnish.memory.transfer import is_dense
@@ -26,7 +27,13 @@ from burnish.planner.known_values import is_asked_of_unknown, with_places
 ROUNDING = 512
 # As seen from here: autograd's own hold on a gradient and those of this call; the tensor's, and Python's look at it.
 HELD_BY_AUTOGRAD, HELD_BY_ITS_TENSOR = 4, 2
-_MADE_OF_NOTHING = (torch.ops.aten.full.default, torch.ops.aten.zeros.default, torch.ops.aten.ones.default)
+# What makes tensors out of none: the place of the size among its arguments.
+_MADE_OF_NOTHING = {
+    torch.ops.aten.full.default: 0,
+    torch.ops.aten.zeros.default: 0,
+    torch.ops.aten.ones.default: 0,
+    torch.ops.aten.randint.generator: 1,
+}
 LARGE = 1 << 20  # numbers; smaller ones, such as positions and masks, keep their values
 _ATTENTION = "scaled_dot_product"
 _EIGHT_BIT = ("_scaled_mm", "_int_mm")
@@ -130,11 +137,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_asked_of_unknown(func, args):
             return False
         args = with_places(func, args)
-        if func in _MADE_OF_NOTHING and math.prod(args[0]) >= LARGE:
+        if func in _MADE_OF_NOTHING and math.prod(args[_MADE_OF_NOTHING[func]]) >= LARGE:
             with self._fake:
                 result = func(*args, **kwargs)
             self.follow(result)
             return result
+        if _spreads(func, args):
+            args = tree_map_only(Tensor, self._without_data, args)
         if func is torch.ops.aten.add.Tensor and _adds_up_in_place(*args[:2]):
             func = torch.ops.aten.add_.Tensor
         result = func(*args, **kwargs)
@@ -143,6 +152,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count(func, args, kwargs, result)
         self.follow(result)
         return result
+
+    def _without_data(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor) or not isinstance(self._fake, FakeTensorMode):
+            return tensor
+        return self._fake.from_tensor(tensor)
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         work = self.stretches[-1].work
@@ -163,6 +177,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             work.eight_bit_flop += flop
         else:
             work.matmul_flop += flop
+
+
+def _spreads(func: Any, args: Any) -> bool:
+    """Whether positions are compared each with each, as for a mask of attention that is large and that nobody reads."""
+    return torch.Tag.pointwise in func.tags and any(
+        isinstance(one, Tensor) and one.numel() >= LARGE for one in args
+    )
 
 
 def _adds_up_in_place(first: Tensor, second: object) -> bool:
