@@ -19,6 +19,12 @@ def tiny_loaders(numbers: Mapping[str, Mapping[int, int]]) -> Iterator[None]:
         yield
 
 
+def flux_loader(denoiser: Any) -> Mapping[str, Mapping[int, int]]:
+    """For `tiny_loaders`: the widths of FLUX.1 where sd-scripts' fused modules are taken apart."""
+    width = denoiser.config["num_attention_heads"] * denoiser.config["attention_head_dim"]
+    return {"_convert_kohya_flux_lora_to_diffusers": {3072: width, 12288: 4 * width}}
+
+
 @contextmanager
 def widths(function: Callable[..., Any], tiny: Mapping[int, int]) -> Iterator[None]:
     """Within it `function` has other numbers in its code.

@@ -367,7 +367,8 @@ NativeTensors = Callable[[Mapping[str, Sequence[int]]], Mapping[str, NativeTenso
 class ExportKeys:
     """How this family's adapter keys read in the files of others (the table of docs/interop.md).
 
-    `kohya` and `diffusers` write diffusers' module names, `comfy` those of the original release (`native`).
+    `diffusers` writes diffusers' module names, `comfy` those of the original release (`native`), `kohya` diffusers'
+    where that is the default and the release's elsewhere.
 
     `default` loads both in ComfyUI and in diffusers. `modelspec` and `ss_base_model_version` go to the metadata.
     Modules are named by `fnmatch` patterns over diffusers' names: `unreadable` those that some reader would not find,
@@ -399,6 +400,10 @@ class ExportKeys:
     text_encoders: Mapping[str, str] = field(default_factory=dict)
     # Further names in files of others -> diffusers' modules, stacked by rows; `#` is the block's number.
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def by_release(self, format: AdapterFormat) -> bool:
+        """Whether a format has the release's module names, which may hold several of diffusers' modules each."""
+        return format == "comfy" or (format == "kohya" and self.default != "kohya")
 
 
 @dataclass(frozen=True, slots=True)

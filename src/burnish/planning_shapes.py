@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import ceil, prod
 from pathlib import Path
 
 from safetensors import safe_open
 
-from burnish.config.data import DataSource, Generated
+from burnish.config.contrasts import PictureSlider, TextSlider
+from burnish.config.data import DataSource, Folder, Generated
 from burnish.config.schema import RunConfig, SamplePrompt
 from burnish.data.buckets import buckets_for
 from burnish.family import Family
@@ -19,13 +21,37 @@ def shapes_of(config: RunConfig, family: Family) -> list[Shape]:
     multiple = family.latents.pixel_multiple
     found: set[Shape] = set()
     for source in config.data:
+        # Both pictures of a preference are seen at once, those of a slider one after the other.
+        batch = config.train.batch_size * (2 if getattr(source, "preference", None) is not None else 1)
         step = ceil(max(source.bucket_step, multiple) / multiple) * multiple
         for side in source.resolutions:
             bucket = max(buckets_for(side, step, source.max_aspect), key=lambda one: one.area)
             for frames in _frames(source, family):
                 size = (bucket.height, bucket.width, frames)
-                found.add(Shape(*size, config.train.batch_size, *_references(source, frames, family)))
-    return sorted(found, key=lambda one: (tokens_of(one, family), one.references), reverse=True)
+                found.add(Shape(*size, batch, *_references(source, frames, family)))
+    return sorted(found, key=lambda one: (one.batch * tokens_of(one, family), one.references), reverse=True)
+
+
+def passes_besides(config: RunConfig) -> Iterator[str]:
+    """What steps of some sources take beside the one that is planned, in words.
+
+    A pass without gradients is a half of a step whose activations are kept, and a third of one that computes again.
+    """
+    if config.train.objective.guided_target is not None:
+        yield "train.objective.guided_target: a pass without gradients, a third to a half of the seconds said, on top"
+    for index, source in enumerate(config.data):
+        if isinstance(source.slider, TextSlider):
+            yield (
+                f"data.{index}.slider: a step is two such steps, one after the other, and three passes without "
+                "gradients: 3 to 3.5 times the seconds said; memory as said"
+            )
+        elif isinstance(source.slider, PictureSlider):
+            yield f"data.{index}.slider: a step is two such steps, one after the other: twice the seconds said"
+        elif isinstance(source, Folder) and source.preference is not None:
+            yield (
+                f"data.{index}.preference: pairs are counted as two pictures each; a pass of them without gradients, a "
+                "third to a half of the seconds said, comes on top"
+            )
 
 
 def _frames(source: DataSource, family: Family) -> list[int]:

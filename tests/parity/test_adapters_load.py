@@ -10,7 +10,7 @@ import comfyui_rules
 import diffusers_rules
 import pytest
 import torch
-from released_widths import tiny_loaders
+from released_widths import flux_loader, tiny_loaders
 from safetensors.torch import load_file
 from tiny import Case, cases
 from torch import Tensor, nn
@@ -76,6 +76,14 @@ def formats(case: Case) -> tuple[str, ...]:
     return family_named(case.family).export.formats
 
 
+FLUX_KOHYA = ("flux", "chroma", "flex1")
+
+
+def kohya(name: str) -> tuple[str, ...]:
+    """Families whose files for sd-scripts are in the names of the release, each once."""
+    return ("kohya",) if name in (*FLUX_KOHYA, "flux2", "qwen_image", "z_image") else ()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("name", "format"), [(n, f) for n, case in CASES.items() for f in formats(case)])
 def test_it_is_read_back(
@@ -94,7 +102,9 @@ def test_it_is_read_back(
     [
         (name, format)
         for name, case in CASES.items()
-        for format in sorted({family_named(case.family).export.default, "diffusers"} & set(formats(case)))
+        for format in sorted(
+            {family_named(case.family).export.default, "diffusers", *kohya(name)} & set(formats(case))
+        )
         if case.loads_adapters
     ],
 )
@@ -103,7 +113,8 @@ def test_diffusers_loads_all_of_it(
 ) -> None:
     case = CASES[name]
     for one in write(case, tiny_folder(name), tmp_path, METHODS[method], format):
-        with tiny_loaders(case.loader_widths):
+        flux = flux_loader(one.denoiser) if format == "kohya" and name in FLUX_KOHYA else {}
+        with tiny_loaders({**case.loader_widths, **flux}):
             options = {"load_into_transformer_2": True} if one.part == "transformer_2" else {}
             found = diffusers_rules.loaded_deltas(
                 tiny_folder(name), one.path, part=one.part, pipeline=case.pipeline, **options
@@ -112,12 +123,15 @@ def test_diffusers_loads_all_of_it(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "comfy" in formats(case)])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [(n, f) for n, case in CASES.items() for f in ("comfy", *kohya(n)) if f in formats(case)],
+)
 def test_comfyui_loads_all_of_the_names_of_the_release(
-    tiny_folder: TinyFolder, tmp_path: Path, name: str, method: str
+    tiny_folder: TinyFolder, tmp_path: Path, name: str, format: str, method: str
 ) -> None:
     case = CASES[name]
-    for one in write(case, tiny_folder(name), tmp_path, METHODS[method], "comfy"):
+    for one in write(case, tiny_folder(name), tmp_path, METHODS[method], format):
         assert_comfyui_loads(one)
 
 

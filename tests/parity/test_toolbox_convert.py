@@ -67,7 +67,7 @@ def unet_names(name: str) -> bool:
 
 
 def native_kohya(model: str, found: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, Tensor]:
-    """sd-scripts' fused modules, written from the matrices of their parts by the block rule of INTEROP: A stacked, B
+    """sd-scripts' fused modules, written from the matrices of their parts by the rule of blocks: A stacked, B
     block-diagonal, alpha grown with the rank."""
     native = family_named(model).skeleton(1).export.native
     assert native is not None

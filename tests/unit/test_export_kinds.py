@@ -286,7 +286,8 @@ TO_Q = "transformer.block.to_q"
 
 def as_lycoris(tensors: Tensors) -> None:
     """The lengths as LyCORIS means them, which ComfyUI takes otherwise."""
-    tensors[f"{TO_Q}.dora_scale"] = tensors[f"{TO_Q}.lora_magnitude_vector"][:, None].clone()
+    magnitude = next(one for key, one in tensors.items() if key.startswith(TO_Q) and "magnitude" in key)
+    tensors[f"{TO_Q}.dora_scale"] = magnitude[:, None].clone()
 
 
 def flat(tensors: Tensors) -> None:
@@ -297,9 +298,9 @@ def flat(tensors: Tensors) -> None:
     ("break_file", "expected"),
     [
         (lambda t: dropped(t, "to_q.dora_scale"), "dora_scale"),
-        (lambda t: dropped(t, "to_q.lora_magnitude"), "lora_magnitude_vector"),
+        (lambda t: dropped(t, "_magnitude_vector"), "magnitude_vector"),
         (lambda t: scaled(t, "to_q.dora_scale"), "another weight"),
-        (lambda t: scaled(t, "to_q.lora_magnitude_vector"), "another lora_magnitude_vector"),
+        (lambda t: scaled(t, "_magnitude_vector"), r"another lo\w+_magnitude_vector"),
         (flat, "shape"),
         (as_lycoris, "another weight"),
     ],

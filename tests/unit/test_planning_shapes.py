@@ -20,7 +20,7 @@ from burnish.planner.phases import caption_phase
 from burnish.planner.profile import BlockCost, Profile, offloaded, step_of
 from burnish.planner.references import shown
 from burnish.planner.trace import Shape, sound_of
-from burnish.planning_shapes import drawn_shape, numbers_in, shapes_of
+from burnish.planning_shapes import drawn_shape, numbers_in, passes_besides, shapes_of
 
 
 def config(family: str, **sections: Any) -> RunConfig:
@@ -58,6 +58,32 @@ def test_references_that_are_named_and_those_that_a_sample_is_itself(
         config(family, data=[{"path": "clips", "resolutions": [512], **source}]), released(family, path)
     )
     assert (shape.references, shape.masked) == counted
+
+
+def test_pairs_of_a_preference_count_twice_and_what_is_not_counted_is_said() -> None:
+    slider = {"target": "a", "positive": "b", "negative": "c"}
+    data = [
+        {"path": "pictures", "resolutions": [1024]},
+        {"path": "wanted", "resolutions": [1024], "preference": {"rejected": "r"}},
+        {"kind": "generated", "resolutions": [512], "slider": slider},
+        {"path": "ends", "resolutions": [512], "slider": {"kind": "pictures", "opposite": "o"}},
+    ]
+    wanted = config("flux", data=data, train={"steps": 10, "batch_size": 3})
+    assert [(one.width, one.batch) for one in shapes_of(wanted, released("flux"))] == [
+        (1024, 6),
+        (1024, 3),
+        (512, 3),
+    ]
+    besides = list(passes_besides(wanted))
+    assert [line.partition(":")[0] for line in besides] == [
+        "data.1.preference",
+        "data.2.slider",
+        "data.3.slider",
+    ]
+    assert "3 to 3.5 times" in besides[1]
+    assert "twice the seconds" in besides[2]
+    guided = {"steps": 10, "objective": {"guided_target": 3.5}}
+    assert len(list(passes_besides(config("flux", train=guided)))) == 1
 
 
 def test_samples_count_the_references_of_their_prompts() -> None:

@@ -229,8 +229,10 @@ def test_what_is_no_adapter_is_refused(flux: Path, tmp_path: Path) -> None:
     broken = load_file(flux)
     broken[f"{STEM}.lora_A.weight"][0, 0] = float("nan")
     assert "NaN" in refused("convert", files.saved(tmp_path / "n.safetensors", broken), "-o", output)
-    assert "FLUX.1 adapters have no kohya format" in refused(
-        "convert", flux, "-o", output, "--format", "kohya"
+    unet = {"down_blocks.0.attentions.0.proj_in": (320, 320, 1, 1)}
+    sd15 = files.saved(tmp_path / "u.safetensors", files.kohya(files.matrices(unet), 4.0))
+    assert "have no comfy format" in refused(
+        "convert", sd15, "-o", output, "--family", "sd15", "--format", "comfy"
     )
     assert "knows none" in refused("convert", flux, "-o", output, "--family", "sd15")
     assert "no rank was given" in refused("resize", flux, "-o", output)

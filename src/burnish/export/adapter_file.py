@@ -34,6 +34,7 @@ _ENDINGS = {
     **dict.fromkeys(_UP, "up"),
     "lora_mid.weight": "mid",
     **dict.fromkeys(("lora_magnitude_vector", "lora_magnitude_vector.weight"), "magnitude"),
+    "lokr_magnitude_vector": "magnitude",
     **{name: name for name in ("alpha", "dora_scale", *OTHER_PIECES)},
 }
 _TEXT_ENCODER = re.compile(r"(lora_te\d*_|text_encoders?(_\d)?\.)")

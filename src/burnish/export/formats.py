@@ -1,6 +1,7 @@
 """How adapter keys are spelled in the files of others.
 
-    kohya       lora_unet_down_blocks_0_...to_q.lora_down.weight, .lora_up.weight, .alpha (0-d, float)
+    kohya       lora_unet_down_blocks_0_...to_q.lora_down.weight, .lora_up.weight, .alpha (0-d, float); for families
+                without a UNet in the names of the original release
     diffusers   unet.down_blocks.0...to_q.lora_A.weight, .lora_B.weight; alpha / rank folded into B
     comfy       diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight, .lora_B.weight: as diffusers, but in the
                 names of the original release, whose modules may stack several of diffusers'
@@ -127,7 +128,7 @@ def to_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a file, by key, contiguous and of `dtype`.
 
-    `modules` are those of the denoiser, trained or not: a `comfy` file needs the rows of both.
+    `modules` are those of the denoiser, trained or not: a file in the release's names needs the rows of both.
 
     Raises:
         AdapterError: two modules would get the same key, or do not stack as the release stacks them.
@@ -139,7 +140,7 @@ def to_tensors(
         if kind == "dora":
             tensors |= _length_tensors(loras, format, part, keys, modules)
         return tensors
-    others = _stacked_by_release(weights, keys, modules) if format == "comfy" else weights
+    others = _stacked_by_release(weights, keys, modules) if keys.by_release(format) else weights
     tensors = _keyed(
         {key_start(format, kind, part, keys, name): pieces(one, dtype) for name, one in others.items()}
     )
@@ -157,7 +158,7 @@ def refuse_unstackable(
     Raises:
         AdapterError: layers that the release keeps in one have adapters that do not stack.
     """
-    if format == "comfy" and one_kind(weights) not in ("lora", "dora"):
+    if keys.by_release(format) and one_kind(weights) not in ("lora", "dora"):
         _stacked_by_release(weights, keys, modules)
 
 
@@ -189,7 +190,7 @@ def _length_tensors(
 ) -> dict[str, Tensor]:
     """DoRA's; a native module's are those of its parts, with the base's own lengths for parts without an adapter."""
     for_comfyui = "ComfyUI" in read_by(one_kind(weights), format, keys)
-    if format != "comfy":
+    if not keys.by_release(format):
         return _keyed(
             {
                 key_start(format, "dora", part, keys, name): lengths(
@@ -215,7 +216,7 @@ def _lora_tensors(
     dtype: torch.dtype,
     modules: Mapping[str, Adaptable],
 ) -> dict[str, Tensor]:
-    if format == "comfy":
+    if keys.by_release(format):
         shapes = {name: weight_shape(module) for name, module in modules.items()}
         dora = any(one.magnitude is not None for one in weights.values())
         # diffusers reads no DoRA in these names, so that nothing has to be there for its sake.

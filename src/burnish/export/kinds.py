@@ -6,7 +6,8 @@ diffusers reads LoKr for two families only (`ExportKeys.lokr`), the others not a
 
 DoRA is written twice over: `lora_magnitude_vector` m for diffusers, and `dora_scale` (out, 1) for ComfyUI, which
 divides by the lengths of the base weight's rows where the paper divides by those of W + dW. Hence dora_scale =
-m |W| / |W + dW|, which gives ComfyUI the trained weight exactly at strength 1. Both are float32: they scale the whole
+m |W| / |W + dW|, which gives ComfyUI the trained weight exactly at strength 1. Around a LoKr, which diffusers does not
+read with lengths, m is `lokr_magnitude_vector`. Both are float32: they scale the whole
 weight, and what bfloat16 would round off is more than most adapters change. A file in names that diffusers reads
 without DoRA has m as well, so that diffusers refuses it instead of applying the rest of it.
 """
@@ -83,8 +84,10 @@ def one_kind(adapters: Mapping[str, AdapterWeights] | Mapping[str, ModuleChoice]
 
 def read_by(kind: Kind, format: AdapterFormat, keys: ExportKeys) -> tuple[str, ...]:
     """Who reads a kind in a format of this family with its whole effect; empty where nobody does."""
-    comfyui = ("ComfyUI",) if keys.comfyui and (format == keys.default or format == "comfy") else ()
+    comfyui = ("ComfyUI",) if keys.comfyui and (format == keys.default or keys.by_release(format)) else ()
     match kind:
+        case "lora" if format == "kohya" and keys.by_release(format):
+            return keys.native_kohya
         case "lora":
             return (*comfyui, "diffusers")
         case "dora":
@@ -136,7 +139,7 @@ def refuse_modules(kind: Kind, format: AdapterFormat, keys: ExportKeys, modules:
     if keys.native is None or kind in ("lora", "loha"):
         return
     natives = {name: keys.native(name) for name in modules}
-    if format == "comfy":
+    if keys.by_release(format):
         lost = [
             name
             for name, native in natives.items()
@@ -185,7 +188,8 @@ def _flat_kernel(name: str, piece: Tensor) -> Tensor:
 
 def lengths(weights: AdapterWeights, base: Adaptable, *, for_comfyui: bool) -> dict[str, Tensor]:
     """DoRA's tensors beside those of the LoRA or LoKr, by the end of their keys."""
-    return _length_tensors(*_rows(weights, base), len(weight_shape(base)), for_comfyui)
+    made = _length_tensors(*_rows(weights, base), len(weight_shape(base)), for_comfyui)
+    return _named_for(weights, made)
 
 
 def stacked_lengths(
@@ -196,7 +200,15 @@ def stacked_lengths(
     magnitude, scale = (torch.cat(side) for side in zip(*rows, strict=True))
     if native.halves_swapped:
         magnitude, scale = (torch.cat(side.chunk(2)[::-1]) for side in (magnitude, scale))
-    return _length_tensors(magnitude, scale, len(weight_shape(modules[native.holds[0]])), for_comfyui=True)
+    made = _length_tensors(magnitude, scale, len(weight_shape(modules[native.holds[0]])), for_comfyui=True)
+    return _named_for(next(weights[part] for part in native.holds if part in weights), made)
+
+
+def _named_for(weights: AdapterWeights, lengths: dict[str, Tensor]) -> dict[str, Tensor]:
+    """m of a LoKr under a name of its own: at `lora_` diffusers takes a file for a LoRA, and makes one up."""
+    if not isinstance(weights, LokrWeights):
+        return lengths
+    return {ending.replace("lora_", "lokr_"): one for ending, one in lengths.items()}
 
 
 def _rows(weights: AdapterWeights | None, base: Adaptable) -> tuple[Tensor, Tensor]:

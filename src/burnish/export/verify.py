@@ -39,7 +39,7 @@ from burnish.export.verify_lora import check_loras
 from burnish.export.verify_text import as_in_files, text_modules, text_names, without_texts
 from burnish.family import AdapterFormat, ExportKeys, NativeModule
 
-_LENGTHS = (".lora_magnitude_vector", ".dora_scale")
+_LENGTHS = (".lora_magnitude_vector", ".lokr_magnitude_vector", ".dora_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def verify_adapter(
         raise ExportError(f"{path.name}: lora_adapter_metadata holds an alpha that ComfyUI does not read")
 
     natives = {name: NativeModule(name, (name,)) for name in modules}
-    if format == "comfy":
+    if keys.by_release(format):
         natives = natives_of(modules, keys)
     names = names_of(natives, format, part, keys, kind)
     largest = _check(path, tensors, trained, modules, natives, names, format, keys, kind)
@@ -134,7 +134,7 @@ def _check(
     else:
         largest = _check_others(path, rest, trained, modules, natives, names, kind)
     for_comfyui = keys.comfyui and (
-        format in (keys.default, "comfy") or (kind == "dokr" and keys.lokr is not None)
+        format == keys.default or keys.by_release(format) or (kind == "dokr" and keys.lokr is not None)
     )
     _check_lengths(path, lengths, trained, modules, natives, names, for_comfyui=for_comfyui)
     return largest
@@ -171,7 +171,8 @@ def _check_lengths(
                 ending: torch.cat(one.flatten().chunk(2)[::-1]).reshape(one.shape)
                 for ending, one in own.items()
             }
-        problem = lengths_problem(own, magnitudes, norms, for_comfyui)
+        prefix = "lokr" if any(isinstance(part, LokrWeights) for part in parts) else "lora"
+        problem = lengths_problem(own, magnitudes, norms, for_comfyui, prefix)
         if problem is not None:
             wrong.append(f"{name} ({problem})")
     expect(path, "with wrong lengths of rows", wrong)

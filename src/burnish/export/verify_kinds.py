@@ -32,7 +32,7 @@ def kind_in(tensors: Mapping[str, Tensor]) -> FileKind:
     endings = {key.rpartition(".")[2] for key in tensors}
     if endings & LOHA:
         return "loha"
-    lengths = endings & {"dora_scale", "lora_magnitude_vector"}
+    lengths = endings & {"dora_scale", "lora_magnitude_vector", "lokr_magnitude_vector"}
     if any(ending.startswith("lokr_") for ending in endings):
         return "dokr" if lengths else "lokr"
     if "oft_blocks" in endings:
@@ -203,6 +203,7 @@ def lengths_problem(
     magnitudes: Sequence[Tensor | None],
     norms: Sequence[tuple[Tensor, Tensor]],
     for_comfyui: bool,
+    prefix: str,
 ) -> str | None:
     """What is wrong with DoRA's tensors of one module of a file, which may hold several layers; None if nothing.
 
@@ -210,6 +211,7 @@ def lengths_problem(
         magnitudes: (out,) of each layer in it as trained, in the file's order of rows; None where it was not trained.
         norms: (out,) of each, |W| and |W + dW| by row.
         for_comfyui: whether ComfyUI reads the file, which then needs `dora_scale`.
+        prefix: of the other key, `lora`, or `lokr` where diffusers is not to take the file for a LoRA.
     """
     own, changed = (torch.cat(side).double() for side in zip(*norms, strict=True))
     trained = torch.cat(
@@ -218,11 +220,11 @@ def lengths_problem(
             for one, norm in zip(magnitudes, norms, strict=True)
         ]
     )
-    found = pieces.get("lora_magnitude_vector")
+    found = pieces.get(f"{prefix}_magnitude_vector")
     if found is None or found.numel() != len(trained):
-        return "no lora_magnitude_vector of one number for each output"
+        return f"no {prefix}_magnitude_vector of one number for each output"
     if not torch.allclose(found.double().flatten(), trained, rtol=1e-5, atol=0):
-        return "another lora_magnitude_vector than was trained"
+        return f"another {prefix}_magnitude_vector than was trained"
     scale = pieces.get("dora_scale")
     if not for_comfyui:
         return None

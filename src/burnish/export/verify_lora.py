@@ -51,7 +51,7 @@ def check_loras(
         ExportError: a module is missing or too many, does not fit, or has another effect than was trained.
     """
     found = _as_reader(path, tensors, names, folded=format != "kohya")
-    if format == "comfy":
+    if keys.by_release(format):
         _check_filled(path, found, natives, trained, keys)
         found = _taken_apart(path, found, natives, trained, modules)
     expect(path, "trained but not in the file", [name for name in trained if name not in found])

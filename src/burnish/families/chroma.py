@@ -19,7 +19,7 @@ from diffusers import ChromaTransformer2DModel
 from torch import Tensor, nn
 
 from burnish.families import clip
-from burnish.families.flux_names import BLOCKS, KINDS, TARGETS, rows_of_stacks
+from burnish.families.flux_names import BLOCKS, KINDS, LOST_IN_KOHYA, TARGETS, rows_of_stacks
 from burnish.families.masked import is_whole, trimmed
 from burnish.families.native import NativeNames, depth
 from burnish.families.packing import pack, patch_positions, unpack
@@ -99,14 +99,17 @@ class Chroma(PipelineFamily):
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     export = ExportKeys(
         default="diffusers",
-        formats=("diffusers", "comfy"),
+        formats=("diffusers", "comfy", "kohya"),
         modelspec="chroma",
         base_model_version="chroma",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
-        unreadable={"diffusers": ("distilled_guidance_layer.*",)},
+        unreadable={
+            "diffusers": ("distilled_guidance_layer.*",),
+            "kohya": (*LOST_IN_KOHYA, "distilled_guidance_layer.*"),
+        },
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     defaults = SamplerDefaults(steps=40, guidance=3.0, size=(1024, 1024), negative_prompt=True)

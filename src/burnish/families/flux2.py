@@ -106,15 +106,19 @@ class Flux2(PipelineFamily):
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     export = ExportKeys(
         default="comfy",
-        formats=("comfy", "diffusers"),
+        formats=("comfy", "diffusers", "kohya"),
         modelspec="flux-2-dev",
         base_model_version="flux2",
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
-        # diffusers 0.42 does not trade the halves of the last modulation in native names.
-        unreadable={"comfy": ("norm_out.linear",)},
+        # diffusers 0.42 does not trade the halves of the last modulation in native names, and does not know what makes
+        # the others in sd-scripts' spelling (`_convert_kohya_flux2_lora_to_diffusers`).
+        unreadable={
+            "comfy": ("norm_out.linear",),
+            "kohya": ("norm_out.linear", "*_stream_modulation*", "time_guidance_embed.*"),
+        },
         lokr="lycoris_",
     )
     latents = LatentShape(channels=flux2_vae.CHANNELS, compression=flux2_vae.COMPRESSION)

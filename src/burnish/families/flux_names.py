@@ -78,6 +78,10 @@ TARGETS: Mapping[str, TargetSet] = {
     ),
 }
 
+# diffusers' converter of sd-scripts' files loses layers outside the blocks, or their alpha
+# (0.42, `_convert_kohya_flux_lora_to_diffusers`).
+LOST_IN_KOHYA = ("x_embedder", "context_embedder", "proj_out", "norm_out.*", "time_text_embed.*")
+
 
 def rows_of_stacks(native: Layout) -> Mapping[str, int]:
     """`linear1` stacks query, key and value of the model's width, and all the rest for the feed-forward layer."""

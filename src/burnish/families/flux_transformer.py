@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from burnish.errors import ModelError
 from burnish.families import clip, t5
 from burnish.families.flux_embedding import TimeGuidanceText
-from burnish.families.flux_names import BLOCKS, KINDS, XFLUX, rows_of_stacks
+from burnish.families.flux_names import BLOCKS, KINDS, LOST_IN_KOHYA, XFLUX, rows_of_stacks
 from burnish.families.native import NativeNames, depth
 from burnish.families.packing import pack, patch_positions
 from burnish.families.pipeline import PipelineFamily
@@ -64,7 +64,7 @@ def export_keys(modelspec: str, version: str) -> ExportKeys:
     """diffusers' names, which ComfyUI reads as well; those of the release only ComfyUI reads."""
     return ExportKeys(
         default="diffusers",
-        formats=("diffusers", "comfy"),
+        formats=("diffusers", "comfy", "kohya"),
         modelspec=modelspec,
         base_model_version=version,
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
@@ -72,6 +72,7 @@ def export_keys(modelspec: str, version: str) -> ExportKeys:
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
+        unreadable={"kohya": LOST_IN_KOHYA},
     )
 
 

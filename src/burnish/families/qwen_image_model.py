@@ -56,7 +56,7 @@ DEFAULTS = SamplerDefaults(
 def export_keys(modelspec: str) -> ExportKeys:
     return ExportKeys(
         default="diffusers",
-        formats=("diffusers", "comfy"),
+        formats=("diffusers", "comfy", "kohya"),
         modelspec=modelspec,
         base_model_version="qwen_image",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},

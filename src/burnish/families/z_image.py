@@ -112,7 +112,7 @@ class ZImage(PipelineFamily):
     }
     export = ExportKeys(
         default="diffusers",
-        formats=("diffusers", "comfy"),  # the latter, with fused queries, loads in ComfyUI alone
+        formats=("diffusers", "comfy", "kohya"),  # comfy, with fused queries, loads in ComfyUI alone
         modelspec="z-image",
         base_model_version="z_image",
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
@@ -120,6 +120,8 @@ class ZImage(PipelineFamily):
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
         lokr="diffusion_model.",
+        # In 0.42 diffusers takes the underscores of these names for dots.
+        unreadable={"kohya": ("all_x_embedder.*", "all_final_layer.*")},
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     defaults = SamplerDefaults(

@@ -185,7 +185,12 @@ def _carry_as_it_is(
     if adapter.is_dora and adapter.kind == "lora":
         _carry_dora(writer, target, adapter, carry)
         return
-    if name is None and writer.format != "comfy" and not target.halves_swapped and adapter.splits_by_rows:
+    if (
+        name is None
+        and not writer.model.keys.by_release(writer.format)
+        and not target.halves_swapped
+        and adapter.splits_by_rows
+    ):
         rows = writer.model.rows(target, adapter.shape[0])
         for part, own in zip(target.holds, accumulate(rows, initial=0), strict=False):
             count = rows[target.holds.index(part)]
@@ -237,7 +242,7 @@ def _dora_parts(
         yield name, target, plain, magnitude, scale
         return
     native = writer.model.native(target.holds[0])
-    if writer.format == "comfy" or (target.halves_swapped and not is_plain(target)):
+    if writer.model.keys.by_release(writer.format) or (target.halves_swapped and not is_plain(target)):
         raise _cannot(
             adapter, target, f"{native.name} holds more modules, whose lengths the file does not tell"
         )

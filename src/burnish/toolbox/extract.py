@@ -186,7 +186,11 @@ def _extract_group(
     progress: Progress,
 ) -> None:
     # A Kronecker product cannot be put together of those of parts, nor taken apart.
-    whole = wanted.kind == "lokr" and writer.format == "comfy" and len(parts) == len(native.holds)
+    whole = (
+        wanted.kind == "lokr"
+        and writer.model.keys.by_release(writer.format)
+        and len(parts) == len(native.holds)
+    )
     targets = [native] if whole else [NativeModule(part, (part,)) for part in parts]
     made: list[Targeted] = []
     for target in targets:

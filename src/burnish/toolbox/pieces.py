@@ -38,6 +38,7 @@ _SPELLINGS = {
             ".lora_magnitude_vector.weight",
             ".lora_magnitude_vector.default",
             ".lora_magnitude_vector",
+            ".lokr_magnitude_vector",
         ),
         "magnitude",
     ),

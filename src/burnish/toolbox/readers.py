@@ -31,6 +31,8 @@ def _of_kind(keys: ExportKeys, format: AdapterFormat, kind: str) -> tuple[str, .
     if kind in ("lora", "locon"):
         if format in keys.readers:
             return keys.readers[format]
+        if format == "kohya" and keys.by_release(format):
+            return keys.native_kohya
         if format == keys.default:
             return (*comfyui, "diffusers")
         return comfyui if format == "comfy" else ("diffusers",)
@@ -38,4 +40,4 @@ def _of_kind(keys: ExportKeys, format: AdapterFormat, kind: str) -> tuple[str, .
         if kind == known:
             return kinds.read_by(known, format, keys)
     # Whole differences, GLoRA, LyCORIS' lengths of rows for other kinds: ComfyUI's `weight_adapter` alone.
-    return comfyui if format in (keys.default, "comfy") else ()
+    return comfyui if format == keys.default or keys.by_release(format) else ()

@@ -29,7 +29,7 @@ _RAW_ENDINGS = {
     **{f"glora_{name}": f".{name}.weight" for name in ("a1", "a2", "b1", "b2")},
     "magnitude": ".lora_magnitude_vector",
 }
-LENGTHS = (".lora_magnitude_vector", ".dora_scale")
+LENGTHS = (".lora_magnitude_vector", ".lokr_magnitude_vector", ".dora_scale")
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -104,7 +104,7 @@ class AdapterWriter:
 
     def group(self, native: NativeModule, adapters: list[Targeted]) -> dict[str, LoraWeights]:
         """Adapters of one native module, by the names that the format has for what they change."""
-        if self.format == "comfy":
+        if self.model.keys.by_release(self.format):
             return {native.name: put_together(self.model, native, adapters)}
         return taken_apart(self.model, adapters)
 
@@ -134,8 +134,9 @@ class AdapterWriter:
         known: list[Kind] = [one for one in SPOKEN if one == adapter.told]
         kind: Kind = known[0] if known else "lora"  # a LoKr has names of its own for some readers
         stem = key_start(self.format, kind, self.model.part, self.model.keys, name)
+        endings = _RAW_ENDINGS | ({"magnitude": ".lokr_magnitude_vector"} if kind == "dokr" else {})
         for piece, tensor in adapter.pieces.items():
-            self._add(stem + _RAW_ENDINGS.get(piece, f".{piece}"), tensor)
+            self._add(stem + endings.get(piece, f".{piece}"), tensor)
         if adapter.alpha is not None:
             self._spool.add(f"{stem}.alpha", torch.tensor(adapter.alpha, dtype=torch.float32))
         if adapter.rank is not None:
@@ -222,7 +223,7 @@ class AdapterWriter:
 
 def same_name(model: Model, target: NativeModule, format: AdapterFormat) -> str | None:
     """What the format calls exactly what a target means; None where it has no such module."""
-    if format != "comfy":
+    if not model.keys.by_release(format):
         return target.holds[0] if is_plain(target) else None
     native = model.native(target.holds[0])
     same = native.holds == target.holds and native.halves_swapped == target.halves_swapped
