@@ -25,7 +25,7 @@ from burnish.config.objective import (
     UniformTimesteps,
 )
 from burnish.data.batch import Batch, Direction, Opposites, Preference
-from burnish.diffusion.contrasts import preference_loss, preference_margin, slider_target, told_apart
+from burnish.diffusion.contrasts import guided, preference_loss, preference_margin, slider_target, told_apart
 from burnish.diffusion.distance import delta_at, mean_distance, squared_error
 from burnish.diffusion.mixing import noisy_and_target
 from burnish.diffusion.noise import noise_of
@@ -74,6 +74,9 @@ class Denoising:
     multires: Multires | None = None
     input_perturbation: float = 0.0
     guidance: float | None = 1.0  # value fed to a guidance embedding; None bypasses it
+    guided_target: float | None = (
+        None  # scale of guidance that the target is to have, where batches say how without
+    )
     # Within it the family predicts as before training; None where it cannot, which no such batch is then given to.
     frozen: Callable[[], AbstractContextManager[None]] | None = None
     # Within it the adapters that train are at this strength, none at 0; None where none train, as with `frozen`.
@@ -107,13 +110,14 @@ class Denoising:
             multires=section.multires,
             input_perturbation=section.input_perturbation,
             guidance=None if section.guidance == "bypass" else section.guidance,
+            guided_target=section.guided_target,
         )
 
     def comparable(self) -> Self:
         """Plain squared error at all times alike: what held-out losses are counted in, whatever trains. Where there
         are masks it is that of the places that count; where a difference is learned it is its own loss, of squares."""
         plain = replace(self.timesteps, emphasis=())
-        return replace(self, loss=Squared(), weighting=None, timesteps=plain, frozen=None)
+        return replace(self, loss=Squared(), weighting=None, timesteps=plain, frozen=None, guided_target=None)
 
     def losses(
         self, family: Family, batch: Batch, seed: int, predict: Predict | None = None
@@ -229,7 +233,14 @@ class Denoising:
         noised = self._noised(batch, noise_BCHW, t_B, audio_noise_BCLF, mixed_BCHW)
         told = self._told(family, batch, batch.conditioning, t_B)
         predicted = partial(self._said, family, noised, told, predict=predict)
-        return self._weighted(self._loss(batch, noised.targets, predicted, t_B), t_B)
+        targets = noised.targets
+        if batch.unprompted is not None and self.guided_target is not None:
+            unprompted = self._told(family, batch, batch.unprompted, t_B)
+            with torch.no_grad():
+                without = self._said(family, noised, unprompted, predict)
+            both = zip(targets, without, strict=True)
+            targets = tuple(guided(target, said, self.guided_target) for target, said in both)
+        return self._weighted(self._loss(batch, targets, predicted, t_B), t_B)
 
     def _noised(
         self,

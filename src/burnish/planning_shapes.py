@@ -37,6 +37,8 @@ def passes_besides(config: RunConfig) -> Iterator[str]:
 
     A pass without gradients is a half of a step whose activations are kept, and a third of one that computes again.
     """
+    if config.train.objective.guided_target is not None:
+        yield "train.objective.guided_target: a pass without gradients, a third to a half of the seconds said, on top"
     for index, source in enumerate(config.data):
         if isinstance(source.slider, TextSlider):
             yield (

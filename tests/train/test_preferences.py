@@ -109,6 +109,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"slider": {"target": "a", "positive": "b", "negative": "c", "preserve": ["d", "e"]}},
     ),
     "opposites": ("sd15", {"slider": {"kind": "pictures", "opposite": "OTHERS"}, "flip": True}),
+    "guided": ("flux", {}),
     "preference": ("sdxl", {"preference": {"rejected": "OTHERS"}, "flip": True}),
 }
 
@@ -131,7 +132,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(kind: str, tiny_folder: An
     }
     source = {"path": str(pictures), "resolutions": [64], **told}
     ends = {}
-    for output, stops in (("whole", [4]), ("stopped", [2, 4])):
+    outputs = {"whole": [4], "stopped": [2, 4]}
+    for output, stops in (outputs | ({"plain": [4]} if kind == "guided" else {})).items():
         for steps in stops:
             values = {
                 "data": [source],
@@ -139,9 +141,11 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(kind: str, tiny_folder: An
                 "train.schedule": {"kind": "constant"},
                 "save.every": 2,
                 "train.accumulate": 2,
+                "train.objective.guided_target": 3.5 if kind == "guided" and output != "plain" else None,
             }
             train_run(run_config(model, pictures, tmp_path / output, values), progress=Listener())
         ends[output] = digest(last_checkpoint(tmp_path / output))
         first = tmp_path / output / "tiny" / "checkpoints" / "step-00000002"
         assert first.exists()
     assert ends["whole"] == ends["stopped"]
+    assert ends.get("plain") != ends["whole"]

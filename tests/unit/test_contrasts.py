@@ -29,6 +29,7 @@ from burnish.config.suggest import called_elsewhere
 from burnish.data.batch import Batch, Direction, Opposites, Preference
 from burnish.data.cache import CacheKeys, RamCache
 from burnish.data.loader import batches
+from burnish.data.pictures import content_hash
 from burnish.data.plan import BatchPlan
 from burnish.data.preflight import PreparedData, prepare_samples
 from burnish.data.prepare import LATENTS
@@ -182,6 +183,23 @@ def test_where_nothing_is_learned_a_preference_costs_ln_two_and_tells_nothing_ap
     assert turn.told_apart_B.tolist() == [0.5]
 
 
+@every_schedule
+def test_a_guided_target_is_guidance_of_the_plain_one(schedule: Schedule) -> None:
+    family: Any = Said()
+    batch = replace(batch_of([0.5, 0.7], "ab"), unprompted=told(0.1, 0.1))
+    objective = Denoising(schedule, guided_target=3.5)
+    noise, t_B = objective.draw_noise(batch, 3), torch.tensor([0.25, 0.75])
+    noisy, target = mixed(schedule, batch.latents_BCHW, noise, t_B)
+    said = family.says(noisy, torch.tensor([0.5, 0.7]), 1.0)
+    without = family.says(noisy, torch.tensor([0.1, 0.1]), 1.0)
+    wanted = mean(said - (without + 3.5 * (target - without)))
+    torch.testing.assert_close(objective.losses_at(family, batch, noise, t_B), wanted)
+    assert [grad for _, _, _, grad in family.asked] == [False, True]
+    torch.testing.assert_close(
+        objective.comparable().losses_at(family, batch, noise, t_B), mean(said - target)
+    )
+
+
 def test_gradients_of_both_ends_are_those_of_their_strengths_where_blocks_compute_again() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
@@ -293,6 +311,7 @@ def test_a_pair_is_one_batch_of_the_same_names_captions_and_mirroring(pairs: Pat
         assert batch.contrast.decays_B.tolist() == [1, 1]
     opposed = samples[0].opposed
     assert opposed is not None
+    assert opposed.sample.sha256 == content_hash((pairs / "bad" / "a.png").read_bytes())
     changed = [replace(samples[0], opposed=replace(opposed, beta=31.0)), *samples[1:]]
     assert BatchPlan(changed, 2, 42).fingerprint != plan.fingerprint
 
@@ -349,6 +368,15 @@ def test_drawn_pictures_of_a_slider_are_taught_and_are_of_its_own_prompts() -> N
     with pytest.raises(ValidationError, match="prompts must say what to draw"):
         Generated.model_validate({"kind": "generated"})
     assert PreferenceSection(rejected=Path("x")).decay == "none"
+
+
+def test_the_empty_caption_comes_with_batches_that_ask_for_it(pairs: Path) -> None:
+    plain = prepared(pairs / "good").samples
+    asked, _ = loaded([replace(sample, unprompted=True) for sample in plain])
+    assert asked.unprompted is not None
+    assert asked.unprompted["tokens"].shape == (2, 0)
+    assert torch.equal(asked.unprompted["size"], asked.conditioning["size"])
+    assert loaded(plain)[0].unprompted is None
 
 
 SLIDER = "slider: {target: a, positive: b, negative: c}"

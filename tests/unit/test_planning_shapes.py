@@ -82,6 +82,8 @@ def test_pairs_of_a_preference_count_twice_and_what_is_not_counted_is_said() -> 
     ]
     assert "3 to 3.5 times" in besides[1]
     assert "twice the seconds" in besides[2]
+    guided = {"steps": 10, "objective": {"guided_target": 3.5}}
+    assert len(list(passes_besides(config("flux", train=guided)))) == 1
 
 
 def test_samples_count_the_references_of_their_prompts() -> None:

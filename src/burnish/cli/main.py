@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -33,6 +34,8 @@ def options(
     ] = False,
 ) -> None:
     """Fine-tune diffusion models on your own pictures; get an adapter that loads where you use it."""
+    # diffusers imports bitsandbytes, which then misses a kernel for CPUs that nothing here would call.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
 app.command("train", epilog=EXIT_CODES)(train.train)

@@ -230,6 +230,13 @@ class Objective(Section):
         description="Value for a guidance embedding (FLUX.1-dev); `bypass` trains without the embedding. "
         "No effect on models that have none.",
     )
+    guided_target: float | None = Field(
+        None,
+        gt=1,
+        le=50,
+        description="Learn what guidance of this scale would make of the target, for models that have guidance built "
+        "in (FLUX.1-dev: 3.5), which plain targets take out again; needs a second pass through the model.",
+    )
 
     @model_validator(mode="after")
     def values_must_make_sense(self) -> Self:

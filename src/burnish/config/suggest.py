@@ -107,6 +107,8 @@ _OTHER_NAMES = {
     "beta_dpo": "beta",
     "dpo_beta": "beta",
     "loser": "rejected",
+    "do_guidance_loss": "guided_target",
+    "guidance_loss_target": "guided_target",
     "class_prompt": "prompts",
     "class_data_dir": "path",
     "num_class_images": "count",

@@ -65,6 +65,7 @@ class Batch:
     )
     captions: tuple[str, ...] = ()  # as drawn, for methods that encode them in the step
     contrast: Direction | Opposites | Preference | None = None  # the difference that is learned, if any
+    unprompted: Conditioning | None = None  # as `conditioning`, of the empty caption; where that is asked for
 
     def rows(self, index: slice) -> Batch:
         """Some of the rows, without what they were to be compared with."""
@@ -80,6 +81,7 @@ class Batch:
             kept=None if self.kept is None else self.kept[index],
             captions=self.captions[index],
             contrast=None,
+            unprompted=None if self.unprompted is None else self.unprompted.rows(index),
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
@@ -92,4 +94,5 @@ class Batch:
             counted=None if self.counted is None else sent(self.counted, device),
             kept=None if self.kept is None else sent(self.kept, device),
             contrast=None if self.contrast is None else self.contrast.to(device, dtype),
+            unprompted=None if self.unprompted is None else self.unprompted.to(device, dtype),
         )

@@ -49,6 +49,7 @@ class _Loaded:
     counted: Tensor | None
     kept: Tensor | None
     contrast: Direction | Opposites | Preference | None
+    unprompted: Conditioning | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
             counted=counted,
             kept=kept,
             contrast=self._contrast(draws, entries),
+            unprompted=self._unprompted(draws, entries),
         )
 
     def _told(self, draw: Draw, text: str, picture: Entry) -> Conditioning:
@@ -111,6 +113,13 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
             key = self.keys.caption(text, draw.sample, flip=draw.flip)
             caption = self._entry("captions", key, repr(text))
         return conditioning_of(caption, picture)
+
+    def _unprompted(self, draws: Sequence[Draw], pictures: Sequence[Entry]) -> Conditioning | None:
+        if not any(draw.sample.unprompted for draw in draws):
+            return None
+        return Conditioning.collate(
+            [self._told(draw, "", picture) for draw, picture in zip(draws, pictures, strict=True)]
+        )
 
     def _contrast(
         self, draws: Sequence[Draw], pictures: Sequence[Entry]
@@ -224,6 +233,7 @@ def _described(loaded: _Loaded, family: Family) -> Batch:
         counted=loaded.counted,
         kept=loaded.kept,
         contrast=contrast,
+        unprompted=None if loaded.unprompted is None else loaded.unprompted.merged(described),
     )
 
 

@@ -120,6 +120,7 @@ class Sample:
     counts: Counts | None = None  # None: all of it alike
     direction: Direction | None = None
     opposed: Opposed | None = None
+    unprompted: bool = False  # what the model says without a caption is asked for, too
 
     @property
     def is_clip(self) -> bool:
@@ -167,7 +168,8 @@ class Sample:
     def captions(self, seed: int) -> tuple[str, ...]:
         """Every caption this sample can ever be trained on, and the prompts beside it."""
         own = self.rules.possible(self.caption, picture_id=self.picture_id, seed=seed)
-        return own if self.direction is None else (*own, *self.direction.possible)
+        beside = () if self.direction is None else self.direction.possible
+        return tuple(dict.fromkeys((*own, *beside, *([""] if self.unprompted else ()))))
 
 
 def all_captions(samples: Sequence[Sample], seed: int) -> tuple[str, ...]:

@@ -19,6 +19,15 @@ def slider_target(
     return before.float() + strength * guidance * (positive.float() - negative.float())
 
 
+def guided(target: Tensor, without: Tensor, scale: float) -> Tensor:
+    """What classifier-free guidance (arXiv 2207.12598) of a scale makes of the target, float32.
+
+    A model with guidance built in is to say this, where `without` is what it says without a caption; on average it is
+    the guidance of what the caption stands for.
+    """
+    return without.float() + scale * (target - without.float())
+
+
 def preference_margin(error_B: Tensor, before_B: Tensor, beta_B: Tensor) -> Tensor:
     """By how much the preferred of each pair gained more than the other, times beta, (B / 2,).
 
