@@ -12,7 +12,9 @@ from burnish.config.section import Section, default_kind
 class LoraGroup(Section):
     """Modules that get their own rank, alpha or learning rate; the first group that matches wins."""
 
-    match: list[str] = Field(min_length=1, description="Patterns over module names, such as `*attn.to_q`.")
+    match: list[str] = Field(
+        min_length=1, description="Patterns over module names, such as `*attn.to_q`, or named sets."
+    )
     rank: int | None = Field(None, ge=1, le=4096, description="Instead of the method's rank.")
     alpha: float | None = Field(None, gt=0, le=65536, description="Instead of the method's alpha.")
     learning_rate: float | None = Field(None, gt=0, le=10, description="Instead of the optimizer's rate.")
@@ -21,7 +23,9 @@ class LoraGroup(Section):
 class RateGroup(Section):
     """Modules that get their own learning rate; the first group that matches wins."""
 
-    match: list[str] = Field(min_length=1, description="Patterns over module names, such as `*attn.to_q`.")
+    match: list[str] = Field(
+        min_length=1, description="Patterns over module names, such as `*attn.to_q`, or named sets."
+    )
     learning_rate: float = Field(gt=0, le=10, description="Instead of the optimizer's rate.")
 
 
@@ -110,10 +114,14 @@ class Adapter(Section):
         description="Share of the adapters that are left out as a whole, drawn for each step.",
     )
     targets: str | None = Field(
-        None, description="Named set: attention, attention+mlp or all; the family's default if absent."
+        None,
+        description="Named set: attention, attention-out, mlp, attention+mlp, all, or a stack of blocks by its name; "
+        "the family's default if absent.",
     )
-    include: list[str] = Field([], description="Patterns of further modules to train.")
-    exclude: list[str] = Field([], description="Patterns of modules to leave out; wins over everything.")
+    include: list[str] = Field([], description="Patterns of further modules to train, or named sets.")
+    exclude: list[str] = Field(
+        [], description="Patterns of modules to leave out, or named sets; wins over everything."
+    )
 
 
 class LowRank(Adapter):
