@@ -1,8 +1,8 @@
 """The file of a new word, as A1111, ComfyUI and diffusers read it, read back and compared bit by bit.
 
 Of a model with one CLIP alone that is one tensor, `emb_params`; of others, one by each encoder's name: `clip_l`,
-`clip_g`, `t5xxl`. A1111 and ComfyUI call a word by the file's name (A1111: `modules/textual_inversion/textual_inversion.py`,
-ComfyUI: `load_embed` in `comfy/sd1_clip.py`); diffusers is told the word (`load_textual_inversion`).
+`clip_g`, `t5xxl`. A1111 and ComfyUI call a word by the file's name (`modules/textual_inversion/textual_inversion.py`;
+`load_embed` in `comfy/sd1_clip.py`); diffusers is told the word (`load_textual_inversion`).
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class Chroma(PipelineFamily):
         modelspec="chroma",
         base_model_version="chroma",
         words={"text_encoder": "t5xxl"},
-        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        prefix={"diffusers": "transformer.", "comfy": "diffusion_model.", "kohya": "lora_unet_"},
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
