@@ -11,7 +11,7 @@ from burnish.config.data import Captions, DataSource, Folder
 from burnish.config.document import Document
 from burnish.config.method import Adapter, Full, Lokr, Lora, TextualInversion, Turning, trains_text
 from burnish.config.problems import KeyPath, Problem
-from burnish.config.schema import RunConfig
+from burnish.config.schema import RunConfig, SamplePrompt
 
 
 def cross_checks(config: RunConfig, document: Document) -> list[Problem]:
@@ -39,6 +39,7 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(config.method, TextualInversion):
         yield from _of_words(config, config.method)
     yield from _of_single_steps(config)
+    yield from _of_strengths(config)
     if config.train.objective.guided_target is not None and trains_text(config.method):
         text = "asks for the empty caption as it was encoded before training; train an adapter of the denoiser alone"
         yield ("train", "objective", "guided_target"), text
@@ -124,6 +125,16 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
         for place in asking:
             text = f"asks the model as it was before training, which {what}; train an adapter of the denoiser alone"
             yield ("data", index, *place), text
+
+
+def _of_strengths(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
+    """Of samples: what trains must have one."""
+    if not isinstance(config.method, Full) and not trains_text(config.method):
+        return
+    for index, prompt in enumerate(config.sample.prompts):
+        if isinstance(prompt, SamplePrompt) and prompt.strength != 1:
+            text = "is that of an adapter of the denoiser alone, and this run trains something else; leave it out"
+            yield ("sample", "prompts", index, "strength"), text
 
 
 def _of_sliders(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
