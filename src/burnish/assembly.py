@@ -16,7 +16,7 @@ from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose
 from burnish.compute.compile import Compilation, compile_blocks
-from burnish.config.method import TextualInversion, trains_text
+from burnish.config.method import trains_text, word_of
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
 from burnish.events import Events
@@ -170,7 +170,8 @@ def build_training(
         assert isinstance(optimizer, OneByOne)
         release = GradientRelease(list(parameters.values()), optimizer.step_one, train.max_grad_norm)
     words = {part: one for part, one in trained.items() if isinstance(one, NewWord)}
-    if isinstance(config.method, TextualInversion) and config.method.lengths == "vocabulary":
+    asked = word_of(config.method)
+    if asked is not None and asked.lengths == "vocabulary":
         optimizer.register_step_post_hook(keeps_lengths(words))
     run = Training(
         family=family,

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from burnish.config.method import Full, TextualInversion
+from burnish.config.method import Full, TextualInversion, trains_text
 from burnish.config.schema import RunConfig
 from burnish.errors import BurnishError, UserError
 from burnish.family import Conditioning, Family, Part
@@ -330,15 +330,15 @@ class _Planner:
 
     def _trained_texts(self, phase: Phase, batch: int) -> int:
         method = self.config.method
-        section = None if isinstance(method, Full | TextualInversion) else method.text_encoders
-        if section is None:
+        if isinstance(method, Full | TextualInversion) or not trains_text(method):
             return 0
-        names = self.known.export.text_encoders
-        trained = [part for part, name in names.items() if not section.which or name in section.which]
+        names, section = self.known.export.text_encoders, method.text_encoders
+        which = section.which if section is not None and method.word is None else ()
+        trained = [part for part, name in names.items() if not which or name in which]
         family = self.skeleton(parts=TEXT_ENCODERS)
         found = trained_texts(family, phase.weights, trained, CLIP_TOKENS * batch)
         self.notes.append(
-            f"text encoders with adapters stay on the device: {found / GIB:.1f} GiB, what their backward keeps by a "
+            f"text encoders that train stay on the device: {found / GIB:.1f} GiB, what their backward keeps by a "
             "rule; their seconds are not counted"
         )
         return found

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from burnish.config.data import Folder, Generated
-from burnish.config.method import Full, TextEncoders, TextualInversion, trains_text
+from burnish.config.method import trains_text
 from burnish.config.schema import RunConfig, SamplePrompt, Size
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
@@ -24,14 +24,12 @@ from burnish.data.plan import BatchPlan
 from burnish.data.preflight import PreparedData, prepare_samples
 from burnish.data.prepare import EncodeCounts, encode_captions, encode_latents, encode_seen_captions, flips
 from burnish.data.samples import Sample, all_captions, hold_out
-from burnish.errors import DataError, UserError
 from burnish.events import Listener
-from burnish.export.formats import format_of_kind
-from burnish.export.kinds import kind_of_method
 from burnish.families.sources import user_cache_folder
 from burnish.family import Family, Part
 from burnish.model import ChosenModel, choose_model
 from burnish.prior import drawn_folder, missing_count, own_folder
+from burnish.refusals import refuse_unreadable, refuse_unsaid_word
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, PictureRequest, encode_requests, with_references
 
@@ -131,57 +129,6 @@ def summary(prepared: PreparedData) -> list[str]:
     if lost:
         lines.append(f"{len(lost)} picture(s) smaller than their bucket train at a smaller size")
     return lines + report.all_warnings()
-
-
-def refuse_unreadable(config: RunConfig, family: Family) -> None:
-    """What no program would load is known from the config alone, before hours of work on data.
-
-    Raises:
-        AdapterError: no program reads this kind of adapter of this family in `save.format`.
-        UserError: the family cannot be taught words, or has no text encoder that adapters go on.
-    """
-    if isinstance(config.method, TextualInversion):
-        if not family.capabilities.new_words:
-            raise UserError(
-                f"method.kind: textual_inversion, and {family.title} cannot be taught words here",
-                remedy="Train an adapter (method.kind: lora); families with CLIP alone can: sd15, sd2, sdxl.",
-            )
-        return
-    if isinstance(config.method, Full):
-        return
-    format_of_kind(config.save.format, family.export, kind_of_method(config.method))
-    if config.method.text_encoders is not None:
-        _refuse_text_encoders(config.method.text_encoders, family)
-
-
-def _refuse_text_encoders(section: TextEncoders, family: Family) -> None:
-    has = list(family.export.text_encoders.values())
-    if not has:
-        raise UserError(
-            f"method.text_encoders: {family.title} has no CLIP, and only CLIPs are trained here",
-            remedy="Leave method.text_encoders out; sd15, sd2, sdxl, sd3 and flux have CLIPs.",
-        )
-    unknown = [name for name in section.which if name not in has]
-    if unknown:
-        raise UserError(
-            f"method.text_encoders.which: {family.title} has no {unknown[0]}",
-            remedy=f"Name some of {', '.join(has)}, or leave it out for all.",
-        )
-
-
-def refuse_unsaid_word(config: RunConfig, samples: Sequence[Sample]) -> None:
-    """Raises:
-    DataError: the word to be learned stands in no caption.
-    """
-    if not isinstance(config.method, TextualInversion):
-        return
-    word = config.method.token
-    if any(word in text.lower() for sample in samples for text in sample.captions(config.seed)):
-        return
-    raise DataError(
-        f"method.token: no caption says {word!r}, so nothing would be learned",
-        remedy=f'Set data: captions: prefix: "a photo of {word}, ", or write the word into the caption files.',
-    )
 
 
 def folders(config: RunConfig) -> list[Folder]:

@@ -29,7 +29,8 @@ from burnish.memory.formats import slow_because
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
 from burnish.model import DTYPES, choose_device, choose_model, places
 from burnish.optim.build import check_optimizer, state_bytes, what_is_lost
-from burnish.preparation import check_data, folders, prepare, refuse_unreadable, refuse_unsaid_word, split
+from burnish.preparation import check_data, folders, prepare, split
+from burnish.refusals import refuse_unreadable, refuse_unsaid_word
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
 from burnish.settling import Compared, Settled, settle

@@ -15,7 +15,7 @@ from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.own_weights import OwnWeights, choose_weights
 from burnish.adapters.targeting import choose_modules
 from burnish.adapters.words import NewWord, teach
-from burnish.config.method import AdapterMethod, AnyMethod, Full, TextualInversion
+from burnish.config.method import AdapterMethod, AnyMethod, Full, TextualInversion, word_of
 from burnish.config.schema import RunConfig
 from burnish.errors import ConfigError
 from burnish.export.formats import refuse_unstackable, resolve_format
@@ -63,7 +63,10 @@ def trained_parts(
         refuse_unstackable(adapter.weights(), format, family.export, adaptable_modules(denoiser))
         cast_once(denoiser, list(adapter.layers.values()), dtype)
         adapters[part] = adapter
-    return adapters | text_adapters(config.method, family, device, dtype, config.seed)
+    adapters |= text_adapters(config.method, family, device, dtype, config.seed)
+    return (
+        adapters if config.method.word is None else adapters | teach(family, config.method.word, config.seed)
+    )
 
 
 def text_adapters(
@@ -134,8 +137,9 @@ class Told:
         one = self.trained[part]
         about = self._provenance(run, part)
         if isinstance(one, NewWord):
-            assert isinstance(self.config.method, TextualInversion)
-            return word_metadata(run.family.export, about, self.config.method.token)
+            asked = word_of(self.config.method)
+            assert asked is not None
+            return word_metadata(run.family.export, about, asked.token)
         if isinstance(one, OwnWeights):
             return model_metadata(run.family.export, about)
         return adapter_metadata(run.family.export, one.weights(), about)
@@ -168,7 +172,10 @@ def _results(told: Told, family: Family, folder: RunFolder) -> Iterator[Result]:
     labels = part_labels(family)
     words = {part: one for part, one in told.trained.items() if isinstance(one, NewWord)}
     if words:
-        yield WordResult(words, folder.adapters, config.name, dtype, told.metadata)
+        alone = len(words) == len(told.trained)
+        yield WordResult(
+            words, folder.adapters, config.name if alone else f"{config.name}-word", dtype, told.metadata
+        )
     texts = {
         part: one
         for part, one in told.trained.items()

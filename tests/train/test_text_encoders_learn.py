@@ -6,11 +6,13 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from released_widths import flux_loader
 from runs import digest, last_checkpoint, run_config
 from safetensors.torch import load_file, save_file
 from test_families_learn import load, ours, pictures, theirs
@@ -39,6 +41,7 @@ KEYS = {
     "sd15": [f"lora_te_{LAYER}"],
     "sdxl": [f"lora_te1_{LAYER}", f"lora_te2_{LAYER}"],
     "flux": [f"text_encoder.{DOTTED}"],
+    "flux, kohya": [f"lora_te1_{LAYER}"],
     "sd3": [f"text_encoder.{DOTTED}", f"text_encoder_2.{DOTTED}"],
 }
 
@@ -56,32 +59,35 @@ def text_config(model: Path, folder: Path, case: Case, **changes: Any) -> Any:
     return run_config(model, folder / "pictures", folder / "runs", values)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("told", KEYS)
 def test_text_encoders_learn_and_diffusers_draws_the_same(
-    tiny_folder: TinyFolder, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: TinyFolder, tmp_path: Path, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    name, _, format = told.partition(", ")
     case, model = CASES[name], tiny_folder(name)
     pictures(tmp_path / "pictures", case.side)
     hold_still(monkeypatch)
-    config = text_config(model, tmp_path, case, **{"train.steps": 20})
+    config = text_config(model, tmp_path, case, **{"train.steps": 20, "save.format": format or "auto"})
     path = train_run(config, progress=(losses := Losses())).adapter
     assert path is not None
     assert losses.seen[-1] < 0.99 * losses.seen[0]
     file = load_file(path)
-    for key in KEYS[name]:
+    for key in KEYS[told]:
         assert key in file, sorted(key for key in file if "text" in key)
     encoders = {key.split("text_model")[0] for key in file if "text_model" in key}
-    assert len(encoders) == len(KEYS[name])
+    assert len(encoders) == len(KEYS[told])
     assert not any("text_projection" in key for key in file)
 
     family = load(model, case)
     plain = ours(family, case)
     texts = attach_texts(family, path, 1.0, pytest.fail)
-    assert len(texts) == len(KEYS[name])
+    assert len(texts) == len(KEYS[told])
     attach_adapter(family, path, pytest.fail, texts_apart=True)
     with_adapter = ours(family, case)
     assert (with_adapter - plain).abs().max() > 0.01, "there is no effect to compare"
-    torch.testing.assert_close(with_adapter, theirs(model, path, case), atol=1e-4, rtol=0)
+    widths = flux_loader(family.denoisers["transformer"]) if format == "kohya" else {}
+    drawn = theirs(model, path, replace(case, loader_widths={**case.loader_widths, **widths}))
+    torch.testing.assert_close(with_adapter, drawn, atol=1e-4, rtol=0)
     broken_files_are_caught(family, path, tmp_path)
 
 
@@ -164,4 +170,4 @@ def test_what_has_no_clip_and_what_asks_the_model_of_before_is_refused(
     )
     ((path, why),) = contradictions(preserved)
     assert path == ("data", 0, "target")
-    assert "method.text_encoders" in why
+    assert "text encoders that train" in why

@@ -227,4 +227,4 @@ def test_options_without_sense_for_a_word_are_named(tmp_path: Path) -> None:
         },
     )
     named = [".".join(str(key) for key in path) for path, _ in contradictions(config)]
-    assert named[:4] == ["memory.gradient_release", "memory.budget", "save.format", "method.lengths"]
+    assert named[:4] == ["memory.budget", "save.format", "memory.gradient_release", "method.lengths"]

@@ -135,3 +135,48 @@ def test_names_do_not_change_when_adapters_are_attached() -> None:
     AdapterSet.attach(denoiser, {"head": ModuleChoice(2, 2.0)}, dropout=0.0, seed=0)
     assert list(adaptable_modules(denoiser)) == before
     assert "head" in choose_modules(denoiser, TARGETS, "attention", Lora(rank=2, include=["head"]))
+
+
+class Streams(nn.Module):
+    """Two kinds of blocks, as in FLUX.1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([Block()])
+        self.single_transformer_blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 4)
+
+
+def test_sets_that_follow_from_the_family_s_own() -> None:
+    mlp = [f"blocks.{block}.ff.{layer}" for block in (0, 1) for layer in (0, 2)]
+    assert list(choose(targets="mlp")) == mlp
+    assert list(choose(targets="blocks")) == list(choose(targets="all"))
+    with pytest.raises(AdapterError, match=r"no target set is called 'attention_out'\n.*'attention'"):
+        choose(targets="attention_out")
+    assert set(choose(include=["mlp"])) == {*choose(), *mlp}
+    assert list(choose(targets="attention+mlp", exclude=["attention"])) == mlp
+
+
+def test_blocks_of_one_stream_and_of_two() -> None:
+    def names(**options: object) -> set[str]:
+        return {
+            name.split(".")[0] for name in choose_modules(Streams(), TARGETS, "attention", Lora(**options))
+        }  # type: ignore[arg-type]
+
+    assert (
+        names(targets="single-blocks")
+        == names(targets="single_transformer_blocks")
+        == {"single_transformer_blocks"}
+    )
+    assert names(targets="double-blocks") == {"transformer_blocks"}
+    assert names(exclude=["single-blocks"]) == {"transformer_blocks"}
+
+
+def test_a_set_has_its_own_rank_alpha_and_rate() -> None:
+    groups = [LoraGroup(match=["mlp"], rank=2, alpha=4.0, learning_rate=1e-5)]
+    chosen = choose(targets="attention+mlp", groups=groups)
+    for name, choice in chosen.items():
+        expected = (2, 4.0, 1e-5) if ".ff." in name else (16, 16.0, None)
+        assert (choice.rank, choice.alpha, choice.learning_rate) == expected
+    with pytest.raises(AdapterError, match="the set 'mlp' has none of the modules that are trained"):
+        choose(groups=groups)

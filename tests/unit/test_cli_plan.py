@@ -90,7 +90,7 @@ def test_text_encoders_that_train_are_counted(config: Path, tiny_folder: TinyFol
         kept += 77 * clip.get("hidden_size", 0) * clip.get("num_hidden_layers", 0) * 24 * 2
     assert (peaks[1] - peaks[0]) * 2**30 == pytest.approx(weights + kept, rel=1e-3)
     assert "text encoders" in beside
-    assert "text encoders with adapters" not in plain
+    assert "text encoders that train" not in plain
 
 
 def test_the_answer_for_a_named_card_is_kept_and_given_without_torch(config: Path) -> None:

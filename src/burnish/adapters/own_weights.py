@@ -1,7 +1,7 @@
 """A denoiser's own weights as what is trained: all of them, or those that patterns name.
 
 Patterns are `fnmatch` patterns, case-sensitive, over names of modules and of parameters; one that matches a module
-stands for every weight within it.
+stands for every weight within it. The name of a set (`adapters/target_sets.py`) stands for its patterns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from burnish.adapters.targeting import named_set
+from burnish.adapters.target_sets import Sets, expanded, named_set, sets_of
 from burnish.config.method import Full
 from burnish.errors import ConfigError
 from burnish.family import TargetSet
@@ -64,14 +64,16 @@ def choose_weights(
         ConfigError: a pattern without any effect, or nothing left to train.
     """
     names = [name for name, one in denoiser.named_parameters() if one.is_floating_point()]
+    sets = sets_of(targets, denoiser)
     for option, patterns in (("include", method.include), ("exclude", method.exclude)):
         for pattern in patterns:
-            _must_match(option, pattern, names)
-    wanted = list(method.include)
+            _must_match(option, pattern, names, sets)
+    wanted = expanded(method.include, sets)
     if method.targets is not None:
-        wanted += named_set(targets, method.targets).patterns
+        wanted += named_set(sets, method.targets).patterns
     chosen = [name for name in names if not wanted or _matches(name, wanted)]
-    chosen = [name for name in chosen if not _matches(name, method.exclude)]
+    unwanted = expanded(method.exclude, sets)
+    chosen = [name for name in chosen if not _matches(name, unwanted)]
     if not chosen:
         raise ConfigError(
             f"no weight is left to train: targets {method.targets}, include {method.include}, exclude {method.exclude}",
@@ -79,11 +81,9 @@ def choose_weights(
         )
     for group in method.groups:
         for pattern in group.match:
-            _must_match("groups", pattern, chosen)
-    return {
-        name: next((one.learning_rate for one in method.groups if _matches(name, one.match)), None)
-        for name in chosen
-    }
+            _must_match("groups", pattern, chosen, sets)
+    groups = [(one.learning_rate, expanded(one.match, sets)) for one in method.groups]
+    return {name: next((rate for rate, match in groups if _matches(name, match)), None) for name in chosen}
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -93,8 +93,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(place, pattern) for pattern in patterns for place in places)
 
 
-def _must_match(option: str, pattern: str, names: Sequence[str]) -> None:
-    if any(_matches(name, [pattern]) for name in names):
+def _must_match(option: str, pattern: str, names: Sequence[str], sets: Sets) -> None:
+    patterns = expanded([pattern], sets)
+    if any(_matches(name, patterns) for name in names):
         return
     near = get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
     raise ConfigError(

@@ -1,6 +1,7 @@
 """Which modules get an adapter, and of which rank, alpha and learning rate.
 
 Patterns are `fnmatch` patterns over the module names of the denoiser, case-sensitive; `*` also crosses dots.
+The name of a set (`adapters/target_sets.py`) stands for its patterns.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from burnish.adapters.layer import (
     kernel_volume,
     largest_rank,
 )
+from burnish.adapters.target_sets import Sets, expanded, matches, named_set, sets_of
 from burnish.config.method import AdapterMethod, LoraGroup, LowRank, Turning
 from burnish.errors import AdapterError
 from burnish.family import TargetSet
@@ -39,15 +41,17 @@ def choose_modules(
             what a module can hold.
     """
     modules = adaptable_modules(denoiser)
-    wanted = [*named_set(targets, method.targets or default).patterns, *method.include]
-    for pattern in method.include:
+    sets = sets_of(targets, denoiser)
+    wanted = [*named_set(sets, method.targets or default).patterns, *expanded(method.include, sets)]
+    unwanted = expanded(method.exclude, sets)
+    for pattern in _plain_patterns(method.include, sets, "include", modules):
         _must_match("include", pattern, modules, denoiser)
     every_name = [name for name, _ in denoiser.named_modules()]
-    for pattern in method.exclude:
+    for pattern in _plain_patterns(method.exclude, sets, "exclude", modules):
         # Leaving out what takes no adapter anyway, such as `*norm*`, is what was asked for.
         if not any(fnmatchcase(name, pattern) for name in every_name):
             _must_match("exclude", pattern, modules, denoiser)
-    names = [name for name in modules if _matches(name, wanted) and not _matches(name, method.exclude)]
+    names = [name for name in modules if matches(name, wanted) and not matches(name, unwanted)]
     if not names:
         raise AdapterError(
             f"no module is left to train: targets {method.targets or default!r}, include {method.include}, "
@@ -55,29 +59,17 @@ def choose_modules(
             remedy="Exclude less, or name modules in `method.include`.",
         )
     for group in method.groups:
-        for pattern in group.match:
+        for pattern in _plain_patterns(group.match, sets, "groups", names):
             _must_match("groups", pattern, names, denoiser)
 
-    choices = {name: _choice(name, modules[name], method) for name in names}
+    choices = {name: _choice(name, modules[name], method, sets) for name in names}
     if isinstance(method, LowRank):
         _check_ranks({name: (choice.rank, largest_rank(modules[name])) for name, choice in choices.items()})
     return choices
 
 
-def named_set(targets: Mapping[str, TargetSet], name: str) -> TargetSet:
-    """Raises:
-    AdapterError: no set is called so; names those there are.
-    """
-    if name not in targets:
-        near = get_close_matches(name, targets, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        known = ", ".join(f"{key} ({target.description})" for key, target in targets.items())
-        raise AdapterError(f"no target set is called {name!r}", remedy=f"{hint}There are: {known}.")
-    return targets[name]
-
-
-def _choice(name: str, module: nn.Linear | Convolution, method: AdapterMethod) -> ModuleChoice:
-    group = next((group for group in method.groups if _matches(name, group.match)), None)
+def _choice(name: str, module: nn.Linear | Convolution, method: AdapterMethod, sets: Sets) -> ModuleChoice:
+    group = next((one for one in method.groups if matches(name, expanded(one.match, sets))), None)
     rate = group.learning_rate if group is not None else None
     if isinstance(method, Turning):
         return ModuleChoice(method.block_size, 0.0, rate, method)
@@ -96,8 +88,21 @@ def _choice(name: str, module: nn.Linear | Convolution, method: AdapterMethod) -
     return ModuleChoice(rank, float(alpha), rate, method)
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _plain_patterns(patterns: Sequence[str], sets: Sets, option: str, names: Iterable[str]) -> list[str]:
+    """The patterns that are no set's name.
+
+    Raises:
+        AdapterError: a set has none of these modules.
+    """
+    among = list(names)
+    for entry in patterns:
+        if entry in sets and not any(matches(name, sets[entry].patterns) for name in among):
+            raise AdapterError(
+                f"method.{option}: the set {entry!r} has none of the modules"
+                + (" that are trained" if option == "groups" else ""),
+                remedy="Leave it out, or name others: " + ", ".join(sets),
+            )
+    return [entry for entry in patterns if entry not in sets]
 
 
 def _must_match(option: str, pattern: str, names: Iterable[str], denoiser: nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from burnish.config.method import TextualInversion
+from burnish.config.method import PivotalWord, TextualInversion, Word
 from burnish.errors import ConfigError
 from burnish.family import Family, Vocabulary
 from burnish.randomness import torch_generator
@@ -22,36 +22,41 @@ INNER = (0.01, 0.99)  # between these shares of the vocabulary by length lies wh
 class NewWord:
     """The vectors of a word in one vocabulary; they train in float32 whatever the text encoder computes in."""
 
-    def __init__(self, vectors_ND: nn.Parameter, lengths: tuple[float, float]) -> None:
+    def __init__(
+        self, vectors_ND: nn.Parameter, lengths: tuple[float, float], learning_rate: float | None = None
+    ) -> None:
         self.vectors_ND = vectors_ND
         self.lengths = lengths
+        self.learning_rate = learning_rate  # the optimizer's if None
 
     @classmethod
-    def teach(cls, vocabulary: Vocabulary, method: TextualInversion, name: str, seed: int) -> Self:
-        """Add the method's word to `vocabulary`, called `name` in messages.
+    def teach(cls, vocabulary: Vocabulary, asked: Word, name: str, seed: int) -> Self:
+        """Add the word that is asked for to `vocabulary`, called `name` in messages.
 
         Raises:
             ConfigError: the word is one already, or the initial text has no words.
         """
-        words = [method.token, *(f"{method.token}_{number}" for number in range(1, method.vectors))]
+        words = [asked.token, *(f"{asked.token}_{number}" for number in range(1, asked.vectors))]
         known = next((word for word in words if vocabulary.knows(word)), None)
         if known is not None:
             raise ConfigError(
-                f"method.token: {known!r} is in the vocabulary of {name} already, where it means something else",
-                remedy=f"Take a word that the model does not know, such as <{method.token.strip('<>')}-1>.",
+                f"{place_of_word(asked)}.token: {known!r} is in the vocabulary of {name} already, as another word",
+                remedy=f"Take a word that the model does not know, such as <{asked.token.strip('<>')}-1>.",
             )
-        start_ND = first_vectors(vocabulary, method, name, seed)
+        start_ND = first_vectors(vocabulary, asked, name, seed)
         lengths = vocabulary.vectors.float().norm(dim=1).quantile(torch.tensor(INNER).to(start_ND.device))
         shortest, longest = lengths.tolist()
-        word = cls(nn.Parameter(start_ND), (shortest, longest))
-        vocabulary.add(method.token, word.vectors_ND)
+        rate = asked.learning_rate if isinstance(asked, PivotalWord) else None
+        word = cls(nn.Parameter(start_ND), (shortest, longest), rate)
+        vocabulary.add(asked.token, word.vectors_ND)
         return word
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {"vectors": self.vectors_ND}
 
     def parameter_groups(self, default_lr: float) -> list[dict[str, Any]]:
-        return [{"params": [self.vectors_ND], "lr": default_lr, "names": ["vectors"]}]
+        rate = default_lr if self.learning_rate is None else self.learning_rate
+        return [{"params": [self.vectors_ND], "lr": rate, "names": ["vectors"]}]
 
     @torch.no_grad()
     def keep_length(self) -> None:
@@ -64,7 +69,12 @@ class NewWord:
         )
 
 
-def first_vectors(vocabulary: Vocabulary, method: TextualInversion, name: str, seed: int) -> Tensor:
+def place_of_word(asked: Word) -> str:
+    """Where in the config a word is asked for."""
+    return "method" if isinstance(asked, TextualInversion) else "method.word"
+
+
+def first_vectors(vocabulary: Vocabulary, asked: Word, name: str, seed: int) -> Tensor:
     """(N, D), float32: those of the initial text, spread over the vectors; without a text, drawn as the vocabulary's
     are distributed.
 
@@ -74,33 +84,32 @@ def first_vectors(vocabulary: Vocabulary, method: TextualInversion, name: str, s
         ConfigError: the text has no words.
     """
     known_VD = vocabulary.vectors
-    if method.initial is None:
+    if asked.initial is None:
         drawn_ND = torch.randn(
-            method.vectors, known_VD.shape[1], generator=torch_generator(seed, "new word", name)
+            asked.vectors, known_VD.shape[1], generator=torch_generator(seed, "new word", name)
         )
         spread_D, mean_D = torch.std_mean(known_VD.float(), dim=0)
         return drawn_ND.to(known_VD.device) * spread_D + mean_D
-    numbers = vocabulary.numbers(method.initial)
+    numbers = vocabulary.numbers(asked.initial)
     if not numbers:
         raise ConfigError(
-            f"method.initial: {method.initial!r} has no words",
+            f"{place_of_word(asked)}.initial: {asked.initial!r} has no words",
             remedy="Name what the pictures show, such as `cat`.",
         )
     start_MD = known_VD[torch.tensor(numbers, device=known_VD.device)].float()
-    if len(numbers) <= method.vectors:
-        return torch.stack([start_MD[index % len(numbers)] for index in range(method.vectors)])
-    return torch.stack([group.mean(dim=0) for group in start_MD.tensor_split(method.vectors)])
+    if len(numbers) <= asked.vectors:
+        return torch.stack([start_MD[index % len(numbers)] for index in range(asked.vectors)])
+    return torch.stack([group.mean(dim=0) for group in start_MD.tensor_split(asked.vectors)])
 
 
-def teach(family: Family, method: TextualInversion, seed: int) -> dict[str, NewWord]:
-    """The method's word in every vocabulary of a family, by the vocabulary's name.
+def teach(family: Family, asked: Word, seed: int) -> dict[str, NewWord]:
+    """The word that is asked for in every vocabulary of a family, by the vocabulary's name.
 
     Raises:
         ConfigError: as `NewWord.teach`.
     """
     return {
-        name: NewWord.teach(vocabulary, method, name, seed)
-        for name, vocabulary in family.vocabularies.items()
+        name: NewWord.teach(vocabulary, asked, name, seed) for name, vocabulary in family.vocabularies.items()
     }
 
 

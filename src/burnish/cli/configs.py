@@ -95,6 +95,7 @@ def starter_facts(name: str) -> StarterFacts:
     Raises:
         UserError: there is no such family.
     """
+    from burnish.adapters.target_sets import derived_sets
     from burnish.config.describe import StarterFacts
     from burnish.families.registry import family_named
 
@@ -104,7 +105,7 @@ def starter_facts(name: str) -> StarterFacts:
         title=family.title,
         size=family.defaults.size,
         targets=family.default_targets,
-        target_sets=tuple(family.targets),
+        target_sets=tuple(derived_sets(family.targets)),
         steps=family.defaults.steps,
         guidance=family.defaults.guidance,
         negative_prompt=family.defaults.negative_prompt,

@@ -9,7 +9,17 @@ from pathlib import Path
 from burnish.config.contrasts import TextSlider
 from burnish.config.data import Captions, DataSource, Folder
 from burnish.config.document import Document
-from burnish.config.method import Adapter, Full, Lokr, Lora, TextualInversion, Turning, trains_text
+from burnish.config.method import (
+    Adapter,
+    Full,
+    Lokr,
+    Lora,
+    TextualInversion,
+    Turning,
+    Word,
+    trains_text,
+    word_of,
+)
 from burnish.config.problems import KeyPath, Problem
 from burnish.config.schema import RunConfig, SamplePrompt
 
@@ -37,7 +47,10 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     if isinstance(config.method, Full):
         yield from _of_full(config, config.method)
     if isinstance(config.method, TextualInversion):
-        yield from _of_words(config, config.method)
+        yield from _of_words_alone(config)
+    asked = word_of(config.method)
+    if asked is not None:
+        yield from _of_words(config, asked)
     yield from _of_single_steps(config)
     yield from _of_strengths(config)
     if config.train.objective.guided_target is not None and trains_text(config.method):
@@ -73,11 +86,10 @@ def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
         )
 
 
-def _of_words(config: RunConfig, method: TextualInversion) -> Iterator[tuple[KeyPath, str]]:
+def _of_words_alone(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     word = "method.kind: textual_inversion trains a few vectors"
-    for option in ("gradient_release", "offload_optimizer"):
-        if getattr(config.memory, option):
-            yield ("memory", option), f"{word}: there is nothing to save; take it out"
+    if config.memory.offload_optimizer:
+        yield ("memory", "offload_optimizer"), f"{word}: there is nothing to save; take it out"
     if config.memory.budget != "auto":
         yield (
             ("memory", "budget"),
@@ -88,12 +100,21 @@ def _of_words(config: RunConfig, method: TextualInversion) -> Iterator[tuple[Key
             ("save", "format"),
             f"{word}, which have one file for all programs; leave it out instead of {config.save.format}",
         )
-    if method.lengths == "vocabulary" and config.train.optimizer.schedule_free:
+
+
+def _of_words(config: RunConfig, asked: Word) -> Iterator[tuple[KeyPath, str]]:
+    if config.memory.gradient_release:
+        text = "a word's vectors are kept in length after whole steps, and are too few to save anything; take it out"
+        yield ("memory", "gradient_release"), text
+    if asked.lengths == "vocabulary" and config.train.optimizer.schedule_free:
         text = (
             f"{config.train.optimizer.kind} keeps an average of the weights of all steps, which lengths cannot be held "
-            "of; set method.lengths: free, or use adamw"
+            "of; set lengths: free, or use adamw"
         )
-        yield ("method", "lengths"), text
+        place = (
+            ("method", "lengths") if isinstance(asked, TextualInversion) else ("method", "word", "lengths")
+        )
+        yield place, text
 
 
 def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
@@ -114,14 +135,9 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
     if source.slider is not None:
         asking.append(("slider",))
     if isinstance(config.method, Full) or trains_text(config.method):
-        what = "knows no new word"
-        if not isinstance(config.method, TextualInversion):
-            full = isinstance(config.method, Full)
-            what = (
-                "full fine-tuning does not keep"
-                if full
-                else "reads captions otherwise with method.text_encoders"
-            )
+        what = "reads captions otherwise than with text encoders that train"
+        if isinstance(config.method, Full):
+            what = "full fine-tuning does not keep"
         for place in asking:
             text = f"asks the model as it was before training, which {what}; train an adapter of the denoiser alone"
             yield ("data", index, *place), text

@@ -12,7 +12,9 @@ from burnish.config.section import Section, default_kind
 class LoraGroup(Section):
     """Modules that get their own rank, alpha or learning rate; the first group that matches wins."""
 
-    match: list[str] = Field(min_length=1, description="Patterns over module names, such as `*attn.to_q`.")
+    match: list[str] = Field(
+        min_length=1, description="Patterns over module names, such as `*attn.to_q`, or named sets."
+    )
     rank: int | None = Field(None, ge=1, le=4096, description="Instead of the method's rank.")
     alpha: float | None = Field(None, gt=0, le=65536, description="Instead of the method's alpha.")
     learning_rate: float | None = Field(None, gt=0, le=10, description="Instead of the optimizer's rate.")
@@ -21,7 +23,9 @@ class LoraGroup(Section):
 class RateGroup(Section):
     """Modules that get their own learning rate; the first group that matches wins."""
 
-    match: list[str] = Field(min_length=1, description="Patterns over module names, such as `*attn.to_q`.")
+    match: list[str] = Field(
+        min_length=1, description="Patterns over module names, such as `*attn.to_q`, or named sets."
+    )
     learning_rate: float = Field(gt=0, le=10, description="Instead of the optimizer's rate.")
 
 
@@ -39,6 +43,55 @@ class TextEncoders(Section):
     )
 
 
+class Word(Section):
+    """A new word in the vocabularies of the text encoders (arXiv 2208.01618)."""
+
+    token: str = Field(
+        min_length=1,
+        max_length=60,
+        description="The word, which captions and sample prompts say; one that the model does not know, such as "
+        "`<my-cat>`. `[trigger]` is replaced.",
+    )
+    vectors: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Vectors of the word; a prompt has room for 75 in all. More hold more, and bend less to the rest "
+        "of the prompt.",
+    )
+    initial: str | None = Field(
+        None,
+        min_length=1,
+        description="Words to begin with, such as `cat`; drawn as the vocabulary's vectors are spread if absent.",
+    )
+    lengths: Literal["vocabulary", "free"] = Field(
+        "vocabulary",
+        description="Keep each vector as long as those of the vocabulary (its inner 98%), or let them grow.",
+    )
+
+    @field_validator("token")
+    @classmethod
+    def one_lower_case_word(cls, token: str) -> str:
+        if any(letter.isspace() or letter == "," for letter in token):
+            raise ValueError(f"token must be one word, without spaces and commas; got {token!r}")
+        if token != token.lower():
+            raise ValueError(
+                f"token must be lower case, which prompts are read in; got {token!r}, write {token.lower()!r}"
+            )
+        return token
+
+
+class PivotalWord(Word):
+    """A new word that trains together with adapters (pivotal tuning)."""
+
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="Instead of the optimizer's rate; ten to fifty times an adapter's is usual.",
+    )
+
+
 class Adapter(Section):
     """What every kind of adapter has."""
 
@@ -47,6 +100,10 @@ class Adapter(Section):
         description="Adapters on text encoders as well; they then stay in memory and read captions in each step.",
     )
 
+    word: PivotalWord | None = Field(
+        None,
+        description="A new word for the text encoders that trains with the adapters, in a file of its own.",
+    )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped while training."
     )
@@ -57,10 +114,14 @@ class Adapter(Section):
         description="Share of the adapters that are left out as a whole, drawn for each step.",
     )
     targets: str | None = Field(
-        None, description="Named set: attention, attention+mlp or all; the family's default if absent."
+        None,
+        description="Named set: attention, attention-out, mlp, attention+mlp, all, or a stack of blocks by its name; "
+        "the family's default if absent.",
     )
-    include: list[str] = Field([], description="Patterns of further modules to train.")
-    exclude: list[str] = Field([], description="Patterns of modules to leave out; wins over everything.")
+    include: list[str] = Field([], description="Patterns of further modules to train, or named sets.")
+    exclude: list[str] = Field(
+        [], description="Patterns of modules to leave out, or named sets; wins over everything."
+    )
 
 
 class LowRank(Adapter):
@@ -228,43 +289,10 @@ class Full(Section):
     groups: list[WeightGroup] = Field([], description="Weights with their own learning rate.")
 
 
-class TextualInversion(Section):
+class TextualInversion(Word):
     """A new word (arXiv 2208.01618): only its vectors in the text encoders train; the model stays as it is."""
 
     kind: Literal["textual_inversion"]
-    token: str = Field(
-        min_length=1,
-        max_length=60,
-        description="The word, which captions and sample prompts say; one that the model does not know, such as "
-        "`<my-cat>`. `[trigger]` is replaced.",
-    )
-    vectors: int = Field(
-        1,
-        ge=1,
-        le=64,
-        description="Vectors of the word; a prompt has room for 75 in all. More hold more, and bend less to the rest "
-        "of the prompt.",
-    )
-    initial: str | None = Field(
-        None,
-        min_length=1,
-        description="Words to begin with, such as `cat`; drawn as the vocabulary's vectors are spread if absent.",
-    )
-    lengths: Literal["vocabulary", "free"] = Field(
-        "vocabulary",
-        description="Keep each vector as long as those of the vocabulary (its inner 98%), or let them grow.",
-    )
-
-    @field_validator("token")
-    @classmethod
-    def one_lower_case_word(cls, token: str) -> str:
-        if any(letter.isspace() or letter == "," for letter in token):
-            raise ValueError(f"token must be one word, without spaces and commas; got {token!r}")
-        if token != token.lower():
-            raise ValueError(
-                f"token must be lower case, which prompts are read in; got {token!r}, write {token.lower()!r}"
-            )
-        return token
 
 
 AdapterMethod = Lora | Loha | Lokr | Oft | Boft
@@ -275,8 +303,13 @@ AnyMethod = Annotated[
 ]
 
 
+def word_of(method: AnyMethod) -> Word | None:
+    """The new word that trains, alone or with adapters."""
+    if isinstance(method, TextualInversion):
+        return method
+    return None if isinstance(method, Full) else method.word
+
+
 def trains_text(method: AnyMethod) -> bool:
     """Whether anything of the text encoders trains, so that captions are encoded in each step."""
-    if isinstance(method, TextualInversion):
-        return True
-    return not isinstance(method, Full) and method.text_encoders is not None
+    return word_of(method) is not None or (isinstance(method, Adapter) and method.text_encoders is not None)

@@ -1,6 +1,6 @@
 """Adapters of CLIP text encoders beside a denoiser's: in the same file, under names of their own.
 
-    kohya       lora_te_text_model_encoder_layers_0_self_attn_q_proj, where there are two lora_te1_ and lora_te2_
+    kohya       lora_te_text_model_encoder_layers_0_self_attn_q_proj; lora_te1_ and lora_te2_ beside another encoder
     diffusers   text_encoder.text_model.encoder.layers.0.self_attn.q_proj, text_encoder_2. the second
     comfy       text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj
 
@@ -60,8 +60,10 @@ def own_names(weights: Mapping[str, AdapterWeights], encoder: nn.Module) -> dict
 def text_keys(keys: ExportKeys, part: str) -> ExportKeys:
     """How the keys of one text encoder are spelled, as an `ExportKeys` of its own."""
     number = part.rpartition("_")[2] if part[-1].isdigit() else "1"
+    # sd-scripts counts where there is more than one, such as FLUX.1's T5; of these Stable Diffusion 1 and 2 have one.
+    alone = len(keys.text_encoders) == 1 and not keys.by_release("kohya")
     prefix: dict[AdapterFormat, str] = {
-        "kohya": "lora_te_" if len(keys.text_encoders) == 1 else f"lora_te{number}_",
+        "kohya": "lora_te_" if alone else f"lora_te{number}_",
         "diffusers": f"{part}.",
         "comfy": f"text_encoders.{keys.text_encoders[part]}.transformer.",
     }

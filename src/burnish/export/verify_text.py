@@ -51,5 +51,6 @@ def text_names(modules: Iterable[str], part: str, format: AdapterFormat, keys: E
         clip = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[part]
         return {f"text_encoders.{clip}.transformer.{name}": name for name in modules}
     start = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[part]
-    start = start if "text_encoder_2" in keys.text_encoders else "lora_te_"
+    if keys.default == "kohya" and "text_encoder_2" not in keys.text_encoders:
+        start = "lora_te_"
     return {start + name.replace(".", "_"): name for name in modules}

@@ -102,7 +102,7 @@ class Chroma(PipelineFamily):
         formats=("diffusers", "comfy", "kohya"),
         modelspec="chroma",
         base_model_version="chroma",
-        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        prefix={"diffusers": "transformer.", "comfy": "diffusion_model.", "kohya": "lora_unet_"},
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,

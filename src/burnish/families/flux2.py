@@ -109,7 +109,7 @@ class Flux2(PipelineFamily):
         formats=("comfy", "diffusers", "kohya"),
         modelspec="flux-2-dev",
         base_model_version="flux2",
-        prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
+        prefix={"comfy": "diffusion_model.", "diffusers": "transformer.", "kohya": "lora_unet_"},
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,

@@ -67,7 +67,7 @@ def export_keys(modelspec: str, version: str) -> ExportKeys:
         formats=("diffusers", "comfy", "kohya"),
         modelspec=modelspec,
         base_model_version=version,
-        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        prefix={"diffusers": "transformer.", "comfy": "diffusion_model.", "kohya": "lora_unet_"},
         spellings=XFLUX,
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),

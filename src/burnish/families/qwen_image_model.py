@@ -59,7 +59,7 @@ def export_keys(modelspec: str) -> ExportKeys:
         formats=("diffusers", "comfy", "kohya"),
         modelspec=modelspec,
         base_model_version="qwen_image",
-        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        prefix={"diffusers": "transformer.", "comfy": "diffusion_model.", "kohya": "lora_unet_"},
         readers={"comfy": ("ComfyUI", "diffusers")},
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),

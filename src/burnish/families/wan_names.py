@@ -65,6 +65,7 @@ _LAYERS = ("blocks.*.attn[12].*",)
 _FEED_FORWARD = ("blocks.*.ffn.net.0.proj", "blocks.*.ffn.net.2")
 TARGETS: Mapping[str, TargetSet] = {
     "attention": TargetSet(_LAYERS, "Query, key, value and output of both attentions."),
+    "attention-out": TargetSet(("blocks.*.attn[12].to_out.0",), "Output of both attentions."),
     "attention+mlp": TargetSet((*_LAYERS, *_FEED_FORWARD), "Attention and feed-forward layers."),
     "all": TargetSet(
         (

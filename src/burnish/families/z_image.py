@@ -115,7 +115,7 @@ class ZImage(PipelineFamily):
         formats=("diffusers", "comfy", "kohya"),  # comfy, with fused queries, loads in ComfyUI alone
         modelspec="z-image",
         base_model_version="z_image",
-        prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
+        prefix={"diffusers": "transformer.", "comfy": "diffusion_model.", "kohya": "lora_unet_"},
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,

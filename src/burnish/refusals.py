@@ -1,0 +1,64 @@
+"""What a run cannot do with a family or its captions, said before hours of work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from burnish.adapters.words import place_of_word
+from burnish.config.method import Full, TextEncoders, TextualInversion, word_of
+from burnish.config.schema import RunConfig
+from burnish.data.samples import Sample
+from burnish.errors import DataError, UserError
+from burnish.export.formats import format_of_kind
+from burnish.export.kinds import kind_of_method
+from burnish.family import Family
+
+
+def refuse_unreadable(config: RunConfig, family: Family) -> None:
+    """What no program would load is known from the config alone, before hours of work on data.
+
+    Raises:
+        AdapterError: no program reads this kind of adapter of this family in `save.format`.
+        UserError: the family cannot be taught words, or has no text encoder that adapters go on.
+    """
+    if word_of(config.method) is not None and not family.capabilities.new_words:
+        raise UserError(
+            f"a new word (`method`), and {family.title} cannot be taught words here",
+            remedy="Train an adapter alone (method.kind: lora); families with CLIP alone can: sd15, sd2, sdxl.",
+        )
+    if isinstance(config.method, Full | TextualInversion):
+        return
+    format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+    if config.method.text_encoders is not None:
+        _refuse_text_encoders(config.method.text_encoders, family)
+
+
+def _refuse_text_encoders(section: TextEncoders, family: Family) -> None:
+    has = list(family.export.text_encoders.values())
+    if not has:
+        raise UserError(
+            f"method.text_encoders: {family.title} has no CLIP, and only CLIPs are trained here",
+            remedy="Leave method.text_encoders out; sd15, sd2, sdxl, sd3 and flux have CLIPs.",
+        )
+    unknown = [name for name in section.which if name not in has]
+    if unknown:
+        raise UserError(
+            f"method.text_encoders.which: {family.title} has no {unknown[0]}",
+            remedy=f"Name some of {', '.join(has)}, or leave it out for all.",
+        )
+
+
+def refuse_unsaid_word(config: RunConfig, samples: Sequence[Sample]) -> None:
+    """Raises:
+    DataError: the word to be learned stands in no caption.
+    """
+    asked = word_of(config.method)
+    if asked is None:
+        return
+    word = asked.token
+    if any(word in text.lower() for sample in samples for text in sample.captions(config.seed)):
+        return
+    raise DataError(
+        f"{place_of_word(asked)}.token: no caption says {word!r}, so nothing would be learned",
+        remedy=f'Set data: captions: prefix: "a photo of {word}, ", or write the word into the caption files.',
+    )
