@@ -21,6 +21,7 @@ from burnish.objective import Denoising, Turn
 from burnish.optim.ema import Ema
 from burnish.optim.schedule import apply_learning_rate
 from burnish.randomness import stable_seed
+from burnish.reconstruction import Reconstruction
 
 # Of the limit: below it a gradient is its own clipped one to the bit, and need not be multiplied by one.
 CLIPPED_FROM = 1 - 1e-4
@@ -35,7 +36,7 @@ class Training:
     """
 
     family: Family
-    objective: Denoising
+    objective: Denoising | Reconstruction
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     learning_rate_factor: Callable[[int], float]

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from burnish.adapters.attached import AdapterSet
 from burnish.checkpoint.space import nap
@@ -28,7 +27,6 @@ from burnish.errors import DataError, DiskFull, Interrupted, NonFiniteLoss
 from burnish.events import Events
 from burnish.loop import Training
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
-from burnish.randomness import torch_generator
 from burnish.results import Facts, Result, averaged
 from burnish.resume import checkpoint_content
 from burnish.sampling.clip_file import middle_frame
@@ -81,30 +79,10 @@ class Validate:
     def loss(self, run: Training) -> float:
         """Mean over held-out samples and times, each with noise that depends on the sample and time alone."""
         losses = []
-        objective = run.objective.comparable()
-        begin, end = run.family.schedule.times
         for batch in self.batches():
-            batch = run.told(batch.to(run.device))
-            for t in self.times:
-                noise = held_noise(run.seed, "validation", batch.latents_BCHW.shape[1:], batch.sample_ids, t)
-                audio_noise = None
-                if batch.audio_BCLF is not None:
-                    shape = batch.audio_BCLF.shape[1:]
-                    audio_noise = held_noise(run.seed, "validation audio", shape, batch.sample_ids, t)
-                t_B = torch.full((len(noise),), begin + (end - begin) * t)
-                turns = objective.turns_at(run.family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
-                losses += [turn.loss_B.flatten() for turn in turns]
+            told = run.told(batch.to(run.device))
+            losses.append(run.objective.held_out(run.family, told, self.times, run.seed))
         return float(torch.cat(losses).mean())
-
-
-def held_noise(seed: int, what: str, shape: Sequence[int], sample_ids: Sequence[str], t: float) -> Tensor:
-    """Noise (B, *shape) that depends on the sample and the time alone."""
-    return torch.stack(
-        [
-            torch.randn(shape, generator=torch_generator(seed, what, sample_id, str(t)))
-            for sample_id in sample_ids
-        ]
-    )
 
 
 @dataclass
