@@ -27,6 +27,7 @@ from burnish.errors import DataError, DiskFull, Interrupted, NonFiniteLoss
 from burnish.events import Events
 from burnish.loop import Training
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
+from burnish.objective import Denoising
 from burnish.results import Facts, Result, averaged
 from burnish.resume import checkpoint_content
 from burnish.sampling.clip_file import middle_frame
@@ -265,8 +266,10 @@ class Sample:
 def at_strength(run: Training, strength: float) -> AbstractContextManager[None]:
     if strength == 1.0:
         return nullcontext()
-    assert run.objective.strength is not None, "the config is refused where no adapter trains"
-    return run.objective.strength(strength)
+    objective = run.objective
+    assert isinstance(objective, Denoising), "the config is refused where no adapter trains"
+    assert objective.strength is not None
+    return objective.strength(strength)
 
 
 def in_words(request: PictureRequest) -> str:

@@ -399,6 +399,7 @@ SLIDER = "slider: {target: a, positive: b, negative: c}"
         ("data: [{path: p, preference: {rejected: r}, loss_masks: {kind: alpha}}]", "a source of its own"),
         (f"data: [{{path: p, {SLIDER}, target: model}}]", "target: picture"),
         ("data: [{kind: generated, role: regularization, " + SLIDER + "}]", "role: train"),
+        ("data: [{path: p, preference: {rejected: r}}]\nmethod: {kind: vae}", "data.0.preference"),
         ("data: [{path: p, preference: {loser: r}}]", "did you mean rejected"),
     ],
 )  # fmt: skip

@@ -157,7 +157,7 @@ def _of_vae(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
         if not isinstance(source, Folder):
             yield ("data", index), f"{vae}, which would learn what it drew itself; give folders of pictures"
             continue
-        for name in ("references", "masks", "loss_masks", "preserve"):
+        for name in ("references", "masks", "loss_masks", "preserve", "slider", "preference"):
             if getattr(source, name):
                 yield ("data", index, name), f"{vae}, on whole pictures; take it out"
         if source.target == "model":
