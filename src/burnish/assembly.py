@@ -16,7 +16,7 @@ from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
 from burnish.compute.attention_choice import choose
 from burnish.compute.compile import Compilation, compile_blocks
-from burnish.config.method import trains_text, word_of
+from burnish.config.method import Vae, trains_text, word_of
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
 from burnish.events import Events
@@ -31,12 +31,14 @@ from burnish.memory.gradient_release import GradientRelease
 from burnish.memory.state_offload import StatesOnHost
 from burnish.memory.streaming import stream_weights
 from burnish.memory.transfer import transfer_to, waited_for
+from burnish.model import DTYPES
 from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer
 from burnish.optim.ema import Ema
 from burnish.optim.one_by_one import OneByOne
 from burnish.optim.schedule import learning_rate_factor
 from burnish.preparation import Prepared
+from burnish.reconstruction import Reconstruction, autoencoder_of
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, encode_requests, with_references
 from burnish.signals import StopRequest
@@ -90,7 +92,9 @@ def assemble(
     assert config.memory.activations != "auto", "what is open is settled first"
     assert config.memory.stream != "auto"
     assert config.memory.offload_activations != "auto"
-    blocks = family.blocks()
+    blocks = family.blocks() if family.denoisers else []
+    if isinstance(config.method, Vae) and config.memory.activations == "recompute":
+        autoencoder_of(family).enable_gradient_checkpointing()
     set_activations(blocks, activation_modes(config.memory.activations, len(blocks)))
     denoisers = list(family.denoisers.values())
     if config.memory.stream:
@@ -144,6 +148,8 @@ def build_attention(config: RunConfig, run: Training, prepared: Prepared) -> Att
                 continue
         return list(found.values())
 
+    if not run.family.denoisers:
+        return Attention()
     return choose(config.memory.attention, calls, run.device, cache_folder(config))
 
 
@@ -175,7 +181,7 @@ def build_training(
         optimizer.register_step_post_hook(keeps_lengths(words))
     run = Training(
         family=family,
-        objective=with_adapters(Denoising.of(train.objective, family), trained),
+        objective=build_objective(config, family, trained),
         parameters=parameters,
         optimizer=optimizer,
         learning_rate_factor=partial(learning_rate_factor, train.schedule, total=train.steps),
@@ -190,7 +196,7 @@ def build_training(
         max_grad_norm=train.max_grad_norm,
         ema=Ema(parameters, train.ema.decay or 0.99, train.ema.width) if train.ema else None,
         constants=constants,
-        model_identity=family.identity("denoiser"),
+        model_identity=family.identity("denoiser" if family.denoisers else "vae"),
         data_fingerprint=prepared.plan.fingerprint,
         held_out_fingerprint=held_out_fingerprint(config, prepared),
         release=release,
@@ -199,6 +205,14 @@ def build_training(
         run.model_identity += family.identity("text_encoders")
         run.told = partial(with_prompts, family)
     return run
+
+
+def build_objective(
+    config: RunConfig, family: Family, trained: Mapping[str, Trained]
+) -> Denoising | Reconstruction:
+    if isinstance(config.method, Vae):
+        return Reconstruction.of(config.method, DTYPES[config.train.precision])
+    return with_adapters(Denoising.of(config.train.objective, family), trained)
 
 
 def with_prompts(family: Family, batch: Batch) -> Batch:

@@ -6,7 +6,7 @@ An objective sees a batch and a family and gives one loss per sample. Noise and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -118,6 +118,22 @@ class Denoising:
         are masks it is that of the places that count; where a difference is learned it is its own loss, of squares."""
         plain = replace(self.timesteps, emphasis=())
         return replace(self, loss=Squared(), weighting=None, timesteps=plain, frozen=None, guided_target=None)
+
+    def held_out(self, family: Family, batch: Batch, times: Sequence[float], seed: int) -> Tensor:
+        """Comparable losses of every sample at each time, with noise that depends on the sample and the time alone."""
+        plain = self.comparable()
+        begin, end = family.schedule.times
+        losses = []
+        for t in times:
+            noise = held_noise(seed, "validation", batch.latents_BCHW.shape[1:], batch.sample_ids, t)
+            audio_noise = None
+            if batch.audio_BCLF is not None:
+                shape = batch.audio_BCLF.shape[1:]
+                audio_noise = held_noise(seed, "validation audio", shape, batch.sample_ids, t)
+            t_B = torch.full((len(noise),), begin + (end - begin) * t)
+            turns = plain.turns_at(family, batch, noise, t_B, audio_noise_BCLF=audio_noise)
+            losses += [turn.loss_B.flatten() for turn in turns]
+        return torch.cat(losses)
 
     def losses(
         self, family: Family, batch: Batch, seed: int, predict: Predict | None = None
@@ -349,6 +365,16 @@ class Denoising:
         if isinstance(self.shift, float | int):
             return self.shift
         return self.shift.factor(tokens, self.sampler_steps)
+
+
+def held_noise(seed: int, what: str, shape: Sequence[int], sample_ids: Sequence[str], t: float) -> Tensor:
+    """Noise (B, *shape) that depends on the sample and the time alone."""
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch_generator(seed, what, sample_id, str(t)))
+            for sample_id in sample_ids
+        ]
+    )
 
 
 def plain_noise(batch: Batch, seed: int, what: str, shape: torch.Size) -> Tensor:

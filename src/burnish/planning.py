@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from burnish.config.method import Full, TextualInversion, trains_text
+from burnish.config.method import Full, TextualInversion, Vae, trains_text
 from burnish.config.schema import RunConfig
 from burnish.errors import BurnishError, UserError
 from burnish.family import Conditioning, Family, Part
@@ -79,6 +79,11 @@ def plan_run(
             "textual inversion is not planned yet: its steps hold the text encoders, too",
             remedy="It takes what an adapter's run takes with memory.activations: recompute, and the text encoders.",
         )
+    if isinstance(config.method, Vae):
+        raise UserError(
+            "training a VAE is not planned: its steps hold neither denoiser nor text encoders",
+            remedy="Start with method.crop: 256 and train.batch_size: 1; memory.activations: recompute takes less.",
+        )
     return _Planner(config, card, budget, cuda, can_compile).plan()
 
 
@@ -146,7 +151,7 @@ class _Planner:
         return self.known.latents.tokens(self.known.latents.of(shape.height, shape.width, shape.frames))
 
     def choose(self, family: Family) -> Mapping[str, Mapping[str, Any]]:
-        assert not isinstance(self.config.method, TextualInversion), "what is not planned"
+        assert not isinstance(self.config.method, TextualInversion | Vae), "what is not planned"
         return {part: chosen(self.config.method, family, one) for part, one in family.denoisers.items()}
 
     def profile(self, shape: Shape, kept_as: str, mode: str | float) -> Profile:
@@ -164,7 +169,7 @@ class _Planner:
             keep_activations=keep,
             accumulates=train.accumulate > 1,
             averages=train.ema is not None,
-            dropout=0.0 if isinstance(method, Full | TextualInversion) else method.dropout,
+            dropout=0.0 if isinstance(method, Full | TextualInversion | Vae) else method.dropout,
             own_weights=isinstance(method, Full),
             releases=memory.gradient_release,
             offloads=memory.offload_optimizer,
@@ -330,7 +335,7 @@ class _Planner:
 
     def _trained_texts(self, phase: Phase, batch: int) -> int:
         method = self.config.method
-        if isinstance(method, Full | TextualInversion) or not trains_text(method):
+        if isinstance(method, Full | TextualInversion | Vae) or not trains_text(method):
             return 0
         names, section = self.known.export.text_encoders, method.text_encoders
         which = section.which if section is not None and method.word is None else ()

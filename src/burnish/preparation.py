@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from burnish.config.data import Folder, Generated
-from burnish.config.method import trains_text
+from burnish.config.data import Captions, Folder, Generated
+from burnish.config.method import Vae, trains_text
 from burnish.config.schema import RunConfig, SamplePrompt, Size
 from burnish.data.batch import Batch
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache
-from burnish.data.loader import batches
+from burnish.data.loader import batches, pixel_batches
 from burnish.data.loss_masks import encode_masks
 from burnish.data.plan import BatchPlan
 from burnish.data.preflight import PreparedData, prepare_samples
@@ -51,14 +51,21 @@ class Prepared:
     encoded: bool = True
     asked: Sequence[PictureRequest] = ()
 
+    pixels: Vae | None = None  # the VAE itself trains, on pixels
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """What training loads."""
+        if self.pixels is not None:
+            return ("vae",)
         text: tuple[Part, ...] = () if self.encoded else ("text_encoders",)
         return ("denoiser", "vae", *text) if self.requests or self.asked else ("denoiser", *text)
 
     def batches(self, start: int, *, workers: int, plan: BatchPlan | None = None) -> Iterator[Batch]:
         """Batches of micro-step `start` and all after it, without end."""
+        if self.pixels is not None:
+            crop = self.pixels.crop
+            return pixel_batches(plan or self.plan, self.family, crop=crop, start=start, workers=workers)
         return batches(
             plan or self.plan,
             self.cache,
@@ -84,6 +91,9 @@ def check_data(
     Raises:
         DataError: captions to be mended, too many pictures skipped, or none left.
     """
+    if isinstance(config.method, Vae):
+        nothing_said = Captions(default="")
+        sources = [source.model_copy(update={"captions": nothing_said}) for source in sources]
     prepared = prepare_samples(
         sources,
         pixel_multiple=family.latents.pixel_multiple,
@@ -172,11 +182,12 @@ def prepare(
     keys = CacheKeys.of(family, dtype)
     seen = [picture for sample in (*trained, *held) for picture in sample.pictures]
     encode_masks(seen, family.latents, cache, keys)
-    in_step = trains_text(config.method)
+    in_step, pixels = trains_text(config.method), isinstance(config.method, Vae)
     requests = []
-    if not in_step:
+    if not in_step and not pixels:
         requests = encode_texts(config, model, checked, seen, folder, cache, keys, device, dtype, events)
-    requests = encode(model, seen, requests, cache, keys, device, dtype, events)
+    if not pixels:
+        requests = encode(model, seen, requests, cache, keys, device, dtype, events)
     return Prepared(
         model=model,
         family=family,
@@ -189,6 +200,7 @@ def prepare(
         config_hash=config_hash,
         encoded=not in_step,
         asked=sample_requests(config) if in_step else (),
+        pixels=config.method if isinstance(config.method, Vae) else None,
     )
 
 
@@ -343,6 +355,7 @@ def sample_requests(config: RunConfig) -> list[PictureRequest]:
                 frames=one.frames or section.frames,
                 references=tuple(one.references),
                 mask=one.mask,
+                strength=one.strength,
             )
         )
     return requests

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from burnish.adapters.words import place_of_word
-from burnish.config.method import Full, TextEncoders, TextualInversion, word_of
+from burnish.config.method import Full, TextEncoders, TextualInversion, Vae, word_of
 from burnish.config.schema import RunConfig
 from burnish.data.samples import Sample
 from burnish.errors import DataError, UserError
 from burnish.export.formats import format_of_kind
 from burnish.export.kinds import kind_of_method
 from burnish.family import Family
+from burnish.reconstruction import autoencoder_of
 
 
 def refuse_unreadable(config: RunConfig, family: Family) -> None:
@@ -19,13 +20,17 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
 
     Raises:
         AdapterError: no program reads this kind of adapter of this family in `save.format`.
-        UserError: the family cannot be taught words, or has no text encoder that adapters go on.
+        UserError: the family cannot be taught words, has no text encoder that adapters go on, or a VAE of a kind that
+            is not trained.
     """
     if word_of(config.method) is not None and not family.capabilities.new_words:
         raise UserError(
             f"a new word (`method`), and {family.title} cannot be taught words here",
             remedy="Train an adapter alone (method.kind: lora); families with CLIP alone can: sd15, sd2, sdxl.",
         )
+    if isinstance(config.method, Vae):
+        autoencoder_of(type(family).skeleton(parts=frozenset({"vae"}), of=family))
+        return
     if isinstance(config.method, Full | TextualInversion):
         return
     format_of_kind(config.save.format, family.export, kind_of_method(config.method))

@@ -18,10 +18,12 @@ from burnish.adapters.words import NewWord
 from burnish.export.adapter_file import write_adapter
 from burnish.export.denoiser_file import write_folder, write_single_file
 from burnish.export.text_encoders import text_adapter
+from burnish.export.vae_file import write_vae_file
 from burnish.export.verify import verify_adapter
 from burnish.export.word_file import write_word
 from burnish.loop import Training
 from burnish.optim.schedule_free import averaged_point, is_schedule_free
+from burnish.reconstruction import autoencoder_of
 
 Facts = Mapping[str, object]
 Metadata = Callable[[Training, str], Mapping[str, str]]
@@ -128,6 +130,44 @@ class DenoiserFile:
             values = _state(run, self.part, self.weights)
             told = self.metadata(run, self.part)
             return write_single_file(path, run.family, self.part, values, self.dtype, told).facts()
+
+
+@dataclass(frozen=True, slots=True)
+class VaeFolder:
+    """The VAE as the part of a diffusers model: `<name><label>/vae`."""
+
+    weights: OwnWeights
+    folder: Path
+    name: str
+    dtype: torch.dtype
+
+    def path(self, label: str) -> Path:
+        return self.folder / f"{self.name}{label}" / "vae"
+
+    def write(self, run: Training, path: Path) -> Facts:
+        vae = autoencoder_of(run.family)
+        config = {**vae.config, "_class_name": type(vae).__name__}
+        with _own_average(run):
+            return write_folder(path, config, _state(run, "vae", self.weights), self.dtype).facts()
+
+
+@dataclass(frozen=True, slots=True)
+class VaeFile:
+    """The VAE as a single file in the names of latent diffusion: `<stem><label>.safetensors`."""
+
+    weights: OwnWeights
+    folder: Path
+    stem: str
+    dtype: torch.dtype
+    metadata: Metadata
+
+    def path(self, label: str) -> Path:
+        return self.folder / f"{self.stem}{label}.safetensors"
+
+    def write(self, run: Training, path: Path) -> Facts:
+        with _own_average(run):
+            values = _state(run, "vae", self.weights)
+            return write_vae_file(path, values, self.dtype, self.metadata(run, "vae")).facts()
 
 
 @dataclass(frozen=True, slots=True)

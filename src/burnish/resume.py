@@ -29,7 +29,7 @@ FIXED = (
     *(f"method.{name}" for name in ("targets", "include", "exclude", "groups", "rs_scaling", "tucker")),
     *(f"method.{name}" for name in ("dora", "start")),
     *(f"method.{name}" for name in ("factor", "full_rank", "decompose_both", "block_size", "stages")),
-    *(f"method.{name}" for name in ("token", "vectors", "lengths", "text_encoders", "word")),
+    *(f"method.{name}" for name in ("token", "vectors", "lengths", "text_encoders", "word", "encoder")),
     "seed",
     *(f"train.optimizer.{name}" for name in ("kind", "class_path", "rounding")),
     "train.precision",

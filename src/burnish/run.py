@@ -18,7 +18,7 @@ from burnish.checkpoint.space import check_space
 from burnish.checkpoint.store import Loaded
 from burnish.compute.capabilities import use_tensor_cores
 from burnish.config.load import load_config, to_yaml
-from burnish.config.method import Full
+from burnish.config.method import Full, Vae
 from burnish.config.schema import RunConfig
 from burnish.config.train import RollBackOnNonFinite
 from burnish.errors import BurnishError, Interrupted, NonFiniteLoss, OutOfMemory, UserError
@@ -87,7 +87,7 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
         torch.set_num_threads(config.memory.threads)
     device, dtype = (
         choose_device(config.memory.device, config.train.precision),
-        DTYPES[config.train.precision],
+        torch.float32 if isinstance(config.method, Vae) else DTYPES[config.train.precision],
     )
     check_optimizer(config.train.optimizer, device)
     use_tensor_cores(device, config.train.precision)
@@ -101,9 +101,9 @@ def prepare_and_train(config: RunConfig, folder: RunFolder, events: Events, stop
     prepared = prepare(config, hashlib.sha256(resolved.encode()).hexdigest(), folder, device, dtype, events)
     atomic_write_text(folder.config, resolved)
 
-    events.phase("loading the denoiser", 0, 0)
+    events.phase("loading the VAE" if prepared.pixels else "loading the denoiser", 0, 0)
     family = prepared.model.load(*prepared.parts, dtype=dtype, device=places(config.memory, device))
-    if "vae" in prepared.parts and (alone := drawn_alone(family)):
+    if family.denoisers and "vae" in prepared.parts and (alone := drawn_alone(family)):
         events.warned(f"samples: {alone}")
     assembled = assemble(config, resolved, family, prepared, folder, device, dtype, events, stop)
     if lost := what_is_lost(config.train.optimizer, assembled.training.parameters.values()):
@@ -262,16 +262,16 @@ def disk_bytes(config: RunConfig, assembled: Assembled, folder: RunFolder) -> tu
     parameters = list(run.parameters.values())
     count = sum(one.numel() for one in parameters)
     averages = 4 * count if run.ema is not None else 0
-    if not isinstance(config.method, Full):
+    if not isinstance(config.method, Full | Vae):
         return count * 4 * 6 + averages, 0  # an optimizer keeps four tensors per weight at the most
     per_weight = {
         dtype: state_bytes(config.train.optimizer, dtype, run.device)
         for dtype in {one.dtype for one in parameters}
     }
     states = sum(one.numel() * per_weight[one.dtype] for one in parameters)
-    denoisers = run.family.denoisers
-    whole = sum(one.numel() for part in denoisers.values() for one in part.parameters())
-    formats = len(assembled.save.results) // len(denoisers)
+    modules = run.family.denoisers or {"vae": run.family.loaded["vae"]}
+    whole = sum(one.numel() for part in modules.values() for one in part.parameters())
+    formats = len(assembled.save.results) // len(modules)
     # The last, the best and the one being written; or those of every save and of the end.
     kept = 2 + run.steps // config.save.every if keeps_all(config) else 3
     written = kept * formats * whole * EXPORT_DTYPES[config.save.dtype].itemsize

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._triton import has_triton
 
 from burnish.atomic import atomic_write_text
-from burnish.config.method import TextualInversion
+from burnish.config.method import TextualInversion, Vae
 from burnish.config.schema import Memory, RunConfig
 from burnish.events import Listener
 from burnish.loop import Training
@@ -71,6 +71,8 @@ def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: L
     memory = pinned(config.memory, folder)
     if isinstance(config.method, TextualInversion):
         return Settled(with_memory(config, memory, UNPLANNED | {"activations": "recompute"}), None)
+    if isinstance(config.method, Vae):
+        return Settled(with_memory(config, memory, UNPLANNED), None)
     if device.type != "cuda" and memory.budget == "auto":
         return Settled(with_memory(config, memory, UNPLANNED), None)
     events.phase("planning", 0, 0)

@@ -16,18 +16,35 @@ from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.own_weights import OwnWeights, choose_weights
 from burnish.adapters.targeting import choose_modules
 from burnish.adapters.words import NewWord, teach
-from burnish.config.method import AdapterMethod, AnyMethod, Full, TextualInversion, word_of
+from burnish.config.method import AdapterMethod, AnyMethod, Full, TextualInversion, Vae, word_of
 from burnish.config.schema import RunConfig
 from burnish.errors import ConfigError
 from burnish.export.formats import refuse_unstackable, resolve_format
-from burnish.export.metadata import AVERAGE, Provenance, adapter_metadata, model_metadata, word_metadata
+from burnish.export.metadata import (
+    AVERAGE,
+    Provenance,
+    adapter_metadata,
+    model_metadata,
+    vae_metadata,
+    word_metadata,
+)
 from burnish.export.text_encoders import TARGETS
+from burnish.families.autoencoder import shapes_tell
 from burnish.family import Family, TargetSet
 from burnish.generate import part_labels
 from burnish.loop import Training
 from burnish.memory.quantized import choose_products
 from burnish.preparation import Prepared
-from burnish.results import AdapterResult, DenoiserFile, DenoiserFolder, Result, WordResult
+from burnish.reconstruction import autoencoder_of
+from burnish.results import (
+    AdapterResult,
+    DenoiserFile,
+    DenoiserFolder,
+    Result,
+    VaeFile,
+    VaeFolder,
+    WordResult,
+)
 from burnish.run_folder import RunFolder
 
 EXPORT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,6 +62,16 @@ def trained_parts(
     """
     if isinstance(config.method, TextualInversion):
         return {**teach(family, config.method, config.seed)}
+    if isinstance(config.method, Vae):
+        vae = autoencoder_of(family)
+        if config.save.format == "comfy" and not shapes_tell(vae.config):
+            raise ConfigError(
+                "save.format: comfy, and no single file can tell this VAE's groups of channels, which are not 32",
+                remedy="Set save.format: auto or diffusers.",
+            )
+        sides = ("decoder.", "post_quant_conv.") if not config.method.encoder else ("",)
+        chosen_names = [name for name, _ in vae.named_parameters() if name.startswith(sides)]
+        return {"vae": OwnWeights.unfreeze(vae, dict.fromkeys(chosen_names))}
     if isinstance(config.method, Full):
         if config.save.format == "comfy" and family.export.tensors is None:
             raise ConfigError(
@@ -141,6 +168,8 @@ class Told:
             asked = word_of(self.config.method)
             assert asked is not None
             return word_metadata(run.family.export, about, asked.token)
+        if isinstance(self.config.method, Vae):
+            return {**vae_metadata(run.family.export, about), **average_metadata(run)}
         if isinstance(one, OwnWeights):
             return {**model_metadata(run.family.export, about), **average_metadata(run)}
         return {**adapter_metadata(run.family.export, one.weights(), about), **average_metadata(run)}
@@ -193,6 +222,13 @@ def _results(told: Told, family: Family, folder: RunFolder) -> Iterator[Result]:
     for part, one in told.trained.items():
         if isinstance(one, NewWord) or part in texts:
             continue
+        if isinstance(config.method, Vae):
+            assert isinstance(one, OwnWeights)
+            if format in ("auto", "diffusers"):
+                yield VaeFolder(one, folder.models, config.name, dtype)
+            if format in ("auto", "comfy") and shapes_tell(autoencoder_of(family).config):
+                yield VaeFile(one, folder.models, f"{config.name}-vae", dtype, told.metadata)
+            continue
         stem = f"{config.name}-{labels[part]}" if part in labels else config.name
         if isinstance(one, AdapterSet):
             yield AdapterResult(part, one, folder.adapters, stem, format, dtype, told.metadata, texts)
@@ -206,5 +242,5 @@ def _results(told: Told, family: Family, folder: RunFolder) -> Iterator[Result]:
 def keeps_all(config: RunConfig) -> bool:
     """Whether the results of every save are kept."""
     if config.save.adapters == "auto":
-        return not isinstance(config.method, Full)
+        return not isinstance(config.method, Full | Vae)
     return config.save.adapters == "all"

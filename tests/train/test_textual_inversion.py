@@ -27,10 +27,9 @@ from burnish.data.batch import Batch
 from burnish.errors import ConfigError, DataError, Interrupted, UserError
 from burnish.events import Listener, StepReport
 from burnish.generate import learn_word
-from burnish.objective import Denoising
+from burnish.objective import Denoising, held_noise
 from burnish.run import train_run
 from burnish.run_folder import RunFolder
-from burnish.tasks import held_noise
 
 TinyFolder = Callable[[str], Path]
 WORD = "<it>"

@@ -16,12 +16,14 @@ from burnish.config.method import (
     Lora,
     TextualInversion,
     Turning,
+    Vae,
     Word,
     trains_text,
     word_of,
 )
+from burnish.config.objective import Objective
 from burnish.config.problems import KeyPath, Problem
-from burnish.config.schema import RunConfig
+from burnish.config.schema import RunConfig, SamplePrompt
 
 
 def cross_checks(config: RunConfig, document: Document) -> list[Problem]:
@@ -48,10 +50,13 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
         yield from _of_full(config, config.method)
     if isinstance(config.method, TextualInversion):
         yield from _of_words_alone(config)
+    if isinstance(config.method, Vae):
+        yield from _of_vae(config)
     asked = word_of(config.method)
     if asked is not None:
         yield from _of_words(config, asked)
     yield from _of_single_steps(config)
+    yield from _of_strengths(config)
     if config.train.objective.guided_target is not None and trains_text(config.method):
         text = "asks for the empty caption as it was encoded before training; train an adapter of the denoiser alone"
         yield ("train", "objective", "guided_target"), text
@@ -116,6 +121,49 @@ def _of_words(config: RunConfig, asked: Word) -> Iterator[tuple[KeyPath, str]]:
         yield place, text
 
 
+def _of_vae(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
+    vae = "method.kind: vae trains the VAE alone"
+    memory, model = config.memory, config.model
+    if config.train.precision == "fp16":
+        yield ("train", "precision"), f"{vae}, which overflows in fp16; use bf16 or fp32"
+    if config.train.objective != Objective():
+        yield ("train", "objective"), f"{vae}, by the weights of the method section; take it out"
+    if config.sample.prompts:
+        text = f"{vae}, and no denoiser is loaded to draw with; take them out, and draw with model.vae afterwards"
+        yield ("sample", "prompts"), text
+    for option, value in (("training_adapter", model.training_adapter), ("base_adapter", model.base_adapter)):
+        if value is not None:
+            yield ("model", option), f"{vae}; an adapter is of the denoiser, take it out"
+    if config.save.format == "kohya":
+        yield ("save", "format"), "kohya is a spelling of adapters; a VAE is diffusers, comfy, or both: auto"
+    if memory.activations not in ("auto", "keep", "recompute"):
+        yield ("memory", "activations"), f"{vae}, which has no blocks to choose among; use keep or recompute"
+    for name, usual in (
+        ("weights", ("auto", "native")),
+        ("stream", ("auto", 0.0)),
+        ("offload_activations", ("auto", False)),
+        ("compile", ("auto", False)),
+        ("attention", ("auto", "torch")),
+        ("gradient_release", (False,)),
+        ("offload_optimizer", (False,)),
+        ("budget", ("auto",)),
+    ):
+        if getattr(memory, name) not in usual:
+            yield (
+                ("memory", name),
+                f"{vae}, which is small and not planned; take it out",
+            )
+    for index, source in enumerate(config.data):
+        if not isinstance(source, Folder):
+            yield ("data", index), f"{vae}, which would learn what it drew itself; give folders of pictures"
+            continue
+        for name in ("references", "masks", "loss_masks", "preserve", "slider", "preference"):
+            if getattr(source, name):
+                yield ("data", index, name), f"{vae}, on whole pictures; take it out"
+        if source.target == "model":
+            yield ("data", index, "target"), f"{vae}, on the pictures themselves; take it out"
+
+
 def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:
     """What asks the model as it was before training."""
     asking: list[tuple[str, ...]] = [("target",)] if source.target == "model" else []
@@ -140,6 +188,16 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
         for place in asking:
             text = f"asks the model as it was before training, which {what}; train an adapter of the denoiser alone"
             yield ("data", index, *place), text
+
+
+def _of_strengths(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
+    """Of samples: what trains must have one."""
+    if not isinstance(config.method, Full) and not trains_text(config.method):
+        return
+    for index, prompt in enumerate(config.sample.prompts):
+        if isinstance(prompt, SamplePrompt) and prompt.strength != 1:
+            text = "is that of an adapter of the denoiser alone, and this run trains something else; leave it out"
+            yield ("sample", "prompts", index, "strength"), text
 
 
 def _of_sliders(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:

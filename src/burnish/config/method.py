@@ -295,9 +295,48 @@ class TextualInversion(Word):
     kind: Literal["textual_inversion"]
 
 
+class Vae(Section):
+    """The VAE between pictures and latents: its decoder learns to show what the encoder kept, with float32 weights."""
+
+    kind: Literal["vae"]
+    encoder: bool = Field(
+        False,
+        description="Train the encoder, too. Latents change with it, and no denoiser fits them until it is trained on "
+        "them.",
+    )
+    crop: int | None = Field(
+        256,
+        ge=64,
+        le=4096,
+        multiple_of=8,
+        description="Side of the square that is cut from each picture in each step, at chance; null takes all of it.",
+    )
+    mse: float = Field(1.0, ge=0, le=1000, description="Weight of the squared error of pixels.")
+    l1: float = Field(0.0, ge=0, le=1000, description="Weight of their absolute error.")
+    edges: float = Field(
+        0.1,
+        ge=0,
+        le=1000,
+        description="Weight of the absolute error of what stands out from its surroundings, at four scales: sharpness.",
+    )
+    kl: float = Field(
+        1e-6,
+        ge=0,
+        le=1,
+        description="Of a trained encoder: weight of how far latents are from a normal distribution (as in arXiv "
+        "2112.10752).",
+    )
+
+    @model_validator(mode="after")
+    def something_is_learned(self) -> Self:
+        if not (self.mse or self.l1 or self.edges):
+            raise ValueError("mse, l1 and edges are all 0; give one of them a weight")
+        return self
+
+
 AdapterMethod = Lora | Loha | Lokr | Oft | Boft
 AnyMethod = Annotated[
-    Lora | Loha | Lokr | Oft | Boft | Full | TextualInversion,
+    Lora | Loha | Lokr | Oft | Boft | Full | TextualInversion | Vae,
     Field(discriminator="kind"),
     default_kind("lora"),
 ]
@@ -307,7 +346,7 @@ def word_of(method: AnyMethod) -> Word | None:
     """The new word that trains, alone or with adapters."""
     if isinstance(method, TextualInversion):
         return method
-    return None if isinstance(method, Full) else method.word
+    return None if isinstance(method, Full | Vae) else method.word
 
 
 def trains_text(method: AnyMethod) -> bool:

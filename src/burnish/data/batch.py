@@ -47,7 +47,7 @@ class Preference:
 class Batch:
     """Cached latents and conditioning of one micro-step; everything but `weight_B` is as the cache gave it.
 
-    Latents of video families have a time axis: (B, C, T, H, W).
+    Latents of video families have a time axis: (B, C, T, H, W). Where the VAE trains they are pixels in [-1, 1].
     `position` is the micro-step since the run began: with the seed it decides noise and time (law L1).
     """
 

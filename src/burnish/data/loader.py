@@ -26,9 +26,10 @@ from burnish.data.batch import Batch, Direction, Opposites, Preference
 from burnish.data.cache import Cache, CacheKeys, Entry, Kind, RamCache
 from burnish.data.loss_masks import MASK, loss_weights
 from burnish.data.plan import BatchPlan, Draw
-from burnish.data.prepare import AUDIO, LATENTS, conditioning_of
+from burnish.data.prepare import AUDIO, LATENTS, conditioning_of, load_pixels
 from burnish.errors import DataError, MachineError
 from burnish.family import Conditioning, Family, PictureInfo
+from burnish.randomness import python_random
 
 T = TypeVar("T")
 
@@ -155,6 +156,49 @@ class _CachedBatches(Dataset["_Loaded | _Problem"]):
         return entry
 
 
+class _PixelBatches(Dataset["_Loaded | _Problem"]):
+    """Micro-step position -> batch of pixels; a square is cut from each picture where `crop` says so."""
+
+    def __init__(self, plan: BatchPlan, crop: int | None) -> None:
+        self.plan, self.crop = plan, crop
+
+    def __getitem__(self, position: int) -> _Loaded | _Problem:
+        try:
+            return self.load(position)
+        except DataError as error:
+            return _Problem(error.message, error.remedy)
+
+    def load(self, position: int) -> _Loaded:
+        draws = self.plan.draws(position)
+        return _Loaded(
+            position=position,
+            latents_BCHW=torch.stack([self._cut(draw) for draw in draws]),
+            conditioning={},
+            weight_B=torch.tensor([draw.sample.weight for draw in draws], dtype=torch.float32),
+            sample_ids=tuple(draw.id for draw in draws),
+            paths=tuple(str(draw.sample.path) for draw in draws),
+            pictures=tuple(draw.sample.fit.describe(flipped=draw.flip) for draw in draws),
+            captions=tuple(draw.caption for draw in draws),
+            audio_BCLF=None,
+            counted=None,
+            kept=None,
+            contrast=None,
+            unprompted=None,
+        )
+
+    def _cut(self, draw: Draw) -> Tensor:
+        pixels_3HW = load_pixels(draw.sample, flip=draw.flip)
+        if self.crop is None:
+            return pixels_3HW
+        chance = python_random(self.plan.seed, "crop", draw.id, draw.epoch)
+        height, width = (min(self.crop, side) for side in pixels_3HW.shape[-2:])
+        top, left = (
+            chance.randrange(side - cut + 1)
+            for side, cut in zip(pixels_3HW.shape[-2:], (height, width), strict=True)
+        )
+        return pixels_3HW[:, top : top + height, left : left + width]
+
+
 def with_other_sides(draws: tuple[Draw, ...]) -> tuple[Draw, ...]:
     """All draws, and then the other picture of each where they are pairs: mirrored and captioned alike."""
     opposed = [(draw, draw.sample.opposed) for draw in draws]
@@ -196,9 +240,28 @@ def batches(
         DataError: an entry is missing or damaged.
         MachineError: a worker died.
     """
-    dataset = _CachedBatches(plan, cache, keys, encoded)
+    in_loop = isinstance(cache, RamCache)
+    return _read(
+        _CachedBatches(plan, cache, keys, encoded), family, start, 0 if in_loop else workers, prefetch
+    )
+
+
+def pixel_batches(
+    plan: BatchPlan, family: Family, *, crop: int | None, start: int = 0, workers: int = 0, prefetch: int = 2
+) -> Iterator[Batch]:
+    """As `batches`, of pixels in [-1, 1] in place of latents, read from the files themselves.
+
+    Args:
+        crop: side of the square that is cut from each picture, at a place that depends on seed, picture and epoch.
+    """
+    return _read(_PixelBatches(plan, crop), family, start, workers, prefetch)
+
+
+def _read(
+    dataset: _CachedBatches | _PixelBatches, family: Family, start: int, workers: int, prefetch: int
+) -> Iterator[Batch]:
     workers = min(workers, _cpus())
-    if workers == 0 or isinstance(cache, RamCache):
+    if workers == 0:
         loaded: Iterator[_Loaded | _Problem] = (dataset[position] for position in itertools.count(start))
     else:
         loaded = _from_workers(dataset, start, workers, prefetch)
@@ -238,7 +301,7 @@ def _described(loaded: _Loaded, family: Family) -> Batch:
 
 
 def _from_workers(
-    dataset: _CachedBatches, start: int, workers: int, prefetch: int
+    dataset: _CachedBatches | _PixelBatches, start: int, workers: int, prefetch: int
 ) -> Iterator[_Loaded | _Problem]:
     loader = DataLoader(
         dataset,

@@ -402,7 +402,8 @@ class _Captions:
 
     def _missing(self, name: str, caption: Caption | None) -> Caption:
         if self.config.default is not None:
-            return Caption(self.config.default, ("missing: the default is used",))
+            used = ("missing: the default is used",) if self.config.default else ()
+            return Caption(self.config.default, used)
         reason = "no caption" if caption is None else "an empty caption"
         remedy = "Write one, or set captions.default."
         if self.config.on_missing == "error":

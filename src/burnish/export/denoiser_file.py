@@ -65,17 +65,17 @@ def write_folder(
         NonFiniteLoss: a weight is NaN or infinite in `dtype` (law L5).
         DiskFull: it does not fit. After any error, what was there before is as it was.
     """
-    tensors = {name: _deferred((name,), values, dtype) for name in values}
+    tensors = {name: deferred((name,), values, dtype) for name in values}
     shards = _shards(tensors, shard)
-    with _apart(folder, _total(tensors)) as temporary:
+    with apart(folder, total_bytes(tensors)) as temporary:
         write_durably(temporary / "config.json", _config_file(config))
         for name, inside in shards.items():
-            _write(temporary / name, inside)
+            write_file(temporary / name, inside)
         if len(shards) > 1:
             write_durably(temporary / INDEX, _index(shards, tensors).encode())
-        _compare(folder, _in_folder(temporary), values, dtype)
+        compare(folder, _in_folder(temporary), values, dtype)
         replace_folder(temporary, folder)
-    return Written("diffusers", len(tensors), _told(dtype), _total(tensors) / 2**30)
+    return Written("diffusers", len(tensors), told_dtype(dtype), total_bytes(tensors) / 2**30)
 
 
 def write_single_file(
@@ -92,18 +92,18 @@ def write_single_file(
             f"{family.title} has no names for a single file", remedy="Set save.format: diffusers."
         )
     native = family.export.tensors({name: tuple(one.shape) for name, one in values.items()})
-    tensors = {name: _deferred(one.holds, values, dtype, one.halves_swapped) for name, one in native.items()}
-    with _apart(path, _total(tensors)) as temporary:
+    tensors = {name: deferred(one.holds, values, dtype, one.halves_swapped) for name, one in native.items()}
+    with apart(path, total_bytes(tensors)) as temporary:
         written = temporary / path.name
-        _write(written, tensors, {"format": "pt", **metadata})
-        _compare(path, _of_family(family, part, written), values, dtype)
+        write_file(written, tensors, {"format": "pt", **metadata})
+        compare(path, _of_family(family, part, written), values, dtype)
         os.replace(written, path)
         fsync_folder(path.parent)
-    return Written("comfy", len(tensors), _told(dtype), _total(tensors) / 2**30)
+    return Written("comfy", len(tensors), told_dtype(dtype), total_bytes(tensors) / 2**30)
 
 
 @contextmanager
-def _apart(final: Path, needed: int) -> Iterator[Path]:
+def apart(final: Path, needed: int) -> Iterator[Path]:
     """A folder to write to, beside the place of what is made; gone in the end."""
     temporary = final.parent / temporary_name(final.name)
     try:
@@ -118,7 +118,7 @@ def _apart(final: Path, needed: int) -> Iterator[Path]:
         remove(temporary)
 
 
-def _deferred(holds: tuple[str, ...], values: Values, dtype: torch.dtype, swapped: bool = False) -> Deferred:
+def deferred(holds: tuple[str, ...], values: Values, dtype: torch.dtype, swapped: bool = False) -> Deferred:
     first = values[holds[0]]
     rows = sum(values[name].shape[0] for name in holds) if first.dim() else 0
     shape = (rows, *first.shape[1:]) if first.dim() else ()
@@ -151,7 +151,9 @@ def _as_written(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
 
 
-def _write(path: Path, tensors: Mapping[str, Deferred], metadata: Mapping[str, str] | None = None) -> None:
+def write_file(
+    path: Path, tensors: Mapping[str, Deferred], metadata: Mapping[str, str] | None = None
+) -> None:
     with open(path, "xb", buffering=0) as file:
         write_tensors(file.fileno(), tensors, metadata or {"format": "pt"})
         os.fsync(file.fileno())
@@ -161,7 +163,7 @@ def _shards(tensors: Mapping[str, Deferred], most: int) -> dict[str, dict[str, D
     """The tensors by the file that they go to, in order."""
     filled: list[dict[str, Deferred]] = [{}]
     for name, tensor in tensors.items():
-        if filled[-1] and _total(filled[-1]) + tensor.nbytes > most:
+        if filled[-1] and total_bytes(filled[-1]) + tensor.nbytes > most:
             filled.append({})
         filled[-1][name] = tensor
     if len(filled) == 1:
@@ -178,14 +180,14 @@ def _config_file(config: Mapping[str, Any]) -> bytes:
 
 def _index(shards: Mapping[str, Mapping[str, Deferred]], tensors: Mapping[str, Deferred]) -> str:
     places = {name: file for file, inside in shards.items() for name in inside}
-    return json.dumps({"metadata": {"total_size": _total(tensors)}, "weight_map": places}, indent=2)
+    return json.dumps({"metadata": {"total_size": total_bytes(tensors)}, "weight_map": places}, indent=2)
 
 
-def _total(tensors: Mapping[str, Deferred]) -> int:
+def total_bytes(tensors: Mapping[str, Deferred]) -> int:
     return sum(one.nbytes for one in tensors.values())
 
 
-def _told(dtype: torch.dtype) -> str:
+def told_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -217,7 +219,7 @@ def _of_family(family: Family, part: str, file: Path) -> Stored:
         raise ExportError(f"a single file of {family.title} does not read back: {error.message}") from error
 
 
-def _compare(path: Path, stored: Stored, values: Values, dtype: torch.dtype) -> None:
+def compare(path: Path, stored: Stored, values: Values, dtype: torch.dtype) -> None:
     """Raises:
     ExportError: what is stored is not what was trained.
     """

@@ -88,6 +88,12 @@ def word_metadata(keys: ExportKeys, provenance: Provenance, word: str) -> dict[s
     return {**about, "modelspec.architecture": f"{keys.modelspec}/textual-inversion"}
 
 
+def vae_metadata(keys: ExportKeys, provenance: Provenance) -> dict[str, str]:
+    """The metadata of a VAE's file."""
+    about = model_metadata(keys, replace(provenance, part=None, trigger=None))
+    return {**about, "modelspec.architecture": f"{keys.modelspec}/vae"}
+
+
 def model_metadata(keys: ExportKeys, provenance: Provenance) -> dict[str, str]:
     """The metadata of a whole denoiser's single file."""
     height, width = provenance.resolution

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,40 @@ def _diffusers_name(name: str, stages: int) -> str:
     return name
 
 
+_ORIGINAL = {
+    "conv_norm_out": "norm_out",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+_BLOCK = re.compile(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(resnets|downsamplers\.0|upsamplers\.0)\.")
+
+
+def original_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of latent diffusion for diffusers' present ones: `diffusers_names` the other way round."""
+    names = list(names)
+    stages = 1 + max((int(match[3]) for name in names if (match := _BLOCK.match(name))), default=0)
+    return {name: _original_name(name, stages) for name in names}
+
+
+def _original_name(name: str, stages: int) -> str:
+    match = _BLOCK.match(name)
+    if match:
+        side, way, number, kind = match.groups()
+        index = int(number) if way == "down" else stages - 1 - int(number)
+        inner = {"resnets": "block", "downsamplers.0": "downsample", "upsamplers.0": "upsample"}[kind]
+        name = f"{side}.{way}.{index}.{inner}.{name[match.end() :]}"
+    for old, new in _ORIGINAL.items():
+        name = re.sub(rf"(?<=\.){re.escape(old)}(?=\.)", new, name)
+    return name
+
+
 def config_from_shapes(shipped: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """The shipped config with the widths and depths of `layout` (names of `diffusers_names`).
 
@@ -144,6 +178,11 @@ def config_from_shapes(shipped: Mapping[str, Any], layout: Layout) -> dict[str, 
         "use_quant_conv": "quant_conv.weight" in layout,
         "use_post_quant_conv": "post_quant_conv.weight" in layout,
     }
+
+
+def shapes_tell(config: Mapping[str, Any]) -> bool:
+    """Whether a single file, which has no config, is read as this VAE: groups of channels leave no trace in weights."""
+    return int(config["norm_num_groups"]) == math.gcd(32, *config["block_out_channels"])
 
 
 @torch.no_grad()
