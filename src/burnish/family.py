@@ -319,7 +319,6 @@ class Capabilities:
     picks_by_time: bool = (
         False  # of several denoisers, by conditioning["time_B"] on the CPU; absent means: by t_B
     )
-    new_words: bool = False  # has `vocabularies` once its text encoders are loaded
 
     @property
     def own_references(self) -> int:
@@ -398,8 +397,15 @@ class ExportKeys:
     native_kohya: tuple[str, ...] = ("ComfyUI",)
     # Of CLIP text encoders that adapters and words can be trained of: by part, as diffusers spells it, ComfyUI's name.
     text_encoders: Mapping[str, str] = field(default_factory=dict)
+    # The same of further text encoders that can be taught words, and no more.
+    words: Mapping[str, str] = field(default_factory=dict)
     # Further names in files of others -> diffusers' modules, stacked by rows; `#` is the block's number.
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def vocabularies(self) -> Mapping[str, str]:
+        """Text encoders that can be taught words."""
+        return {**self.text_encoders, **self.words}
 
     def by_release(self, format: AdapterFormat) -> bool:
         """Whether a format has the release's module names, which may hold several of diffusers' modules each."""

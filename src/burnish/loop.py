@@ -104,12 +104,14 @@ def train_from(
         samples = sum(len(batch.sample_ids) for batch in batches)  # a partial batch counts for less
         if run.release is not None:
             judged, loss_value, norm_value = released_step(run, run.release, batches[0], samples)
+            accuracy = [float(share) for share in told_apart(judged)]
         else:
             judged = [turn for batch in batches for turn in micro_step(run, batch, samples)]
             run.scaler.unscale_(run.optimizer)
             grad_norm = total_norm([one.grad for one in parameters if one.grad is not None])
             loss = torch.stack([(one.loss_B * one.weight_B).sum() for one in judged]).sum() / samples
-            loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one host sync of a step
+            found = torch.stack([loss, grad_norm, *told_apart(judged)])
+            loss_value, norm_value, *accuracy = found.tolist()  # the one host sync of a step
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             overflows += 1
             if not (run.scaler.is_enabled() and math.isfinite(loss_value) and overflows <= MAX_OVERFLOWS):
@@ -132,7 +134,8 @@ def train_from(
         run.step += 1
         run.position = judged[-1].batch.position + 1
         run.updating = False
-        events.stepped(report(run, judged, loss_value, norm_value, time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        events.stepped(report(run, loss_value, norm_value, seconds, accuracy[0] if accuracy else None))
         for task in tasks:
             task(run)
 
@@ -209,10 +212,15 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-def report(
-    run: Training, judged: Sequence[Turn], loss: float, grad_norm: float, seconds: float
-) -> StepReport:
+def told_apart(judged: Sequence[Turn]) -> list[Tensor]:
+    """Share of a step's pairs that are told apart rightly, as the one value, of no dimension; nothing without pairs."""
     pairs = [one.told_apart_B for one in judged if one.told_apart_B is not None]
+    return [torch.cat(pairs).mean()] if pairs else []
+
+
+def report(
+    run: Training, loss: float, grad_norm: float, seconds: float, accuracy: float | None
+) -> StepReport:
     on_cuda = run.device.type == "cuda"
     return StepReport(
         step=run.step,
@@ -225,7 +233,7 @@ def report(
         ),
         seconds=seconds,
         memory_gib=torch.cuda.max_memory_allocated(run.device) / 2**30 if on_cuda else None,
-        accuracy=float(torch.cat(pairs).mean()) if pairs else None,
+        accuracy=accuracy,
     )
 
 

@@ -337,11 +337,15 @@ class _Planner:
         method = self.config.method
         if isinstance(method, Full | TextualInversion | Vae) or not trains_text(method):
             return 0
-        names, section = self.known.export.text_encoders, method.text_encoders
-        which = section.which if section is not None and method.word is None else ()
-        trained = [part for part, name in names.items() if not which or name in which]
-        family = self.skeleton(parts=TEXT_ENCODERS)
-        found = trained_texts(family, phase.weights, trained, CLIP_TOKENS * batch)
+        section, clips = method.text_encoders, self.known.export.text_encoders
+        tokens = {}
+        if method.word is not None:
+            tokens = dict.fromkeys(self.known.export.vocabularies, self.known.prompt_limit * batch)
+        for part, name in clips.items():
+            if section is not None and (not section.which or name in section.which):
+                tokens[part] = CLIP_TOKENS * batch
+        tokens |= {part: CLIP_TOKENS * batch for part in clips if part in tokens}
+        found = trained_texts(self.skeleton(parts=TEXT_ENCODERS), phase.weights, tokens)
         self.notes.append(
             f"text encoders that train stay on the device: {found / GIB:.1f} GiB, what their backward keeps by a "
             "rule; their seconds are not counted"

@@ -355,6 +355,7 @@ def sample_requests(config: RunConfig) -> list[PictureRequest]:
                 frames=one.frames or section.frames,
                 references=tuple(one.references),
                 mask=one.mask,
+                strength=one.strength,
             )
         )
     return requests

@@ -23,10 +23,10 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
         UserError: the family cannot be taught words, has no text encoder that adapters go on, or a VAE of a kind that
             is not trained.
     """
-    if word_of(config.method) is not None and not family.capabilities.new_words:
+    if word_of(config.method) is not None and not family.export.vocabularies:
         raise UserError(
             f"a new word (`method`), and {family.title} cannot be taught words here",
-            remedy="Train an adapter alone (method.kind: lora); families with CLIP alone can: sd15, sd2, sdxl.",
+            remedy="Train an adapter alone (method.kind: lora); sd15, sd2, sdxl, sd3, flux and chroma can.",
         )
     if isinstance(config.method, Vae):
         autoencoder_of(type(family).skeleton(parts=frozenset({"vae"}), of=family))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -26,13 +27,14 @@ from burnish.errors import DataError, DiskFull, Interrupted, NonFiniteLoss
 from burnish.events import Events
 from burnish.loop import Training
 from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
+from burnish.objective import Denoising
 from burnish.results import Facts, Result, averaged
 from burnish.resume import checkpoint_content
 from burnish.sampling.clip_file import middle_frame
 from burnish.sampling.decoding import Drawn, decode_pictures
 from burnish.sampling.grid import LARGEST_CELL, save_grid
 from burnish.sampling.outputs import write_picture
-from burnish.sampling.sampler import EncodedRequest, draw_latents
+from burnish.sampling.sampler import EncodedRequest, PictureRequest, draw_latents
 
 DISK_POLL_S = 5.0
 GRID_COLUMNS = 10  # of more steps than this, the grid shows some
@@ -221,13 +223,16 @@ class Sample:
 
     def pictures(self, run: Training, requests: Sequence[EncodedRequest]) -> list[Drawn]:
         drawn: list[Drawn] = []
-        for first in range(0, len(requests), self.batch_size):
-            self.raise_if_stopped()
-            chosen = requests[first : first + self.batch_size]
-            latents = draw_latents(
-                run.family, chosen, device=run.device, dtype=run.dtype, progress=self.progress
-            )
-            drawn += decode_pictures(run.family, latents)
+        for strength, alike in groupby(requests, lambda one: one.request.strength):
+            together = list(alike)
+            for first in range(0, len(together), self.batch_size):
+                self.raise_if_stopped()
+                chosen = together[first : first + self.batch_size]
+                with at_strength(run, strength):
+                    latents = draw_latents(
+                        run.family, chosen, device=run.device, dtype=run.dtype, progress=self.progress
+                    )
+                drawn += decode_pictures(run.family, latents)
         return drawn
 
     def progress(self, done: int, total: int) -> None:
@@ -238,7 +243,7 @@ class Sample:
         for number, (picture, encoded) in enumerate(zip(pictures, requests, strict=True), 1):
             path = self.folder / f"step-{step:08d}-{number:02d}.png"
             paths.append(write_picture(path, picture, encoded.request, extra={"step": step}))
-        self.write_grid(step, [encoded.request.prompt for encoded in requests])
+        self.write_grid(step, [in_words(encoded.request) for encoded in requests])
         return paths
 
     def write_grid(self, last_step: int, prompts: Sequence[str]) -> None:
@@ -256,6 +261,19 @@ class Sample:
             columns=[f"step {step}" for step in shown],
             pictures=[[thumbnail(whole[step][row]) for step in shown] for row in rows],
         )
+
+
+def at_strength(run: Training, strength: float) -> AbstractContextManager[None]:
+    if strength == 1.0:
+        return nullcontext()
+    objective = run.objective
+    assert isinstance(objective, Denoising), "the config is refused where no adapter trains"
+    assert objective.strength is not None
+    return objective.strength(strength)
+
+
+def in_words(request: PictureRequest) -> str:
+    return request.prompt if request.strength == 1.0 else f"{request.prompt} ({request.strength:g})"
 
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:

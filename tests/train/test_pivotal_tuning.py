@@ -142,7 +142,7 @@ def test_what_cannot_go_together_is_named(tiny_folder: TinyFolder, tmp_path: Pat
         train_run(word_config(tiny_folder("sd15"), tmp_path, **SETTINGS), progress=Listener())
     with pytest.raises(UserError, match="cannot be taught words"):
         train_run(
-            word_config(tiny_folder("flux"), tmp_path, **{**SETTINGS, "model.family": "flux"}),
+            word_config(tiny_folder("ltx"), tmp_path, **{**SETTINGS, "model.family": "ltx"}),
             progress=Listener(),
         )
 

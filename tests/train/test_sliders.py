@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,12 @@ def redness(adapter: Path, strength: float) -> float:
         precision="fp32",
         batch_size=2,
     )
-    shares = []
-    for picture in drawn:
-        assert isinstance(picture, Image.Image)
-        red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
-        shares.append(((red > 128) & (green < 128) & (blue < 128)).mean())
-    return float(np.mean(shares))
+    return float(np.mean([red(picture) for picture in drawn if isinstance(picture, Image.Image)]))
+
+
+def red(picture: Image.Image) -> float:
+    red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
+    return float(((red > 128) & (green < 128) & (blue < 128)).mean())
 
 
 def says(family: Family, prompt: str, noisy: Tensor, t_B: Tensor) -> Tensor:
@@ -114,7 +115,13 @@ def test_pairs_of_pictures_make_a_slider(circles: Path, tmp_path: Path) -> None:
         "captions": {"default": TARGET},
         "slider": {"kind": "pictures", "opposite": str(circles / "small")},
     }
-    adapter = trained(tmp_path, source, **{"train.steps": 40})
+    prompts = [{"prompt": TARGET, "seed": 0, "strength": strength} for strength in (-2.0, 0.0, 2.0)]
+    sample = {"every": 0, "at_start": False, "size": SIDE, "steps": 8, "prompts": prompts}
+    adapter = trained(tmp_path, source, **{"train.steps": 40, "sample": sample})
+    drawn = sorted((tmp_path / "slider" / "samples").glob("step-*.png"))
+    low, off, high = (red(Image.open(path)) for path in drawn)
+    assert low < 0.7 * off < off < 0.7 * high
+    assert [json.loads(path.with_suffix(".json").read_text())["strength"] for path in drawn] == [-2, 0, 2]
     shares = [redness(adapter, strength) for strength in STRENGTHS]
     assert all(one <= other for one, other in pairwise(shares)), shares
     assert shares[1] < 0.7 * shares[2] < shares[2] < 0.7 * shares[3], shares

@@ -67,7 +67,7 @@ def test_text_encoders_learn_and_diffusers_draws_the_same(
     case, model = CASES[name], tiny_folder(name)
     pictures(tmp_path / "pictures", case.side)
     hold_still(monkeypatch)
-    config = text_config(model, tmp_path, case, **{"train.steps": 20, "save.format": format or "auto"})
+    config = text_config(model, tmp_path, case, **{"train.steps": 12, "save.format": format or "auto"})
     path = train_run(config, progress=(losses := Losses())).adapter
     assert path is not None
     assert losses.seen[-1] < 0.99 * losses.seen[0]

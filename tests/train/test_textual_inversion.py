@@ -34,8 +34,18 @@ from burnish.run_folder import RunFolder
 TinyFolder = Callable[[str], Path]
 WORD = "<it>"
 SAID = f"a photo of {WORD} on a red chair"
-CASES = {name: Case(name, PIPELINES[name]) for name in ("sd15", "sdxl")} | {"sd2": cases()["sd2"]}
-ENCODERS = {"sd15": {"clip_l": ""}, "sd2": {"clip_h": ""}, "sdxl": {"clip_l": "", "clip_g": "_2"}}
+CASES = {name: Case(name, PIPELINES[name]) for name in ("sd15", "sdxl")} | {
+    name: cases()[name] for name in ("sd2", "sd3", "flux", "chroma")
+}
+ENCODERS = {
+    "sd15": {"clip_l": ""},
+    "sd2": {"clip_h": ""},
+    "sdxl": {"clip_l": "", "clip_g": "_2"},
+    "sd3": {"clip_l": "", "clip_g": "_2", "t5xxl": "_3"},
+    "flux": {"clip_l": "", "t5xxl": "_2"},
+    "chroma": {"t5xxl": ""},
+}
+VECTORS = 8
 
 
 @pytest.fixture
@@ -45,7 +55,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def word_config(model: Path, folder: Path, **changes: Any) -> Any:
     values = {
-        "method": {"kind": "textual_inversion", "token": WORD, "vectors": 8, "initial": "dog"},
+        "method": {"kind": "textual_inversion", "token": WORD, "vectors": VECTORS, "initial": "dog"},
         "train.optimizer": {"kind": "adamw", "learning_rate": 2e-2},
         "train.schedule": {"kind": "constant"},
         "data": [{"kind": "folder", "path": str(folder / "pictures"), "resolutions": [64]}],
@@ -55,17 +65,28 @@ def word_config(model: Path, folder: Path, **changes: Any) -> Any:
 
 
 def parts_with_word(model: Path, case: Case, path: Path) -> dict[str, Any]:
-    """A pipeline's text encoders and tokenizers after diffusers read the file."""
+    """A pipeline's text encoders and tokenizers after diffusers read the file, or for want of that by hand."""
     pipeline, file, parts = case.pipeline.from_pretrained(model), load_file(path), {}
     for name, ending in ENCODERS[case.family].items():
-        parts |= {key: getattr(pipeline, key) for key in (f"text_encoder{ending}", f"tokenizer{ending}")}
-        pipeline.load_textual_inversion(
-            {WORD: file[name]} if len(file) > 1 else str(path),
-            token=WORD,
-            text_encoder=parts[f"text_encoder{ending}"],
-            tokenizer=parts[f"tokenizer{ending}"],
-        )
+        encoder, tokenizer = (getattr(pipeline, f"{part}{ending}") for part in ("text_encoder", "tokenizer"))
+        if hasattr(pipeline, "load_textual_inversion"):
+            pipeline.load_textual_inversion(
+                {WORD: file[name]} if len(file) > 1 else str(path),
+                token=WORD,
+                text_encoder=encoder,
+                tokenizer=tokenizer,
+            )
+        else:
+            tokenizer.add_tokens(whole := names(len(file[name])))
+            encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            numbers = tokenizer.convert_tokens_to_ids(whole)
+            encoder.get_input_embeddings().weight.data[numbers] = file[name]
+        parts |= {f"text_encoder{ending}": encoder, f"tokenizer{ending}": tokenizer}
     return parts
+
+
+def names(count: int) -> list[str]:
+    return [WORD, *(f"{WORD}_{number}" for number in range(1, count))]
 
 
 @pytest.mark.usefixtures("said")
@@ -79,11 +100,11 @@ def test_a_word_is_learned_and_nothing_else_and_diffusers_draws_the_same(
         model,
         tmp_path,
         **{
-            "train.steps": 30,
+            "train.steps": 16,
             "sample.prompts": [SAID],
             "sample.size": 64,
             "sample.steps": 1,
-            "sample.every": 15,
+            "sample.every": 8,
         },
     )
     kept: list[tuple[Assembled, dict[str, Tensor]]] = []
@@ -98,23 +119,26 @@ def test_a_word_is_learned_and_nothing_else_and_diffusers_draws_the_same(
     hold_still(monkeypatch)
     path = train_run(config, progress=(losses := Losses())).adapter
     assert path is not None
-    assert losses.seen[-1] < 0.99 * losses.seen[0]
+    assert losses.seen[-1] < 0.995 * losses.seen[0]
     ((assembled, before),) = kept
     for key, one in weights(assembled).items():
         assert torch.equal(one, before[key]) == (".added." not in key), key
     samples = RunFolder(tmp_path / "runs" / "tiny").samples
-    first, last = (samples / f"step-{step:08d}-01.png" for step in (15, 30))
+    first, last = (samples / f"step-{step:08d}-01.png" for step in (8, 16))
     assert first.read_bytes() != last.read_bytes(), "samples are drawn with the word as it was at the start"
 
     family = load(model, case)
     with monkeypatch.context() as plain:
-        plain.setattr(test_families_learn, "CAPTION", SAID.replace(WORD, " ".join(["dog"] * 8)))
+        plain.setattr(test_families_learn, "CAPTION", SAID.replace(WORD, " ".join(["dog"] * VECTORS)))
         before_drawn = ours(family, case)
     assert learn_word(family, path) == WORD
     file = load_file(path)
-    assert sorted(file) == (["clip_g", "clip_l"] if name == "sdxl" else ["emb_params"])
+    alone = name in ("sd15", "sd2")
+    assert sorted(file) == (["emb_params"] if alone else sorted(ENCODERS[name]))
     with_word = ours(family, case)
     assert (with_word - before_drawn).abs().max() > 0.01, "there is no effect to compare"
+    if name == "sd3":  # whose pipeline does not write all tokens of a word out
+        monkeypatch.setattr(test_families_learn, "CAPTION", SAID.replace(WORD, " ".join(names(VECTORS))))
     with_theirs = theirs(model, None, case, **parts_with_word(model, case, path))
     torch.testing.assert_close(with_word, with_theirs, atol=1e-4, rtol=0)
     for (name, vocabulary), one in zip(
@@ -211,7 +235,7 @@ def test_what_cannot_be_learned_is_said_before_the_first_step(
     with pytest.raises(ConfigError, match="'chair' is in the vocabulary of clip_l already"):
         train_run(known, progress=Listener())
     with pytest.raises(UserError, match="cannot be taught words"):
-        train_run(word_config(tiny_folder("flux"), tmp_path), progress=Listener())
+        train_run(word_config(tiny_folder("ltx"), tmp_path), progress=Listener())
 
 
 def test_options_without_sense_for_a_word_are_named(tmp_path: Path) -> None:

@@ -387,6 +387,10 @@ SLIDER = "slider: {target: a, positive: b, negative: c}"
     [
         (f"data: [{{path: p, {SLIDER}}}]\nmethod: {{kind: full}}", "train an adapter"),
         ("data: [{path: p, preference: {rejected: r}}]\nmethod: {kind: full}", "train an adapter"),
+        (
+            "data: [{path: p}]\nmethod: {kind: full}\nsample: {prompts: [{prompt: a, strength: -1}]}",
+            "sample.prompts.0.strength",
+        ),
         (f"data: [{{path: p, {SLIDER}}}]\nmethod: {{kind: oft}}", "train lora, loha or lokr"),
         (f"data: [{{path: p, {SLIDER}}}]\nmethod: {{dora: true}}", "otherwise for dora"),
         (f"data: [{{path: p, {SLIDER}}}]\nmemory: {{gradient_release: true}}", "two directions in one step"),
@@ -395,6 +399,7 @@ SLIDER = "slider: {target: a, positive: b, negative: c}"
         ("data: [{path: p, preference: {rejected: r}, loss_masks: {kind: alpha}}]", "a source of its own"),
         (f"data: [{{path: p, {SLIDER}, target: model}}]", "target: picture"),
         ("data: [{kind: generated, role: regularization, " + SLIDER + "}]", "role: train"),
+        ("data: [{path: p, preference: {rejected: r}}]\nmethod: {kind: vae}", "data.0.preference"),
         ("data: [{path: p, preference: {loser: r}}]", "did you mean rejected"),
     ],
 )  # fmt: skip

@@ -23,7 +23,7 @@ from burnish.config.method import (
 )
 from burnish.config.objective import Objective
 from burnish.config.problems import KeyPath, Problem
-from burnish.config.schema import RunConfig
+from burnish.config.schema import RunConfig, SamplePrompt
 
 
 def cross_checks(config: RunConfig, document: Document) -> list[Problem]:
@@ -56,6 +56,7 @@ def contradictions(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     if asked is not None:
         yield from _of_words(config, asked)
     yield from _of_single_steps(config)
+    yield from _of_strengths(config)
     if config.train.objective.guided_target is not None and trains_text(config.method):
         text = "asks for the empty caption as it was encoded before training; train an adapter of the denoiser alone"
         yield ("train", "objective", "guided_target"), text
@@ -156,7 +157,7 @@ def _of_vae(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
         if not isinstance(source, Folder):
             yield ("data", index), f"{vae}, which would learn what it drew itself; give folders of pictures"
             continue
-        for name in ("references", "masks", "loss_masks", "preserve"):
+        for name in ("references", "masks", "loss_masks", "preserve", "slider", "preference"):
             if getattr(source, name):
                 yield ("data", index, name), f"{vae}, on whole pictures; take it out"
         if source.target == "model":
@@ -187,6 +188,16 @@ def _of_targets(config: RunConfig, index: int, source: DataSource) -> Iterator[t
         for place in asking:
             text = f"asks the model as it was before training, which {what}; train an adapter of the denoiser alone"
             yield ("data", index, *place), text
+
+
+def _of_strengths(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
+    """Of samples: what trains must have one."""
+    if not isinstance(config.method, Full) and not trains_text(config.method):
+        return
+    for index, prompt in enumerate(config.sample.prompts):
+        if isinstance(prompt, SamplePrompt) and prompt.strength != 1:
+            text = "is that of an adapter of the denoiser alone, and this run trains something else; leave it out"
+            yield ("sample", "prompts", index, "strength"), text
 
 
 def _of_sliders(config: RunConfig, index: int, source: DataSource) -> Iterator[tuple[KeyPath, str]]:

@@ -90,6 +90,9 @@ class SamplePrompt(Section):
     mask: Path | None = Field(
         None, description="Where a model that fills holes fills the first of `references`: white."
     )
+    strength: float = Field(
+        1.0, ge=-10, le=10, description="Of the adapter that trains: a slider shows what it does at several."
+    )
 
 
 class Sample(Section):

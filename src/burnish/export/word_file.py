@@ -1,8 +1,8 @@
 """The file of a new word, as A1111, ComfyUI and diffusers read it, read back and compared bit by bit.
 
-Of a model with one text encoder that is one tensor, `emb_params`; of several, one by each encoder's name: `clip_l` and
-`clip_g`. A1111 and ComfyUI call a word by the file's name (A1111: `modules/textual_inversion/textual_inversion.py`,
-ComfyUI: `load_embed` in `comfy/sd1_clip.py`); diffusers is told the word (`load_textual_inversion`).
+Of a model with one CLIP alone that is one tensor, `emb_params`; of others, one by each encoder's name: `clip_l`,
+`clip_g`, `t5xxl`. A1111 and ComfyUI call a word by the file's name (`modules/textual_inversion/textual_inversion.py`;
+`load_embed` in `comfy/sd1_clip.py`); diffusers is told the word (`load_textual_inversion`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from burnish.atomic import atomic_write_bytes, cannot_write
 from burnish.errors import ExportError, NonFiniteLoss
 
 ALONE = "emb_params"
-_ENCODER = re.compile(r"clip_[lgh]")
+_ENCODER = re.compile(r"clip_[lgh]|t5xxl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,10 @@ def write_word(
         DiskFull: it cannot be written; one that was there before is untouched.
     """
     tensors = {
-        (ALONE if len(vectors) == 1 else name): one.detach().to(dtype).cpu().contiguous()
+        (ALONE if len(vectors) == 1 and name.startswith("clip") else name): one.detach()
+        .to(dtype)
+        .cpu()
+        .contiguous()
         for name, one in vectors.items()
     }
     if not all(one.isfinite().all() for one in tensors.values()):

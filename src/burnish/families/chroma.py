@@ -26,6 +26,7 @@ from burnish.families.packing import pack, patch_positions, unpack
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import t5_slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
 
@@ -102,6 +103,7 @@ class Chroma(PipelineFamily):
         formats=("diffusers", "comfy", "kohya"),
         modelspec="chroma",
         base_model_version="chroma",
+        words={"text_encoder": "t5xxl"},
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model.", "kohya": "lora_unet_"},
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
@@ -128,13 +130,13 @@ class Chroma(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         return clip.count_tokens(self.tokenizer("text_encoder"), prompt)
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
         encoder = self.module("text_encoder")
-        encoded = self.tokenizer("text_encoder")(
-            list(prompts),
+        tokenizer = self.tokenizer("text_encoder")
+        encoded = tokenizer(
+            [written_out(tokenizer, prompt) for prompt in prompts],
             padding="max_length",
             max_length=self.prompt_limit,
             truncation=True,

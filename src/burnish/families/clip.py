@@ -6,7 +6,6 @@ Shape letters: B batch, S tokens (always 77), D width.
 from __future__ import annotations
 
 import gzip
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -25,6 +24,7 @@ from transformers import (
 
 from burnish.errors import ModelError
 from burnish.families.sources import read_json, weight_files
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout, below, layout_of, load_module
 from burnish.family import Shrink
 
@@ -101,19 +101,6 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
     """Tokens of a prompt with its begin and end, uncut."""
     text = written_out(tokenizer, prompt)
     return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
-
-
-def written_out(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt with all tokens of added words that have several: `<cat> <cat>_1` for `<cat>`, as diffusers does."""
-    added = tokenizer.added_tokens_encoder
-    for word in added:
-        names = [word]
-        while f"{word}_{len(names)}" in added:
-            names.append(f"{word}_{len(names)}")
-        if len(names) > 1:
-            whole = " ".join(names)
-            prompt = re.sub(re.escape(word), lambda _, whole=whole: whole, prompt, flags=re.IGNORECASE)  # type: ignore[misc]
-    return prompt
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:

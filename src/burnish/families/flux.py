@@ -92,7 +92,9 @@ class Flux(PipelineFamily):
     slots = flux_transformer.SLOTS
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     export = replace(
-        flux_transformer.export_keys("flux-1-dev", "flux1"), text_encoders={"text_encoder": "clip_l"}
+        flux_transformer.export_keys("flux-1-dev", "flux1"),
+        text_encoders={"text_encoder": "clip_l"},
+        words={"text_encoder_2": "t5xxl"},
     )
     latents = flux_transformer.LATENTS
     variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {

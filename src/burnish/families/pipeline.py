@@ -20,6 +20,7 @@ from burnish.errors import ModelError
 from burnish.families import autoencoder
 from burnish.families.slots import Config, PipelineSource, Slot, layout_of_file, shipped_configs
 from burnish.families.sources import index_file, locate, read_json
+from burnish.families.token_words import TokenVocabulary
 from burnish.families.weights import Layout, read_tensor
 from burnish.family import (
     DENOISER,
@@ -321,7 +322,11 @@ class PipelineFamily(ABC):
 
     @property
     def vocabularies(self) -> Mapping[str, Vocabulary]:
-        return {}
+        return {
+            name: TokenVocabulary(self.tokenizers[part], self.modules[part])
+            for part, name in self.export.vocabularies.items()
+            if part in self.modules
+        }
 
     @property
     def loaded(self) -> Mapping[str, nn.Module]:

@@ -165,6 +165,7 @@ class StableDiffusion3(PipelineFamily):
         base_model_version="sd3",
         prefix={"diffusers": "transformer."},
         text_encoders={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+        words={"text_encoder_3": "t5xxl"},
         tensors=_native_tensors,
     )
     latents = LatentShape(channels=16, compression=8, patch=2)

@@ -24,6 +24,7 @@ from transformers import (
 
 from burnish.errors import ModelError
 from burnish.families.sources import read_json, weight_files
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout, below, layout_of, load_module
 
 VOCABULARY = 32_128  # rows of the released embedding; the tokenizer knows 32,100 of them
@@ -58,9 +59,8 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int) -> Tensor:
     """Token numbers (B, S) with S = `length`: the caption, cut where it is too long, its end, padding."""
-    encoded = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
+    texts = [written_out(tokenizer, prompt) for prompt in prompts]
+    encoded = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids: Tensor = encoded.input_ids
     return ids
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from burnish.errors import ModelError
 from burnish.families import autoencoder, clip
-from burnish.families.clip_words import ClipVocabulary
 from burnish.families.latent_diffusion import (
     INPAINTING,
     Checkpoint,
@@ -28,6 +27,7 @@ from burnish.families.latent_diffusion import (
     without_weights,
 )
 from burnish.families.noise_schedule import schedule_of
+from burnish.families.token_words import TokenVocabulary
 from burnish.families.unet import TARGETS, repeated_blocks
 from burnish.families.weights import read_tensor
 from burnish.family import (
@@ -62,7 +62,7 @@ class UNetFamily(ABC):
     targets: ClassVar[Mapping[str, TargetSet]] = TARGETS
     default_targets: ClassVar[str] = "attention+mlp"
     export: ExportKeys
-    capabilities = Capabilities(new_words=True)
+    capabilities = Capabilities()
     defaults: SamplerDefaults
     latents = LatentShape(channels=4, compression=8)
     audio: Audio | None = None
@@ -80,7 +80,7 @@ class UNetFamily(ABC):
             self._fill_holes()
 
     def _fill_holes(self) -> None:
-        self.fills, self.capabilities = True, Capabilities(references=1, masks=True, new_words=True)
+        self.fills, self.capabilities = True, Capabilities(references=1, masks=True)
 
     @classmethod
     @abstractmethod
@@ -201,7 +201,7 @@ class UNetFamily(ABC):
     @property
     def vocabularies(self) -> Mapping[str, Vocabulary]:
         places = zip(self.layouts.text_encoders, self._parts.text_encoders, strict=False)
-        return {self.export.text_encoders[place.folder]: ClipVocabulary(*loaded) for place, loaded in places}
+        return {self.export.text_encoders[place.folder]: TokenVocabulary(*loaded) for place, loaded in places}
 
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()

@@ -5,7 +5,7 @@ Each phase holds only the parts it needs, so the peak of a run is the largest of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -24,9 +24,10 @@ VAE: frozenset[Part] = frozenset({"vae"})
 # A text encoder's layer, per token of a batch: hidden states, query, key, value, and the feed-forward's two halves,
 # in units of the hidden width; and the stack of all layers' outputs, which several families read.
 LAYER_WIDTHS = 16
-# What backward keeps of one that trains, in the same units: a CLIP with quick GELU and adapters on all of its layers
-# keeps 22 to 24 in bfloat16, by what autograd saves.
+# What backward keeps of one that trains, in the same units and bfloat16, by what autograd saves: of a CLIP with quick
+# GELU and adapters on all of its layers 22 to 24; of a T5 with 512 tokens, through which gradients pass, 30 to 34.
 KEPT_WIDTHS = 24
+KEPT_WIDTHS_T5 = 34
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +59,21 @@ def caption_phase(family: Family, kept_as: str | None, tokens: int) -> Phase:
     return Phase(weights + activations, weights)
 
 
-def trained_texts(family: Family, weights: int, trained: Sequence[str], tokens: int) -> int:
+def trained_texts(family: Family, weights: int, tokens: Mapping[str, int]) -> int:
     """Bytes of text encoders in a training step: all of them, and what backward keeps of those that train, by a rule.
 
     Args:
         family: a skeleton with the text encoders.
         weights: their bytes, as `caption_phase` says.
-        trained: names of those with adapters.
-        tokens: of a batch.
+        tokens: of a batch, by the names of those that train.
     """
     kept = 0
-    for name in trained:
+    for name, count in tokens.items():
         encoder = family.loaded[name]
         width = int(encoder.config.hidden_size)  # type: ignore[arg-type,union-attr]
         depth = int(encoder.config.num_hidden_layers)  # type: ignore[arg-type,union-attr]
-        kept += tokens * width * depth * KEPT_WIDTHS * 2
+        widths = KEPT_WIDTHS if name in family.export.text_encoders else KEPT_WIDTHS_T5
+        kept += count * width * depth * widths * 2
     return weights + kept
 
 

@@ -46,8 +46,11 @@ def write_picture(
         DiskFull: no space, or the folder cannot be written.
     """
     frames = drawn.frames if isinstance(drawn, Clip) else (drawn,)
+    told = asdict(request)
+    if request.strength == 1.0:
+        del told["strength"]
     facts: dict[str, object] = {
-        **asdict(request),
+        **told,
         "references": [str(reference) for reference in request.references],
         "mask": str(request.mask) if request.mask is not None else None,
         "height": frames[0].height,

@@ -47,6 +47,7 @@ class PictureRequest:
     references: tuple[Path, ...] = ()  # pictures beside the prompt, in the order the model sees them
     mask: Path | None = None  # white where the first reference is to be filled
     reference_guidance: float | None = None
+    strength: float = 1.0  # of what trains, while it does
 
 
 @dataclass(frozen=True)
