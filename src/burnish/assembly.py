@@ -194,7 +194,7 @@ def build_training(
         steps=train.steps,
         accumulate=train.accumulate,
         max_grad_norm=train.max_grad_norm,
-        ema=Ema(parameters, train.ema.decay) if train.ema else None,
+        ema=Ema(parameters, train.ema.decay or 0.99, train.ema.width) if train.ema else None,
         constants=constants,
         model_identity=family.identity("denoiser" if family.denoisers else "vae"),
         data_fingerprint=prepared.plan.fingerprint,

@@ -192,7 +192,11 @@ def _restore_average(run: Training, loaded: Loaded) -> str:
     if "ema" not in loaded.tensors:
         run.ema.reset()
         return f"train.ema is new: the average begins with the weights of step {run.step}"
-    run.ema.load_state_dict(loaded.tensors["ema"], loaded.state["ema"])
+    stored = loaded.state["ema"]
+    if isinstance(stored, dict) and stored.get("width") != run.ema.width:
+        run.ema.reset()
+        return f"train.ema.width is another: the average begins with the weights of step {run.step}"
+    run.ema.load_state_dict(loaded.tensors["ema"], stored)
     return ""
 
 

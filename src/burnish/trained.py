@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,14 @@ from burnish.config.method import AdapterMethod, AnyMethod, Full, TextualInversi
 from burnish.config.schema import RunConfig
 from burnish.errors import ConfigError
 from burnish.export.formats import refuse_unstackable, resolve_format
-from burnish.export.metadata import Provenance, adapter_metadata, model_metadata, vae_metadata, word_metadata
+from burnish.export.metadata import (
+    AVERAGE,
+    Provenance,
+    adapter_metadata,
+    model_metadata,
+    vae_metadata,
+    word_metadata,
+)
 from burnish.export.text_encoders import TARGETS
 from burnish.families.autoencoder import shapes_tell
 from burnish.family import Family, TargetSet
@@ -161,10 +169,10 @@ class Told:
             assert asked is not None
             return word_metadata(run.family.export, about, asked.token)
         if isinstance(self.config.method, Vae):
-            return vae_metadata(run.family.export, about)
+            return {**vae_metadata(run.family.export, about), **average_metadata(run)}
         if isinstance(one, OwnWeights):
-            return model_metadata(run.family.export, about)
-        return adapter_metadata(run.family.export, one.weights(), about)
+            return {**model_metadata(run.family.export, about), **average_metadata(run)}
+        return {**adapter_metadata(run.family.export, one.weights(), about), **average_metadata(run)}
 
     def _provenance(self, run: Training, part: str) -> Provenance:
         config = self.config
@@ -181,6 +189,14 @@ class Told:
             tag_frequency=self.prepared.tag_frequency,
             trigger=config.trigger,
         )
+
+
+def average_metadata(run: Training) -> dict[str, str]:
+    """Which average a save is, where others can be made of several (`burnish adapter average --width`)."""
+    if run.ema is None or run.ema.width is None:
+        return {}
+    told = {"width": run.ema.width, "updates": run.ema.updates, "step": run.step}
+    return {AVERAGE: json.dumps(told)}
 
 
 def results_of(told: Told, family: Family, folder: RunFolder) -> Sequence[Result]:

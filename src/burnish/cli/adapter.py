@@ -304,6 +304,12 @@ def average(
     weights: Annotated[
         str | None, typer.Option("--weights", help="One number for each file, as 1,1,2; all alike if absent.")
     ] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(
+            "--width", help="Of saves of a run with train.ema.width: the average of this width instead."
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write the mean of files with the same tensors."""
@@ -311,7 +317,7 @@ def average(
 
     shares = [] if weights is None else [_number(text) for text in weights.split(",")]
     with progress_line("read") as progress:
-        outcome = tool.average(files, output, shares, force=force, progress=progress)
+        outcome = tool.average(files, output, shares, width=width, force=force, progress=progress)
     report(outcome)
 
 

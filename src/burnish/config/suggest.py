@@ -45,6 +45,7 @@ _OTHER_NAMES = {
     "assistant_lora_path": "training_adapter",
     "base_weights": "base_adapter",
     "ema_decay": "decay",
+    "sigma_rel": "width",
     "max_train_steps": "steps",
     "gradient_accumulation": "accumulate",
     "gradient_accumulation_steps": "accumulate",

@@ -15,7 +15,23 @@ from burnish.config.section import Section, default_kind
 class Ema(Section):
     """Moving average of the adapter; samples, validation and exports use it."""
 
-    decay: float = Field(0.99, gt=0, lt=1, description="Kept share per step.")
+    decay: float | None = Field(
+        None, gt=0, lt=1, description="Kept share per step; 0.99 where neither this nor `width` is given."
+    )
+    width: float | None = Field(
+        None,
+        ge=0.005,
+        le=0.28,
+        description="Instead of `decay`: how much of the training so far the average covers, as its standard deviation "
+        "beside the number of steps (arXiv 2312.02696; 0.05 to 0.15 are usual). From saves of such averages "
+        "`burnish adapter average --width` makes those of other widths.",
+    )
+
+    @model_validator(mode="after")
+    def one_rule(self) -> Self:
+        if self.width is not None and self.decay is not None:
+            raise ValueError("give decay or width, not both")
+        return self
 
 
 class EarlyStop(Section):

@@ -24,6 +24,7 @@ from burnish.adapters.lora import LoraWeights
 from burnish.export.kinds import one_kind
 from burnish.family import ExportKeys
 
+AVERAGE = "burnish.average"  # JSON: width and updates of a power-function average, and the run's step
 PART = "burnish.part"  # where a model has several denoisers, a file is for one of them
 TAG_LIMIT = (
     2000  # per source; the header of a file with a caption for every picture would outgrow its weights

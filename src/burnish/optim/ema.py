@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from burnish.errors import CheckpointError
+from burnish.optim.power_average import kept_share
 from burnish.optim.state import Json
 
 
@@ -20,18 +21,24 @@ class Ema:
     `num_updates` of TensorFlow's ExponentialMovingAverage, which diffusers' EMAModel has as well: the first
     updates forget the untrained start, 90 % of it at the first. Averages are float32 or wider, on the
     parameters' devices.
+
+    With a `width` d is that of `power_average` instead, which forgets the start at the first update.
     """
 
-    def __init__(self, named_parameters: Mapping[str, Parameter], decay: float) -> None:
+    def __init__(
+        self, named_parameters: Mapping[str, Parameter], decay: float, width: float | None = None
+    ) -> None:
         """Begin with the present values.
 
         Args:
             named_parameters: what to average, by the names used in a checkpoint.
             decay: kept share per update, in (0, 1).
+            width: of a power-function profile, in the place of `decay`.
         """
         if not 0 < decay < 1:
             raise ValueError(f"decay must lie between 0 and 1; got {decay}")
         self.decay = decay
+        self.width = width
         self._parameters = dict(named_parameters)
         self._swapped = False
         self.reset()
@@ -46,7 +53,10 @@ class Ema:
         """Move the averages toward the present values; call it once after each optimizer step."""
         if self._swapped:
             raise RuntimeError("the parameters hold their averages now: updating would average the averages")
-        kept = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self.width is None:
+            kept = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        else:
+            kept = kept_share(self.width, self.updates + 1)
         pairs = list(zip(self._averages, self._parameters.values(), strict=True))
         if pairs and all(average.dtype == parameter.dtype for average, parameter in pairs):
             torch._foreach_lerp_(self._averages, [one.detach() for _, one in pairs], 1.0 - kept)
@@ -73,8 +83,9 @@ class Ema:
             self._swapped = False
 
     def state_dict(self) -> tuple[dict[str, Tensor], Json]:
-        """The averages by parameter name, not copied, and the number of updates."""
-        return dict(zip(self._parameters, self._averages, strict=True)), {"updates": self.updates}
+        """The averages by parameter name, not copied, the number of updates, and the width where there is one."""
+        width: dict[str, Json] = {} if self.width is None else {"width": self.width}
+        return dict(zip(self._parameters, self._averages, strict=True)), {"updates": self.updates, **width}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor], state: Json) -> None:

@@ -6,6 +6,7 @@ saves of one run do; adapters of different runs are to be merged.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from burnish.errors import UserError
+from burnish.export.metadata import AVERAGE
+from burnish.optim.power_average import LARGEST, Snapshot, combination
 from burnish.toolbox.convert import Outcome
 from burnish.toolbox.stream import HASH, Planned, TensorFile, refuse_existing, write_stream
 
@@ -23,6 +26,7 @@ def average(
     path: Path,
     weights: Sequence[float] = (),
     *,
+    width: float | None = None,
     force: bool = False,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Outcome:
@@ -30,6 +34,8 @@ def average(
 
     Args:
         weights: one for each file, of any sum but zero; all alike if empty.
+        width: the average of this width over the training, as far as these saves of averages (`train.ema.width`) give
+            it, in the place of weights (arXiv 2312.02696).
 
     Raises:
         UserError: the files differ in names or shapes, or in what is no floating number.
@@ -37,6 +43,12 @@ def average(
     refuse_existing(path, force=force)
     if len(paths) < 2:
         raise UserError("one file has no mean", remedy="Name two files or more.")
+    notes: list[str] = []
+    if width is not None:
+        if weights:
+            raise UserError("a width and weights exclude each other", remedy="Give --width or --weights.")
+        weights, note = _for_width(paths, width)
+        notes.append(note)
     weights = weights or [1.0] * len(paths)
     if len(weights) != len(paths) or sum(weights) == 0:
         raise UserError(
@@ -60,9 +72,48 @@ def average(
             return total.to(kept)
 
         plan = [Planned(name, one.dtype, one.shape) for name, one in files[-1].tensors.items()]
-        metadata = {k: v for k, v in files[-1].metadata.items() if k != "sshs_legacy_hash"}
+        metadata = {k: v for k, v in files[-1].metadata.items() if k not in ("sshs_legacy_hash", AVERAGE)}
         write_stream(path, plan, metadata | ({HASH: ""} if HASH in metadata else {}), mean)
-    return Outcome(path, "as it was", len(paths), len(plan))
+    return Outcome(path, "as it was", len(paths), len(plan), notes=notes)
+
+
+def _for_width(paths: Sequence[Path], width: float) -> tuple[list[float], str]:
+    """The share of each file in the average of a width at the end of the last, and how near they come, in words.
+
+    Raises:
+        UserError: a file is no save of such an average, or they are of averages that began at different steps.
+    """
+    if not 0 < width <= LARGEST:
+        raise UserError(f"there is no average of width {width:g}", remedy=f"Give one of 0.01 to {LARGEST}.")
+    saved, begins = [], set()
+    for path in paths:
+        with TensorFile(path) as file:
+            told = _told(file)
+        saved.append(Snapshot(told["width"], int(told["updates"])))
+        begins.add(told["step"] - told["updates"])
+    if len(begins) > 1:
+        raise UserError(
+            f"the averages began at different steps ({', '.join(f'{one:g}' for one in sorted(begins))})",
+            remedy="Name saves of one run whose train.ema.width never changed.",
+        )
+    shares, off = combination(saved, Snapshot(width, max(one.updates for one in saved)))
+    listed = ", ".join(f"{share:.3g}" for share in shares)
+    more = "" if off < 0.1 else "; more saves, or saves of two widths, come nearer"
+    return shares, f"shares {listed}: the profile is off by {off:.1%} of that of width {width:g}{more}"
+
+
+def _told(file: TensorFile) -> dict[str, float]:
+    try:
+        told = json.loads(file.metadata[AVERAGE])
+        found = {name: float(told[name]) for name in ("width", "updates", "step")}
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{file.path} does not tell of which average it is",
+            remedy="Saves of runs with train.ema.width do; for others give --weights.",
+        ) from error
+    if found["width"] <= 0 or found["updates"] < 1:
+        raise UserError(f"{file.path} tells of an average of width {found['width']:g} without updates")
+    return found
 
 
 def _refuse_other(file: TensorFile, last: TensorFile) -> None:
