@@ -375,7 +375,7 @@ def test_resolved_text_holds_every_option(folder: Path) -> None:
     assert set(found) == set(RunConfig.model_fields)
     assert found["train"]["optimizer"] == {
         "learning_rate": 1e-4,
-        "rounding": "nearest",
+        "rounding": "stochastic",
         "weight_decay": 0.01,
         "kind": "adamw",
         "betas": [0.9, 0.999],

@@ -90,7 +90,7 @@ def whole(known: Family, mode: Mode, steps: Memory) -> Recipe:
     return Recipe(
         {},
         Denoising(known.schedule),
-        partial(build_optimizer, AdamW(), one_by_one=steps.steps_singly),
+        partial(build_optimizer, AdamW(rounding="nearest"), one_by_one=steps.steps_singly),
         keep_activations=kept(mode),
         own_weights=True,
         releases=steps.gradient_release,

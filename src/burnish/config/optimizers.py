@@ -36,7 +36,7 @@ class Optimizer(Section):
 
     learning_rate: float = Field(1e-4, gt=0, le=10, description="Peak learning rate.")
     rounding: Literal["nearest", "stochastic", "kahan"] = Field(
-        "nearest",
+        "stochastic",
         description="Of weights that train in bfloat16, whose small steps would round to nothing: `stochastic` draws "
         "up or down so that the mean is right, `kahan` keeps what rounding lost (2 bytes per weight). Both step in "
         "float32. Adapters train in float32 and have nothing to round.",
