@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from burnish.config.method import Full, TextualInversion, Vae, trains_text
 from burnish.config.schema import RunConfig
 from burnish.errors import BurnishError, UserError
-from burnish.family import Conditioning, Family, Part
-from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
-from burnish.model import DTYPES, known_model
-from burnish.objective import Denoising
-from burnish.optim.build import build_optimizer, check_optimizer, state_bytes
+from burnish.family import Part
+from burnish.memory.activations import ORDER, Mode, activation_modes
+from burnish.optim.build import check_optimizer, state_bytes
 from burnish.planner.choose import (
     Beside,
     Choice,
@@ -28,7 +24,6 @@ from burnish.planner.choose import (
     smallest,
     with_offload,
 )
-from burnish.planner.measure import Measure
 from burnish.planner.phases import (
     VAE,
     Phase,
@@ -40,12 +35,11 @@ from burnish.planner.phases import (
 )
 from burnish.planner.profile import Profile, step_of
 from burnish.planner.rates import GIB, Card, Rates
-from burnish.planner.references import shown
-from burnish.planner.store import ProfileStore
-from burnish.planner.trace import Recipe, Shape
+from burnish.planner.trace import Shape
 from burnish.planning_shapes import drawn_shape, numbers_in, passes_besides, shapes_of, tokens_of
-from burnish.run_plan import Row, RunPlan, Timed, cache_of
-from burnish.trained import chosen, own_weights
+from burnish.planning_traces import RunTraces
+from burnish.run_plan import Row, RunPlan, Timed
+from burnish.trained import own_weights
 
 # Outside of what torch counts: CUDA's context and its libraries' workspaces, and what the allocator cannot hand out.
 CONTEXT = int(0.5 * GIB)
@@ -96,18 +90,13 @@ class _Planner:
         check_optimizer(config.train.optimizer)
         self.rates: Rates = card.rates
         self.budget = (int(card.gib * GIB) if budget is None else budget) - CONTEXT - FRAGMENTED
-        self.dtype = DTYPES[config.train.precision]
-        self.cuda = cuda
+        self.traced = RunTraces(config, cuda=cuda)
+        self.known, self.of = self.traced.known, self.traced.of
         wanted = config.memory.compile
         self.compiled = (can_compile and self._is_long()) if wanted == "auto" else wanted
         self.notes: list[str] = []
         self.texts = 0  # bytes of text encoders that train
-        self.kind, self.of, self.is_here = known_model(config.model, self.dtype)
-        self.known = self.skeleton()
-        self.measure = Measure(self.skeleton, self.choose)
-        self.store = ProfileStore(cache_of(config.memory))
-        self._shown: dict[Shape, Conditioning] = {}
-        if not self.is_here:
+        if not self.traced.is_here:
             count = sum(one.numel() for part in self.known.denoisers.values() for one in part.parameters())
             self.notes.append(
                 f"{config.model.path} is not here: sizes are those of a released {self.known.title} of "
@@ -121,7 +110,7 @@ class _Planner:
     def _moved(self) -> str:
         """Of the optimizer's state in host memory."""
         weights, section = own_weights(self.config.method, self.known), self.config.train.optimizer
-        size = weights * state_bytes(section, self.dtype, "cpu")
+        size = weights * state_bytes(section, self.traced.dtype, "cpu")
         seconds = 2 * size / self.rates.from_host
         return (
             f"the optimizer's state, {size / GIB:.1f} GiB in host memory, goes to the GPU and back in each step: "
@@ -131,81 +120,6 @@ class _Planner:
     def _is_long(self) -> bool:
         """Compiling takes minutes and saves a part of each step: not worth it for a handful."""
         return self.config.train.steps * self.config.train.accumulate >= WORTH_COMPILING
-
-    def skeleton(self, depth: int | None = None, parts: frozenset[Part] | None = None) -> Family:
-        told = {} if parts is None else {"parts": parts}
-        return self.kind.skeleton(depth, of=self.of, dtype=self.dtype, **told)
-
-    def _told(self, shape: Shape) -> Conditioning:
-        if shape not in self._shown:
-            seeing = self.skeleton(parts=VAE) if shape.references else self.known
-            self._shown[shape] = shown(seeing, shape, cuda=self.cuda)
-        return self._shown[shape]
-
-    def _frames(self, source: Any) -> list[int]:
-        if not self.known.capabilities.video:
-            return [1]
-        return list(getattr(source, "frames", None) or [self.known.defaults.frames])
-
-    def tokens(self, shape: Shape) -> int:
-        return self.known.latents.tokens(self.known.latents.of(shape.height, shape.width, shape.frames))
-
-    def choose(self, family: Family) -> Mapping[str, Mapping[str, Any]]:
-        assert not isinstance(self.config.method, TextualInversion | Vae), "what is not planned"
-        return {part: chosen(self.config.method, family, one) for part, one in family.denoisers.items()}
-
-    def profile(self, shape: Shape, kept_as: str, mode: str | float) -> Profile:
-        train, method, memory = self.config.train, self.config.method, self.config.memory
-
-        def keep(family: Family) -> None:
-            blocks = family.blocks()
-            set_activations(blocks, activation_modes(mode, len(blocks)))  # type: ignore[arg-type]
-
-        recipe = Recipe(
-            choices={},
-            objective=Denoising.of(train.objective, self.known),
-            optimizer=partial(build_optimizer, train.optimizer, one_by_one=memory.steps_singly),
-            kept_as=None if kept_as == "native" else kept_as,
-            keep_activations=keep,
-            accumulates=train.accumulate > 1,
-            averages=train.ema is not None,
-            dropout=0.0 if isinstance(method, Full | TextualInversion | Vae) else method.dropout,
-            own_weights=isinstance(method, Full),
-            releases=memory.gradient_release,
-            offloads=memory.offload_optimizer,
-            shown=self._told,
-        )
-        facts = {
-            "family": self.kind.name,
-            "configs": getattr(self.of, "configs", None),
-            "identity": self.of.identity("denoiser")
-            if self.is_here and not hasattr(self.of, "configs")
-            else None,
-            "method": method.model_dump(mode="json"),
-            "optimizer": train.optimizer.model_dump(mode="json"),
-            "objective": train.objective.model_dump(mode="json"),
-            "recipe": [self.cuda, kept_as, mode, recipe.accumulates, recipe.averages, str(self.dtype)],
-            "shape": [shape.height, shape.width, shape.frames, shape.batch],
-        }
-        if memory.steps_singly:
-            facts["singly"] = [memory.gradient_release, memory.offload_optimizer]
-        if shape.references:
-            facts["references"] = [shape.references, shape.masked]
-        if self.of.audio is not None:
-            facts["audio"] = True
-        if self.config.model.denoisers:
-            facts["denoisers"] = list(self.config.model.denoisers)
-        return self.store.profile(facts, lambda: self.measure.profile(shape, recipe, cuda=self.cuda))
-
-    def _phase(self, what: str, family: Family, shape: Shape, trace: Callable[[], Phase]) -> Phase:
-        """What is kept of an earlier plan, of modules with the same tensors."""
-        tensors = [
-            (name, str(tuple(one.shape)), str(one.dtype))
-            for module in family.loaded.values()
-            for name, one in module.named_parameters()
-        ]
-        facts = {"phase": what, "family": self.kind.name, "tensors": tensors, "cuda": self.cuda}
-        return self.store.phase({**facts, "shape": asdict(shape), "audio": family.audio is not None}, trace)
 
     def formats(self) -> list[tuple[str, ...]]:
         """What to try, and what to try besides where that streams or does not fit: 4 bits are slower."""
@@ -223,9 +137,9 @@ class _Planner:
         modes = self._modes()
         captions = self._captions()
         self.texts = self._trained_texts(captions[1], largest.batch)
-        vae = self.skeleton(parts=VAE)
-        pictures = self._phase(
-            "encoding", vae, largest, partial(encoding_phase, vae, largest, cuda=self.cuda)
+        vae = self.traced.skeleton(parts=VAE)
+        pictures = self.traced.phase(
+            "encoding", vae, largest, partial(encoding_phase, vae, largest, cuda=self.traced.cuda)
         )
         drawn = self._drawn()
         found, profiles, limits = self._search(largest, modes, drawn[0])
@@ -279,7 +193,7 @@ class _Planner:
     def _fitting(self, largest: Shape, limits: Limits) -> tuple[list[Choice], Profiles]:
         for tried in self._tried(limits.modes):
             profiles: Profiles = {
-                kept_as: {mode: self.profile(largest, kept_as, mode) for mode in tried}
+                kept_as: {mode: self.traced.profile(largest, kept_as, mode) for mode in tried}
                 for kept_as in limits.weights
             }
             found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
@@ -307,7 +221,7 @@ class _Planner:
         """In this order. On a CPU nothing is gained: it is the host."""
         wanted = self.config.memory.offload_activations
         if wanted == "auto":
-            return (False, True) if self.cuda and not self.rates.unified else (False,)
+            return (False, True) if self.traced.cuda and not self.rates.unified else (False,)
         return (wanted,)
 
     def _host(self) -> int | None:
@@ -327,7 +241,7 @@ class _Planner:
             tokens += REFERENCE_TOKENS * max(shape.references for shape in shapes_of(self.config, self.of))
         tried = ("native", "int8", "nf4") if wanted == "auto" else (wanted,)
         for kept_as in tried:
-            family = self.skeleton(parts=TEXT_ENCODERS)
+            family = self.traced.skeleton(parts=TEXT_ENCODERS)
             phase = caption_phase(family, None if kept_as == "native" else kept_as, tokens)
             if phase.peak <= self.budget:
                 break
@@ -345,7 +259,7 @@ class _Planner:
             if section is not None and (not section.which or name in section.which):
                 tokens[part] = CLIP_TOKENS * batch
         tokens |= {part: CLIP_TOKENS * batch for part in clips if part in tokens}
-        found = trained_texts(self.skeleton(parts=TEXT_ENCODERS), phase.weights, tokens)
+        found = trained_texts(self.traced.skeleton(parts=TEXT_ENCODERS), phase.weights, tokens)
         self.notes.append(
             f"text encoders that train stay on the device: {found / GIB:.1f} GiB, what their backward keeps by a "
             "rule; their seconds are not counted"
@@ -359,14 +273,18 @@ class _Planner:
         shape = drawn_shape(self.config, self.of)
         if shape is None:
             return Beside(always=assistant), None
-        known, vae = self.known, self.skeleton(parts=VAE)
-        drawing = self._phase(
+        known, vae = self.known, self.traced.skeleton(parts=VAE)
+        drawing = self.traced.phase(
             "drawing",
             known,
             shape,
-            lambda: drawing_phase(self.skeleton(), shape, self._told(shape), cuda=self.cuda),
+            lambda: drawing_phase(
+                self.traced.skeleton(), shape, self.traced.told(shape), cuda=self.traced.cuda
+            ),
         )
-        decoding = self._phase("decoding", vae, shape, partial(decoding_phase, vae, shape, cuda=self.cuda))
+        decoding = self.traced.phase(
+            "decoding", vae, shape, partial(decoding_phase, vae, shape, cuda=self.traced.cuda)
+        )
         between = max(drawing.peak - drawing.weights, decoding.peak - decoding.weights)
         if not self.config.sample.prompts:  # pictures that are drawn before training need no VAE in it
             return Beside(always=assistant, between_steps=between + decoding.weights), shape
@@ -446,7 +364,7 @@ class _Planner:
 
     def _timed(self, shape: Shape, best: Choice) -> Timed:
         settings = best.settings
-        profiles = {mode: self.profile(shape, settings.weights, mode) for mode in set(settings.modes)}
+        profiles = {mode: self.traced.profile(shape, settings.weights, mode) for mode in set(settings.modes)}
         choice = self._evaluated(profiles, settings, Beside())
         return Timed(shape, tokens_of(shape, self.of), choice.seconds * self.config.train.accumulate)
 
