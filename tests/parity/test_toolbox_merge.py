@@ -24,9 +24,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "family"))
 import original_layout
 
+from burnish.adapters.attached import AdapterSet
+from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.lora import LoraWeights
+from burnish.adapters.targeting import choose_modules
+from burnish.config.method import AdapterMethod, Boft, Loha, Lokr, Lora, Oft
 from burnish.errors import AdapterError, ExportError, ModelError
+from burnish.export.adapter_file import write_adapter
 from burnish.families.registry import family_named
+from burnish.family import TargetSet
 from burnish.toolbox.base import Base
 from burnish.toolbox.combine import Combination
 from burnish.toolbox.convert import Carry, convert
@@ -252,6 +258,66 @@ def test_extracting_what_was_merged_gives_it_back(tiny_folder: TinyFolder, tmp_p
     assert outcome.notes == []
     expected = {m: 0.5 * delta for m, delta in read(adapter, name, folder, part).items()}
     assert_deltas(diffusers_rules.loaded_deltas(folder, tmp_path / "b.safetensors", part=part), expected)
+
+
+KINDS: Mapping[str, AdapterMethod] = {
+    "tucker": Lora(rank=2, alpha=3.0, tucker=True),
+    "dora": Lora(rank=2, alpha=3.0, dora=True),
+    "loha": Loha(kind="loha", rank=2, alpha=3.0),
+    "lokr": Lokr(kind="lokr", factor=4),
+    "dokr": Lokr(kind="lokr", factor=4, dora=True),
+    "oft": Oft(kind="oft", block_size=4),
+    "boft": Boft(kind="boft", block_size=16),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extracting_what_was_merged_gives_every_kind_back(
+    tiny_folder: TinyFolder, tmp_path: Path, kind: str
+) -> None:
+    """As a LoRA of full rank: within 1e-5, for float32 weights, on linear layers and convolutions."""
+    folder = tiny_folder("sd15")
+    unet = StableDiffusionPipeline.from_pretrained(folder).unet.requires_grad_(False)
+    family = family_named("sd15")
+    picked = TargetSet(("mid_block.*.attn1.to_q", "mid_block.resnets.0.conv1"), "")
+    adapter = AdapterSet.attach(unet, choose_modules(unet, {"some": picked}, "some", KINDS[kind]), seed=1)
+    draw = torch.Generator().manual_seed(2)
+    for parameter in adapter.named_parameters().values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=draw)
+    weights = adapter.weights()
+    adapter.detach()
+    modules = adaptable_modules(unet)
+    expected = {name: one.delta(modules[name].weight) for name, one in weights.items()}
+    path = write_adapter(
+        tmp_path / "a.safetensors",
+        weights,
+        part="unet",
+        keys=family.export,
+        modules=modules,
+        dtype=torch.float32,
+        metadata={},
+    )
+    if kind == "dora":
+        as_trained = write_adapter(
+            tmp_path / "c.safetensors",
+            weights,
+            part="unet",
+            keys=family.export,
+            modules=modules,
+            format="diffusers",
+            dtype=torch.float32,
+            metadata={},
+        )
+        with AdapterSource(path, "sd15") as source:
+            convert(source, tmp_path / "d.safetensors", Carry(), format="diffusers")
+        found = load_file(tmp_path / "d.safetensors")
+        for key, one in load_file(as_trained).items():
+            torch.testing.assert_close(found[key], one)
+    tuned = merged_into(folder, {path: 1.0}, tmp_path / "tuned", "sd15")
+    whole = Extraction("locon", RankChoice(energy=1 - 1e-12))
+    outcome = extract(folder, tuned, tmp_path / "b.safetensors", whole, dtype=torch.float32)
+    assert outcome.modules == len(expected) == 2
+    assert_deltas(diffusers_rules.loaded_deltas(folder, tmp_path / "b.safetensors", part="unet"), expected)
 
 
 def test_an_extracted_layer_is_what_lycoris_extracts(tiny_folder: TinyFolder, tmp_path: Path) -> None:

@@ -62,8 +62,10 @@ FLUX = ExportKeys("diffusers", ("diffusers", "comfy"), "flux-1-dev", "flux1", na
 FUSED = ExportKeys("comfy", ("comfy", "diffusers"), "lumina-2", "lumina2", native=native)
 FLUX2 = replace(FUSED, lokr="lycoris_")
 Z_IMAGE = replace(FLUX, lokr="diffusion_model.")
-KEYS = {"kohya": KOHYA, "flux": FLUX, "fused": FUSED, "flux2": FLUX2, "z_image": Z_IMAGE}
+SCRIPTS = replace(FLUX, formats=("diffusers", "comfy", "kohya"), native_kohya=("ComfyUI", "diffusers"))
+KEYS = {"scripts": SCRIPTS, "kohya": KOHYA, "flux": FLUX, "fused": FUSED, "flux2": FLUX2, "z_image": Z_IMAGE}
 METHODS: Mapping[str, AdapterMethod] = {
+    "lora": Lora(rank=4, alpha=6.0),
     "tucker": Lora(rank=4, alpha=6.0, tucker=True),
     "pissa": Lora(rank=4, alpha=6.0, start="pissa"),
     "dora": Lora(rank=4, alpha=6.0, dora=True),
@@ -81,6 +83,7 @@ FILES = [
     *((kind, "kohya", "auto") for kind in METHODS),
     *((kind, "flux", "auto") for kind in METHODS),
     *((kind, "flux", "comfy") for kind in METHODS if "ok" not in kind and kind != "boft"),
+    *((kind, "scripts", "kohya") for kind in ("lora", "tucker", "dora", "loha", "oft")),
     *((kind, "fused", "auto") for kind in ("dora", "loha", "oft", "pissa")),
     *((kind, keys, "auto") for kind in METHODS if "ok" in kind for keys in ("flux2", "z_image")),
     ("dora", "fused", "diffusers"),
@@ -158,8 +161,12 @@ def test_comfyui_computes_the_trained_weights(tmp_path: Path, kind: str, family:
     starts = {f"lora_unet_{name.replace('.', '_')}": name for name in modules}
     starts |= {f"{prefix}{name}": name for name in modules for prefix in ("transformer.", "diffusion_model.")}
     starts |= {f"lycoris_{name.replace('.', '_')}": name for name in modules}
-    if family == "fused" or format == "comfy":
+    if family in ("fused", "scripts") or format == "comfy":
         parts = {f"diffusion_model.{native(name).name}": native(name).holds for name in modules}
+        if format == "kohya":
+            parts = {
+                f"lora_unet_{native(name).name.replace('.', '_')}": native(name).holds for name in modules
+            }
         starts = {start: start for start in parts}
         base = {start: torch.cat([base[part] for part in holds]) for start, holds in parts.items()}
         expected = {
@@ -279,6 +286,73 @@ def test_what_readers_would_get_wrong_is_found(
         return
     with pytest.raises(ExportError):
         verify(path, denoiser, weights, KOHYA)
+
+
+def start_of(key: str) -> str:
+    return next(key.removesuffix(ending) for ending in (".weight", "") if key.endswith(ending)).rpartition(
+        "."
+    )[0]
+
+
+def doubled(tensors: Tensors, kind: str) -> None:
+    """The effect of one module, 1.05 times what it was."""
+    factors = {
+        "lora": "lora_up lora_B",
+        "loha": "hada_w1_a",
+        "lok": "lokr_w1",
+        "dok": "lokr_w1",
+        "oft": "oft_blocks",
+    }
+    ends = factors[next((one for one in factors if one in kind), "lora")].split()
+    tensors[next(key for key in tensors if any(end in key for end in ends))] *= 1.05
+
+
+def without_first(tensors: Tensors, kind: str) -> None:
+    first = start_of(next(iter(tensors)))
+    for key in [key for key in tensors if start_of(key) == first]:
+        del tensors[key]
+
+
+def other_alpha(tensors: Tensors, kind: str) -> None:
+    """One is missing; in formats without any, one is there."""
+    present = [key for key in tensors if key.endswith(".alpha")]
+    if present:
+        del tensors[present[0]]
+    else:
+        tensors[f"{start_of(next(iter(tensors)))}.alpha"] = torch.tensor(2.0)
+
+
+def turned(tensors: Tensors, kind: str) -> None:
+    key = next(
+        key
+        for key, one in tensors.items()
+        if one.dim() > 1 and one.shape[-1] > 1 and not torch.equal(one, one.mT) and "dora" not in key
+    )
+    tensors[key] = tensors[key].mT.contiguous()
+
+
+EVERYWHERE: dict[str, Callable[[Tensors, str], None]] = {
+    "alpha": other_alpha,
+    "prefix": lambda t, kind: [t.__setitem__(f"x_{key}", t.pop(key)) for key in list(t)],  # type: ignore[dict-item]
+    "transposed": turned,
+    "dropped module": without_first,
+    "delta x 1.05": doubled,
+}
+
+
+@pytest.mark.parametrize("broken", EVERYWHERE)
+@pytest.mark.parametrize(("kind", "family", "format"), FILES)
+def test_broken_files_of_every_kind_and_format_are_found(
+    tmp_path: Path, kind: str, family: str, format: str, broken: str
+) -> None:
+    denoiser, weights = trained(kind)
+    path = write(tmp_path / "a.safetensors", denoiser, weights, KEYS[family], format)
+    verify(path, denoiser, weights, KEYS[family])
+    tensors = safetensors.torch.load_file(path)
+    EVERYWHERE[broken](tensors, kind)
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(ExportError):
+        verify(path, denoiser, weights, KEYS[family])
 
 
 TO_Q = "transformer.block.to_q"

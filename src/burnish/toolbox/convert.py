@@ -225,6 +225,8 @@ def _carry_dora(writer: AdapterWriter, target: NativeModule, adapter: ModuleAdap
         magnitude, comfy = _lengths(writer.format, part, weights, lengths, told_scale, carry.base)
         ones = (1,) * (len(adapter.shape) - 1)
         shaped = None if comfy is None else comfy.reshape(-1, *ones)
+        if magnitude is not None and len(adapter.shape) > 2:  # as peft keeps those of a convolution
+            magnitude = magnitude.reshape(1, -1, *ones[1:])
         writer.lora(name, weights, magnitude=magnitude, dora_scale=shaped)
 
 

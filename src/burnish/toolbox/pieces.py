@@ -176,14 +176,19 @@ class ModuleAdapter:
 
     def _decomposed(self, weight: Tensor, added: Tensor) -> Tensor:
         """DoRA as trained: lengths along the rows, or in LyCORIS' older form along the columns."""
-        magnitude = self.pieces["magnitude"] if "magnitude" in self.pieces else self.pieces["dora_scale"]
-        if by_columns(magnitude, self.shape):
+        magnitude = self.pieces.get(
+            "magnitude"
+        )  # of rows always, though of a convolution it is (1, out, 1, 1)
+        scale = self.pieces["dora_scale"] if magnitude is None else None
+        if scale is not None and by_columns(scale, self.shape):
             changed = weight + added
             lengths = changed.transpose(0, 1).flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).eps)
-            factors = (magnitude.flatten() / lengths).reshape(1, -1, *(1 for _ in self.shape[2:]))
+            factors = (scale.flatten() / lengths).reshape(1, -1, *(1 for _ in self.shape[2:]))
             by_column: Tensor = factors * changed
             return by_column
-        return deltas.dora_weight(weight, added, magnitude.flatten())
+        rows = scale if magnitude is None else magnitude
+        assert rows is not None
+        return deltas.dora_weight(weight, added, rows.flatten())
 
     def as_lora(self) -> LoraWeights | None:
         """The same as up and down, exactly; None where that is not possible without rounding off."""
