@@ -25,8 +25,9 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
     """
     if word_of(config.method) is not None and not family.export.vocabularies:
         raise UserError(
-            f"a new word (`method`), and {family.title} cannot be taught words here",
-            remedy="Train an adapter alone (method.kind: lora); sd15, sd2, sdxl, sd3, flux and chroma can.",
+            f"a new word (`method`): {family.title} cannot be taught words here; CLIP and T5-XXL can, and it reads "
+            "prompts with other text encoders",
+            remedy="Train an adapter alone (method.kind: lora); sd15, sd2, sdxl, sd3, flux, chroma, pixart, ltx can.",
         )
     if isinstance(config.method, Vae):
         autoencoder_of(type(family).skeleton(parts=frozenset({"vae"}), of=family))

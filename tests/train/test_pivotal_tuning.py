@@ -142,7 +142,7 @@ def test_what_cannot_go_together_is_named(tiny_folder: TinyFolder, tmp_path: Pat
         train_run(word_config(tiny_folder("sd15"), tmp_path, **SETTINGS), progress=Listener())
     with pytest.raises(UserError, match="cannot be taught words"):
         train_run(
-            word_config(tiny_folder("ltx"), tmp_path, **{**SETTINGS, "model.family": "ltx"}),
+            word_config(tiny_folder("z_image"), tmp_path, **{**SETTINGS, "model.family": "z_image"}),
             progress=Listener(),
         )
 

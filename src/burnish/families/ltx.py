@@ -111,6 +111,7 @@ class LTXVideo(PipelineFamily):
         formats=("comfy", "diffusers"),
         modelspec="ltx-video",
         base_model_version="ltxv",
+        words={"text_encoder": "t5xxl"},
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
         tensors=NAMES.tensors,
@@ -141,7 +142,6 @@ class LTXVideo(PipelineFamily):
             }
         )
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:

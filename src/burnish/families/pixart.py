@@ -66,6 +66,7 @@ class PixArt(PipelineFamily):
         formats=("diffusers",),
         modelspec="pixart",
         base_model_version="pixart",
+        words={"text_encoder": "t5xxl"},
         prefix={"diffusers": "transformer."},
         readers={"diffusers": ("ComfyUI", "peft")},
     )
@@ -99,7 +100,6 @@ class PixArt(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         return clip.count_tokens(self.tokenizer("text_encoder"), _read(prompt))
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
