@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from burnish.config.method import Full, TextualInversion, Vae, trains_text
+from burnish.config.method import Full, TextualInversion, Vae, trains_text, trains_whole_text
 from burnish.config.schema import RunConfig
 from burnish.errors import BurnishError, UserError
 from burnish.family import Part
@@ -72,6 +72,12 @@ def plan_run(
         raise UserError(
             "textual inversion is not planned yet: its steps hold the text encoders, too",
             remedy="It takes what an adapter's run takes with memory.activations: recompute, and the text encoders.",
+        )
+    if trains_whole_text(config.method):
+        raise UserError(
+            "full fine-tuning with text encoders is not planned: its steps hold and train those, too",
+            remedy="`burnish plan` without method.text_encoders plans the denoiser's part; CLIP-L adds about 1.4 GiB, "
+            "CLIP-G 7.8 GiB with AdamW and stochastic rounding.",
         )
     if isinstance(config.method, Vae):
         raise UserError(

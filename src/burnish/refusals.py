@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from burnish.adapters.words import place_of_word
-from burnish.config.method import Full, TextEncoders, TextualInversion, Vae, word_of
+from burnish.config.method import Full, TextEncoders, TextualInversion, Vae, WholeTextEncoders, word_of
 from burnish.config.schema import RunConfig
 from burnish.data.samples import Sample
 from burnish.errors import DataError, UserError
@@ -32,14 +32,15 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
     if isinstance(config.method, Vae):
         autoencoder_of(type(family).skeleton(parts=frozenset({"vae"}), of=family))
         return
-    if isinstance(config.method, Full | TextualInversion):
+    if isinstance(config.method, TextualInversion):
         return
-    format_of_kind(config.save.format, family.export, kind_of_method(config.method))
+    if not isinstance(config.method, Full):
+        format_of_kind(config.save.format, family.export, kind_of_method(config.method))
     if config.method.text_encoders is not None:
         _refuse_text_encoders(config.method.text_encoders, family)
 
 
-def _refuse_text_encoders(section: TextEncoders, family: Family) -> None:
+def _refuse_text_encoders(section: TextEncoders | WholeTextEncoders, family: Family) -> None:
     has = list(family.export.text_encoders.values())
     if not has:
         raise UserError(

@@ -17,7 +17,7 @@ from burnish.adapters.own_weights import OwnWeights
 from burnish.adapters.words import NewWord
 from burnish.export.adapter_file import write_adapter
 from burnish.export.denoiser_file import write_folder, write_single_file
-from burnish.export.text_encoders import text_adapter
+from burnish.export.text_encoders import config_of, text_adapter, whole_name
 from burnish.export.vae_file import write_vae_file
 from burnish.export.verify import verify_adapter
 from burnish.export.word_file import write_word
@@ -130,6 +130,28 @@ class DenoiserFile:
             values = _state(run, self.part, self.weights)
             told = self.metadata(run, self.part)
             return write_single_file(path, run.family, self.part, values, self.dtype, told).facts()
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoderFolder:
+    """A text encoder as the part of a diffusers model, as transformers reads it: `<name><label>/<part>`."""
+
+    part: str
+    weights: OwnWeights
+    folder: Path
+    name: str
+    dtype: torch.dtype
+
+    def path(self, label: str) -> Path:
+        return self.folder / f"{self.name}{label}" / self.part
+
+    def write(self, run: Training, path: Path) -> Facts:
+        encoder = run.family.loaded[self.part]
+        config = {**config_of(encoder), "architectures": [type(encoder).__name__]}
+        with _own_average(run):
+            state = _state(run, self.part, self.weights)
+            named = {whole_name(name): tensor for name, tensor in state.items()}
+            return write_folder(path, config, named, self.dtype, weights="model").facts()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from burnish.model import DTYPES, choose_device, choose_model, places
 from burnish.optim.build import check_optimizer, state_bytes, what_is_lost
 from burnish.preparation import check_data, folders, prepare, split
 from burnish.refusals import refuse_unreadable, refuse_unsaid_word
+from burnish.results import TextEncoderFolder
 from burnish.resume import changed_options, refuse_fixed_changes, restore
 from burnish.run_folder import Recorder, RunFolder
 from burnish.settling import Compared, Settled, settle
@@ -271,10 +272,12 @@ def disk_bytes(config: RunConfig, assembled: Assembled, folder: RunFolder) -> tu
     states = sum(one.numel() * per_weight[one.dtype] for one in parameters)
     modules = run.family.denoisers or {"vae": run.family.loaded["vae"]}
     whole = sum(one.numel() for part in modules.values() for one in part.parameters())
-    formats = len(assembled.save.results) // len(modules)
+    texts = {one.part for one in assembled.save.results if isinstance(one, TextEncoderFolder)}
+    formats = (len(assembled.save.results) - len(texts)) // len(modules)
+    beside = sum(one.numel() for part in texts for one in run.family.loaded[part].parameters())
     # The last, the best and the one being written; or those of every save and of the end.
     kept = 2 + run.steps // config.save.every if keeps_all(config) else 3
-    written = kept * formats * whole * EXPORT_DTYPES[config.save.dtype].itemsize
+    written = kept * (formats * whole + beside) * EXPORT_DTYPES[config.save.dtype].itemsize
     there = sum(file.stat().st_size for file in folder.models.rglob("*") if file.is_file())
     return sum(one.nbytes for one in parameters) + int(states) + averages, max(0, written - there)
 

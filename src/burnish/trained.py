@@ -41,6 +41,7 @@ from burnish.results import (
     DenoiserFile,
     DenoiserFolder,
     Result,
+    TextEncoderFolder,
     VaeFile,
     VaeFolder,
     WordResult,
@@ -81,7 +82,7 @@ def trained_parts(
         return {
             part: OwnWeights.unfreeze(denoiser, chosen(config.method, family, denoiser))
             for part, denoiser in family.denoisers.items()
-        }
+        } | whole_text_encoders(config.method, family)
     adapters: dict[str, Trained] = {}
     for part, denoiser in family.denoisers.items():
         choose_products(denoiser, device)
@@ -95,6 +96,23 @@ def trained_parts(
     return (
         adapters if config.method.word is None else adapters | teach(family, config.method.word, config.seed)
     )
+
+
+def whole_text_encoders(method: Full, family: Family) -> dict[str, Trained]:
+    """The text encoders whose own weights train, by part; patterns of the method are for the denoiser."""
+    section = method.text_encoders
+    if section is None:
+        return {}
+    return {
+        part: OwnWeights.unfreeze(
+            family.loaded[part],
+            dict.fromkeys(
+                (name for name, _ in family.loaded[part].named_parameters()), section.learning_rate
+            ),
+        )
+        for part, name in family.export.text_encoders.items()
+        if not section.which or name in section.which
+    }
 
 
 def text_adapters(
@@ -228,6 +246,9 @@ def _results(told: Told, family: Family, folder: RunFolder) -> Iterator[Result]:
                 yield VaeFolder(one, folder.models, config.name, dtype)
             if format in ("auto", "comfy") and shapes_tell(autoencoder_of(family).config):
                 yield VaeFile(one, folder.models, f"{config.name}-vae", dtype, told.metadata)
+            continue
+        if isinstance(one, OwnWeights) and part in family.export.text_encoders:
+            yield TextEncoderFolder(part, one, folder.models, config.name, dtype)
             continue
         stem = f"{config.name}-{labels[part]}" if part in labels else config.name
         if isinstance(one, AdapterSet):

@@ -30,6 +30,8 @@ from burnish.export.verify import verify_adapter
 from burnish.family import Family
 from burnish.generate import attach_adapter, attach_texts
 from burnish.run import train_run
+from burnish.toolbox.inspect import inspect
+from burnish.toolbox.source import AdapterSource
 
 TinyFolder = Callable[[str], Path]
 CASES = {name: Case(name, PIPELINES[name]) for name in ("sd15", "sdxl")}
@@ -77,6 +79,13 @@ def test_text_encoders_learn_and_diffusers_draws_the_same(
     encoders = {key.split("text_model")[0] for key in file if "text_model" in key}
     assert len(encoders) == len(KEYS[told])
     assert not any("text_projection" in key for key in file)
+    with AdapterSource(path, case.family) as source:
+        seen = inspect(source)
+    assert seen.text_encoder_modules == sum(
+        "text_model" in k and ("down" in k or "lora_A" in k) for k in file
+    )
+    assert not seen.unknown_keys
+    assert {one.name for one in seen.readers if one.loads} >= {"ComfyUI", "diffusers"}
 
     family = load(model, case)
     plain = ours(family, case)

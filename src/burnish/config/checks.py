@@ -77,6 +77,13 @@ def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
         yield ("train", "precision"), f"{full}, which fp16 is too narrow for; use bf16 or fp32"
     if config.model.training_adapter is not None:
         yield ("model", "training_adapter"), f"{full}; a training adapter goes with adapters"
+    if method.text_encoders is not None and memory.text_encoder_weights not in ("auto", "native"):
+        text = (
+            f"{full} and those of text encoders, which cannot be {memory.text_encoder_weights}; leave it out"
+        )
+        yield ("memory", "text_encoder_weights"), text
+    if method.text_encoders is not None and memory.budget != "auto":
+        yield ("memory", "budget"), "runs that train whole text encoders are not planned; take it out"
     everything = method.targets is None and not method.include and not method.exclude
     if everything and isinstance(memory.stream, float) and memory.stream > 0:
         yield (

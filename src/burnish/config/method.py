@@ -43,6 +43,17 @@ class TextEncoders(Section):
     )
 
 
+class WholeTextEncoders(Section):
+    """CLIP text encoders whose own weights train beside the denoiser's."""
+
+    which: list[Literal["clip_l", "clip_g", "clip_h"]] = Field(
+        [], description="Those to train, such as `clip_l`; all that the model has if empty."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, le=10, description="Instead of the optimizer's rate; half of it or less is usual."
+    )
+
+
 class Word(Section):
     """A new word in the vocabularies of the text encoders (arXiv 2208.01618)."""
 
@@ -287,6 +298,10 @@ class Full(Section):
         [], description="Patterns of modules or weights to leave as they are; wins over everything."
     )
     groups: list[WeightGroup] = Field([], description="Weights with their own learning rate.")
+    text_encoders: WholeTextEncoders | None = Field(
+        None,
+        description="Train CLIP text encoders as well; they then stay in memory and read captions in each step.",
+    )
 
 
 class TextualInversion(Word):
@@ -349,6 +364,13 @@ def word_of(method: AnyMethod) -> Word | None:
     return None if isinstance(method, Full | Vae) else method.word
 
 
+def trains_whole_text(method: AnyMethod) -> bool:
+    """Whether text encoders' own weights train."""
+    return isinstance(method, Full) and method.text_encoders is not None
+
+
 def trains_text(method: AnyMethod) -> bool:
     """Whether anything of the text encoders trains, so that captions are encoded in each step."""
-    return word_of(method) is not None or (isinstance(method, Adapter) and method.text_encoders is not None)
+    return word_of(method) is not None or (
+        isinstance(method, Adapter | Full) and method.text_encoders is not None
+    )

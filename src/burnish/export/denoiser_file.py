@@ -51,7 +51,13 @@ class Written:
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], values: Values, dtype: torch.dtype, *, shard: int = SHARD
+    folder: Path,
+    config: Mapping[str, Any],
+    values: Values,
+    dtype: torch.dtype,
+    *,
+    shard: int = SHARD,
+    weights: str = WEIGHTS,
 ) -> Written:
     """Write a part of a diffusers model: `folder` is what its class's `from_pretrained` is given.
 
@@ -59,6 +65,7 @@ def write_folder(
         config: the denoiser's.
         values: its state, by its own names; on any device.
         shard: bytes of a file at the most, unless a tensor is larger.
+        weights: what the file of weights is called; transformers' parts say `model`.
 
     Raises:
         ExportError: it does not read back as written.
@@ -66,14 +73,14 @@ def write_folder(
         DiskFull: it does not fit. After any error, what was there before is as it was.
     """
     tensors = {name: deferred((name,), values, dtype) for name in values}
-    shards = _shards(tensors, shard)
+    shards = _shards(tensors, shard, weights)
     with apart(folder, total_bytes(tensors)) as temporary:
         write_durably(temporary / "config.json", _config_file(config))
         for name, inside in shards.items():
             write_file(temporary / name, inside)
         if len(shards) > 1:
-            write_durably(temporary / INDEX, _index(shards, tensors).encode())
-        compare(folder, _in_folder(temporary), values, dtype)
+            write_durably(temporary / _index_name(weights), _index(shards, tensors).encode())
+        compare(folder, _in_folder(temporary, weights), values, dtype)
         replace_folder(temporary, folder)
     return Written("diffusers", len(tensors), told_dtype(dtype), total_bytes(tensors) / 2**30)
 
@@ -159,7 +166,7 @@ def write_file(
         os.fsync(file.fileno())
 
 
-def _shards(tensors: Mapping[str, Deferred], most: int) -> dict[str, dict[str, Deferred]]:
+def _shards(tensors: Mapping[str, Deferred], most: int, weights: str) -> dict[str, dict[str, Deferred]]:
     """The tensors by the file that they go to, in order."""
     filled: list[dict[str, Deferred]] = [{}]
     for name, tensor in tensors.items():
@@ -167,9 +174,9 @@ def _shards(tensors: Mapping[str, Deferred], most: int) -> dict[str, dict[str, D
             filled.append({})
         filled[-1][name] = tensor
     if len(filled) == 1:
-        return {f"{WEIGHTS}.safetensors": filled[0]}
+        return {f"{weights}.safetensors": filled[0]}
     count = len(filled)
-    return {f"{WEIGHTS}-{n:05d}-of-{count:05d}.safetensors": one for n, one in enumerate(filled, 1)}
+    return {f"{weights}-{n:05d}-of-{count:05d}.safetensors": one for n, one in enumerate(filled, 1)}
 
 
 def _config_file(config: Mapping[str, Any]) -> bytes:
@@ -191,10 +198,14 @@ def told_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _in_folder(folder: Path) -> Stored:
+def _index_name(weights: str) -> str:
+    return INDEX.replace(WEIGHTS, weights)
+
+
+def _in_folder(folder: Path, weights: str) -> Stored:
     """What a diffusers folder holds, by the files that its index, if any, names."""
-    index = folder / INDEX
-    files = [f"{WEIGHTS}.safetensors"]
+    index = folder / _index_name(weights)
+    files = [f"{weights}.safetensors"]
     if index.exists():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     found: dict[str, Callable[[], Tensor]] = {}

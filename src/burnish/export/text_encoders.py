@@ -10,10 +10,13 @@ without. ComfyUI knows six linear layers of each block (`LORA_CLIP_MAP` in `comf
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from burnish.adapters.layer import Adaptable, AdapterWeights, adaptable_modules
 from burnish.family import AdapterFormat, ExportKeys, TargetSet
@@ -38,6 +41,18 @@ class TextAdapter:
 def file_name(module: str) -> str:
     """A module's name in files, from that in the loaded text encoder."""
     return _INNER + module.removeprefix(_INNER)
+
+
+def whole_name(weight: str) -> str:
+    """A weight's name in files of whole text encoders, as every version of transformers reads it."""
+    return weight if weight.startswith("text_projection") else file_name(weight)
+
+
+def config_of(encoder: nn.Module) -> dict[str, Any]:
+    """What its config.json says."""
+    assert isinstance(encoder, PreTrainedModel)
+    told: dict[str, Any] = json.loads(encoder.config.to_json_string())
+    return {key: value for key, value in told.items() if key not in ("dtype", "torch_dtype")}
 
 
 def file_modules(encoder: nn.Module) -> dict[str, Adaptable]:
