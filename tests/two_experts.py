@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.families.sd3 import NAMES, StableDiffusion3
-from burnish.family import Conditioning
 
 LABELS: Mapping[str, str] = {"transformer": "high_noise", "transformer_2": "low_noise"}
 BOUNDARY = 0.5

@@ -12,8 +12,8 @@ or v.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import exp
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -21,93 +21,13 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from burnish.hardware import sent
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 
 Prediction = Literal["velocity", "epsilon", "v"]
 Part = Literal["denoiser", "vae", "text_encoders"]
 DENOISER: frozenset[Part] = frozenset({"denoiser"})
 Device = torch.device | str
-AdapterFormat = Literal["kohya", "diffusers", "comfy"]
-
-
-class Conditioning(Mapping[str, Tensor]):
-    """What the denoiser is told besides latents and time: a frozen mapping of named tensors, batch first.
-
-    Names that start with `tokens` or `mask` have a token axis at dimension 1 and are padded with zeros (False)
-    when samples of different length are collated; all others must agree in shape. Cached on disk as is.
-
-    Whole numbers and masks keep the copy that was on the CPU when they are moved to a device: what a family has to know
-    of them (`on_host`) costs no wait for the device, which is the price of reading a tensor back.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], on_host: Mapping[str, Tensor] | None = None) -> None:
-        self._tensors = dict(tensors)
-        self._on_host = dict(on_host or {})  # of tensors on a device, as they were on the CPU
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{k}={tuple(v.shape)}" for k, v in self._tensors.items())
-        return f"Conditioning({shapes})"
-
-    @property
-    def batch_size(self) -> int:
-        return len(next(iter(self._tensors.values())))
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move to `device`; cast floating tensors to `dtype` when one is given."""
-        here = {
-            k: v for k, v in self._tensors.items() if v.device.type == "cpu" and not v.is_floating_point()
-        }
-        return Conditioning(
-            {k: sent(v, device, dtype if v.is_floating_point() else None) for k, v in self._tensors.items()},
-            {**self._on_host, **here},
-        )
-
-    def on_host(self, name: str) -> Tensor | None:
-        """A tensor on the CPU, where possible without asking the device; None of one without values (meta device)."""
-        tensor = self._tensors[name]
-        if name in self._on_host:
-            return self._on_host[name]
-        if tensor.is_meta:
-            return None
-        if tensor.device.type == "cpu":
-            return tensor
-        self._on_host[name] = tensor.cpu()
-        return self._on_host[name]
-
-    def merged(self, other: Mapping[str, Tensor]) -> Conditioning:
-        """This and `other` together; `other` wins where both name a tensor."""
-        kept = {k: v for k, v in self._on_host.items() if k not in other}
-        known = other._on_host if isinstance(other, Conditioning) else {}
-        return Conditioning({**self._tensors, **other}, {**kept, **known})
-
-    def rows(self, index: slice | Sequence[int]) -> Conditioning:
-        """The chosen batch rows."""
-        return Conditioning(
-            {k: chosen_rows(v, index) for k, v in self._tensors.items()},
-            {k: chosen_rows(v, index) for k, v in self._on_host.items()},
-        )
-
-    @staticmethod
-    def collate(samples: Sequence[Conditioning]) -> Conditioning:
-        """Concatenate along the batch, padding the token axis of `tokens*` and `mask*` to the longest.
-
-        Raises:
-            ValueError: the samples do not hold the same names.
-        """
-        names = list(samples[0])
-        for sample in samples:
-            if list(sample) != names and set(sample) != set(names):
-                raise ValueError(f"conditioning of different kinds: {sorted(names)} and {sorted(sample)}")
-        return Conditioning({name: _join(name, [sample[name] for sample in samples]) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,25 +48,6 @@ def place_of(part: Part, places: Places) -> Place:
 
 def device_of(place: Place) -> Device:
     return place.device if isinstance(place, Split) else place
-
-
-def chosen_rows(tensor: Tensor, index: slice | Sequence[int]) -> Tensor:
-    """Rows by number, without a list of numbers on its way to the device, which waits for it."""
-    return tensor[index] if isinstance(index, slice) else torch.stack([tensor[row] for row in index])
-
-
-def _join(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    if name.startswith(("tokens", "mask")):
-        longest = max(tensor.shape[1] for tensor in tensors)
-        tensors = [_padded(tensor, longest) for tensor in tensors]
-    return torch.cat(list(tensors))
-
-
-def _padded(tensor: Tensor, length: int) -> Tensor:
-    missing = length - tensor.shape[1]
-    if not missing:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,79 +238,6 @@ class TargetSet:
 
     def with_audio(self) -> TargetSet:
         return replace(self, patterns=self.patterns + self.audio, audio=())
-
-
-@dataclass(frozen=True, slots=True)
-class NativeModule:
-    """A module of the original release that holds one of diffusers' modules, or several stacked along its rows."""
-
-    name: str
-    holds: tuple[str, ...]  # diffusers' names in the order of the rows
-    halves_swapped: bool = False  # shift, then scale, where diffusers keeps scale, then shift
-
-
-NativeName = Callable[[str], NativeModule]
-
-
-@dataclass(frozen=True, slots=True)
-class NativeTensor:
-    """A tensor of the original release that holds one of diffusers' tensors, or several stacked along its rows."""
-
-    holds: tuple[str, ...]  # diffusers' names in the order of the rows
-    halves_swapped: bool = False
-
-
-NativeTensors = Callable[[Mapping[str, Sequence[int]]], Mapping[str, NativeTensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class ExportKeys:
-    """How this family's adapter keys read in the files of others (the table of docs/interop.md).
-
-    `diffusers` writes diffusers' module names, `comfy` those of the original release (`native`), `kohya` diffusers'
-    where that is the default and the release's elsewhere.
-
-    `default` loads both in ComfyUI and in diffusers. `modelspec` and `ss_base_model_version` go to the metadata.
-    Modules are named by `fnmatch` patterns over diffusers' names: `unreadable` those that some reader would not find,
-    or find otherwise than trained, in a format; `complete` those without which a reader refuses a `comfy` file, which
-    are written without effect where they were not trained.
-
-    `comfyui` tells whether ComfyUI has the family at all. `lokr` stands before names of diffusers in a LoKr that it
-    reads as ComfyUI does: `lycoris_` (with underscores) or `diffusion_model.`; None where it reads none.
-    """
-
-    default: AdapterFormat
-    formats: tuple[AdapterFormat, ...]
-    modelspec: str
-    base_model_version: str
-    prefix: Mapping[AdapterFormat, str] = field(default_factory=dict)  # e.g. {"kohya": "lora_unet_"}
-    native: NativeName | None = None  # where the `comfy` format has other names than diffusers
-    unreadable: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
-    complete: tuple[str, ...] = ()
-    # Shapes of a denoiser's tensors by name -> those of a single file of it; None where none is written.
-    tensors: NativeTensors | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)  # of several denoisers, by part, in file names
-    comfyui: bool = True
-    lokr: str | None = None
-    # Who loads a format, where that is not ComfyUI and diffusers for the default one and one of them for another.
-    readers: Mapping[AdapterFormat, tuple[str, ...]] = field(default_factory=dict)
-    # Who loads sd-scripts' spelling of the release's names, `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`.
-    native_kohya: tuple[str, ...] = ("ComfyUI",)
-    # Of CLIP text encoders that adapters and words can be trained of: by part, as diffusers spells it, ComfyUI's name.
-    text_encoders: Mapping[str, str] = field(default_factory=dict)
-    # The same of further text encoders that can be taught words, and no more.
-    words: Mapping[str, str] = field(default_factory=dict)
-    # Further names in files of others -> diffusers' modules, stacked by rows; `#` is the block's number.
-    spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def vocabularies(self) -> Mapping[str, str]:
-        """Text encoders that can be taught words."""
-        return {**self.text_encoders, **self.words}
-
-    def by_release(self, format: AdapterFormat) -> bool:
-        """Whether a format has the release's module names, which may hold several of diffusers' modules each."""
-        return format == "comfy" or (format == "kohya" and self.default != "kohya")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.config.objective import (
     AnyLoss,
     AnyWeighting,
@@ -31,7 +32,7 @@ from burnish.diffusion.mixing import noisy_and_target
 from burnish.diffusion.noise import noise_of
 from burnish.diffusion.times import Timesteps
 from burnish.diffusion.weights import weight_at
-from burnish.family import Conditioning, Family, ResolutionShift, Schedule, TokenShift
+from burnish.family import Family, ResolutionShift, Schedule, TokenShift
 from burnish.hardware import sent
 from burnish.randomness import torch_generator
 

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from burnish.conditioning import Conditioning
 from burnish.config.method import Full, TextualInversion, Vae
 from burnish.config.schema import RunConfig
-from burnish.family import Conditioning, Family, Part
+from burnish.family import Family, Part
 from burnish.memory.activations import activation_modes, set_activations
 from burnish.model import DTYPES, known_model
 from burnish.objective import Denoising

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from burnish.conditioning import Conditioning
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
-from burnish.family import Conditioning
 from burnish.model import DTYPES, known_model
 from burnish.objective import Denoising
 from burnish.planning_shapes import shapes_of, tokens_of

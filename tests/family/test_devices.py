@@ -11,8 +11,9 @@ from pretend_device import DEVICE, Far, move, moved, pretended
 from tiny import cases
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, Family, ModelSource, PictureInfo
+from burnish.family import Family, ModelSource, PictureInfo
 
 TinyFolder = Callable[[str], Path]
 # A clip's pipeline drawn as a still is the same pipeline.

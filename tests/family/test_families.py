@@ -20,9 +20,10 @@ from tiny import cases
 from tiny_pipelines import PIPELINES
 from torch import nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families.registry import detect_family, families, family_named
-from burnish.family import Conditioning, Family, ModelSource, Part, PictureInfo
+from burnish.family import Family, ModelSource, Part, PictureInfo
 
 FAMILY_OF = {
     "sd15": "sd15",

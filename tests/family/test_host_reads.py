@@ -12,10 +12,11 @@ import torch
 from pretend_device import DEVICE, pretended, reading
 from test_devices import FAMILY_OF, PROMPTS, SIDE, on_the_device
 
+from burnish.conditioning import Conditioning
 from burnish.config.objective import MinSnr
 from burnish.data.batch import Batch
 from burnish.events import Events
-from burnish.family import Conditioning, Family, PictureInfo
+from burnish.family import Family, PictureInfo
 from burnish.loop import Training, train
 from burnish.objective import Denoising
 

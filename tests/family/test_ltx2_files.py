@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from tiny_gemma import gemma_tokenizer, sentencepiece_model
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families import pipeline
 from burnish.families.ltx2 import LTX2, NAMES
 from burnish.families.native import NativeNames
 from burnish.families.slots import PipelineSource
 from burnish.families.sources import read_json, weight_files
-from burnish.family import Conditioning, ModelSource
+from burnish.family import ModelSource
 
 TinyFolder = Callable[[str], Path]
 Weights = dict[str, Tensor]

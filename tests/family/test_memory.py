@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.layer import ModuleChoice, adaptable_modules
+from burnish.conditioning import Conditioning
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, Family, ModelSource
+from burnish.family import Family, ModelSource
 from burnish.memory.activation_offload import offload_activations
 from burnish.memory.activations import Mode, set_activations
 from burnish.memory.streaming import stream_weights

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families import hunyuan_video_parts, pipeline, t5
 from burnish.families.registry import family_named
 from burnish.families.slots import shipped_configs
 from burnish.families.sources import read_json, weight_files
-from burnish.family import Conditioning, ModelSource
+from burnish.family import ModelSource
 
 TinyFolder = Callable[[str], Path]
 # The text encoder whose tokenizer does not ship, by family.

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import cases
 
+from burnish.conditioning import Conditioning
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, Family, ModelSource
+from burnish.family import Family, ModelSource
 
 TinyFolder = Callable[[str], Path]
 # Releases of one family that differ in what they are told read captions alike.

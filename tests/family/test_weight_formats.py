@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny import cases
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, Family, ModelSource, Part
+from burnish.family import Family, ModelSource, Part
 from burnish.memory import shrinking
 from burnish.memory.formats import Int8
 from burnish.memory.quantized import QuantizedLinear

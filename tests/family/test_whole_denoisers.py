@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from burnish.errors import DiskFull, ExportError, NonFiniteLoss
 from burnish.export import denoiser_file
 from burnish.export.denoiser_file import INDEX, write_folder, write_single_file
+from burnish.export_keys import NativeTensor
 from burnish.families.registry import detect_family, families, family_named
-from burnish.family import Family, ModelSource, NativeTensor
+from burnish.family import Family, ModelSource
 
 TinyFolder = Callable[[str], Path]
 FAMILY = {"sd15": "sd15", "sdxl": "sdxl", **{name: case.family for name, case in cases().items()}}

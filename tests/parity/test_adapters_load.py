@@ -22,8 +22,9 @@ from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora
 from burnish.export.adapter_file import read_adapter, write_adapter
 from burnish.export.verify import verify_adapter
+from burnish.export_keys import ExportKeys, NativeModule
 from burnish.families.registry import family_named
-from burnish.family import ExportKeys, ModelSource, NativeModule
+from burnish.family import ModelSource
 
 TinyFolder = Callable[[str], Path]
 CASES = cases()

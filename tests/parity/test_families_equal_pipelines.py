@@ -14,8 +14,9 @@ from reference import NEGATIVES, PROMPTS, SEEDS, STEPS
 from tiny import Case, cases
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.families.registry import detect_family
-from burnish.family import Conditioning, Family, ModelSource
+from burnish.family import Family, ModelSource
 from burnish.sampling.sampler import EncodedRequest, PictureRequest, draw_latents, encode_requests
 
 TOLERANCE = 1e-4

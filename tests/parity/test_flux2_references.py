@@ -16,9 +16,10 @@ from reference import PROMPTS, SEEDS, STEPS
 from tiny import cases
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.data.prepare import pixels_of
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, ModelSource
+from burnish.family import ModelSource
 from burnish.sampling.sampler import EncodedRequest, PictureRequest, draw_latents, encode_requests
 
 TinyFolder = Callable[[str], Path]

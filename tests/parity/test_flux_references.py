@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny.flux import HEIGHT, WIDTH, mask, picture, unpack
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.families.flux import Flux
-from burnish.family import Conditioning, ModelSource
+from burnish.family import ModelSource
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
 
 TinyFolder = Callable[[str], Path]

@@ -15,10 +15,11 @@ from tiny_pipelines import kl_vae
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families.flux import Flux
 from burnish.families.registry import detect_family
-from burnish.family import Conditioning, ModelSource, Part
+from burnish.family import ModelSource, Part
 
 Model = TypeVar("Model", bound=nn.Module)
 PREFIX = "model.diffusion_model."

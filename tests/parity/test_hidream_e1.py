@@ -19,6 +19,7 @@ from reference import NEGATIVES, PROMPTS, SEEDS, STEPS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.config.schema import RunConfig
 from burnish.data.prepare import pixels_of
 from burnish.errors import ModelError, UserError
@@ -26,7 +27,7 @@ from burnish.events import Listener
 from burnish.families.hidream import HiDream
 from burnish.families.hidream_e1 import HiDreamE1
 from burnish.families.registry import detect_family
-from burnish.family import Conditioning, ModelSource
+from burnish.family import ModelSource
 from burnish.generate import attach_adapter
 from burnish.run import train_run
 from burnish.sampling.sampler import (

@@ -19,11 +19,12 @@ from tiny import cases
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from burnish.conditioning import Conditioning
 from burnish.data.prepare import pixels_of
 from burnish.events import Listener
 from burnish.families import clip_vision, hunyuan_first_frame, llava
 from burnish.families.registry import detect_family, families
-from burnish.family import Conditioning, ModelSource, NegativePrompt
+from burnish.family import ModelSource, NegativePrompt
 from burnish.generate import attach_adapter
 from burnish.run import train_run
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests, with_references

@@ -12,9 +12,10 @@ import torch
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from safetensors.torch import load_file, save_file
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families.ideogram4 import Ideogram4, logit_normal_sigmas
-from burnish.family import Conditioning, ModelSource, NegativePrompt
+from burnish.family import ModelSource, NegativePrompt
 
 TinyFolder = Callable[[str], Path]
 

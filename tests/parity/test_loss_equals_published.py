@@ -16,13 +16,14 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.config.objective import MinSnr
 from burnish.data.batch import Batch
 from burnish.diffusion.mixing import noisy_and_target
 from burnish.diffusion.times import Timesteps, shift_time
 from burnish.diffusion.weights import weight_at
 from burnish.families.registry import detect_family
-from burnish.family import Conditioning, Family, ModelSource, PictureInfo, Prediction, Schedule
+from burnish.family import Family, ModelSource, PictureInfo, Prediction, Schedule
 from burnish.objective import Denoising
 
 TOLERANCE = 1e-6

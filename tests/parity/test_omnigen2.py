@@ -14,9 +14,10 @@ from reference import NEGATIVES, PROMPTS, SEEDS, STEPS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.families.omnigen2 import OmniGen2
 from burnish.families.registry import detect_family
-from burnish.family import Conditioning, ModelSource
+from burnish.family import ModelSource
 from burnish.sampling.sampler import EncodedRequest, PictureRequest, draw_latents, encode_requests
 
 TinyFolder = Callable[[str], Path]

@@ -18,11 +18,12 @@ from tiny import cases
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from burnish.conditioning import Conditioning
 from burnish.data.prepare import pixels_of
 from burnish.families import qwen_eyes, qwen_image21, qwen_image21_sequence, reference_sizes
 from burnish.families.qwen import shipped_tokenizer
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, ModelSource
+from burnish.family import ModelSource
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests, with_references
 
 TinyFolder = Callable[[str], Path]

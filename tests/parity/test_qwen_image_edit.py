@@ -23,13 +23,14 @@ from tiny_qwen import Processor, qwen_tokenizer, tell_kinds_of_tokens
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from burnish.conditioning import Conditioning
 from burnish.config.schema import RunConfig
 from burnish.data.prepare import pixels_of
 from burnish.events import Listener
 from burnish.families import qwen_eyes, qwen_image_edit, reference_sizes
 from burnish.families.qwen import shipped_tokenizer
 from burnish.families.registry import detect_family, family_named
-from burnish.family import Conditioning, ModelSource
+from burnish.family import ModelSource
 from burnish.generate import attach_adapter
 from burnish.run import train_run
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests, with_references

@@ -17,10 +17,11 @@ from test_families_equal_pipelines import told
 from test_single_files import folder_weights, native_weights
 from tiny import wan
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError, UserError
 from burnish.families.registry import detect_family, families, family_named
 from burnish.families.wan_names import NAMES
-from burnish.family import Conditioning, ModelSource, Part
+from burnish.family import ModelSource, Part
 from burnish.model import ChosenModel
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
 

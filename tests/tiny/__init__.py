@@ -15,8 +15,9 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.families.native import NativeNames
-from burnish.family import Conditioning, Family
+from burnish.family import Family
 
 
 def as_it_is(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from burnish.family import Conditioning, Family
+from burnish.conditioning import Conditioning
+from burnish.family import Family
 from tiny import Case
 from tiny.flux import COMMON, HEIGHT, UPSTREAM, WIDTH, flux, mask, picture
 

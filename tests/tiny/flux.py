@@ -19,8 +19,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tiny_pipelines import clip_l, clip_tokenizer, drawn, kl_vae, t5, t5_tokenizer
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.families.flux_transformer import NAMES
-from burnish.family import Conditioning, Family
+from burnish.family import Family
 from tiny import Case
 
 HEIGHT, WIDTH = 64, 96

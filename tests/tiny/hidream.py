@@ -17,8 +17,9 @@ from tiny_pipelines import clip_tokenizer, drawn, kl_vae, t5, t5_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from burnish.conditioning import Conditioning
 from burnish.families.hidream_model import NAMES
-from burnish.family import Conditioning, Family
+from burnish.family import Family
 from tiny import Case
 
 POSITIONS = 248

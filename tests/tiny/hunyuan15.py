@@ -28,8 +28,9 @@ from transformers import (
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from burnish.conditioning import Conditioning
 from burnish.data.prepare import pixels_of
-from burnish.family import Conditioning, Family
+from burnish.family import Family
 from tiny import Case
 
 LAYERS = 3

@@ -20,8 +20,9 @@ from PIL import Image
 from tiny_pipelines import drawn, t5, t5_tokenizer
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.families.ltx import NAMES
-from burnish.family import Conditioning, Family
+from burnish.family import Family
 from tiny import Case
 
 

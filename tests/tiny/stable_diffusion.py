@@ -21,7 +21,8 @@ from tiny_pipelines import BETAS, clip_g, clip_l, clip_tokenizer, drawn, kl_vae
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from burnish.family import Conditioning, Family
+from burnish.conditioning import Conditioning
+from burnish.family import Family
 from tiny import Case
 
 HEIGHT, WIDTH = 64, 96

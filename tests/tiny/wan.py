@@ -24,9 +24,10 @@ from tiny_video_vae import wan22_vae, wan_vae
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from burnish.conditioning import Conditioning
 from burnish.data.prepare import pixels_of
 from burnish.families.wan_names import NAMES, VACE_NAMES
-from burnish.family import Conditioning, Family
+from burnish.family import Family
 from tiny import Case
 
 SIZE = (64, 96)

@@ -15,12 +15,13 @@ from released_widths import tiny_loaders
 from tiny import Case, cases
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
 from burnish.data.prepare import pixels_of
 from burnish.events import Listener
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, Family, ModelSource, PictureInfo
+from burnish.family import Family, ModelSource, PictureInfo
 from burnish.generate import attach_adapter
 from burnish.objective import Denoising
 from burnish.run import train_run

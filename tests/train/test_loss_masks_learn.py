@@ -13,12 +13,13 @@ from PIL import Image
 from runs import run_config
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.config.schema import Model
 from burnish.data.batch import Batch
 from burnish.data.prepare import pixels_of
 from burnish.diffusion.mixing import noisy_and_target
 from burnish.events import Listener, StepReport
-from burnish.family import Conditioning, Family
+from burnish.family import Family
 from burnish.generate import attach_adapter
 from burnish.model import choose_model
 from burnish.objective import Denoising

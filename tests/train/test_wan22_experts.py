@@ -14,12 +14,13 @@ from diffusers import WanPipeline
 from runs import picture_folder, run_config
 from safetensors import safe_open
 
+from burnish.conditioning import Conditioning
 from burnish.config.objective import Objective
 from burnish.config.schema import Memory, Model
 from burnish.data.batch import Batch
 from burnish.events import Events, Listener
 from burnish.families.wan22 import Wan22
-from burnish.family import Conditioning, ModelSource
+from burnish.family import ModelSource
 from burnish.generate import attach_adapter, draw_pictures_with
 from burnish.objective import Denoising
 from burnish.run import train_run

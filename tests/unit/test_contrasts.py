@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.layer import ModuleChoice
+from burnish.conditioning import Conditioning
 from burnish.config.contrasts import Preference as PreferenceSection
 from burnish.config.data import Folder, Generated
 from burnish.config.load import load_config
@@ -35,7 +36,7 @@ from burnish.data.preflight import PreparedData, prepare_samples
 from burnish.data.prepare import LATENTS
 from burnish.diffusion.weights import weight_at
 from burnish.errors import ConfigError, DataError
-from burnish.family import Capabilities, Conditioning, LatentShape, PictureInfo, Schedule
+from burnish.family import Capabilities, LatentShape, PictureInfo, Schedule
 from burnish.objective import Denoising
 from burnish.tasks import all_at
 

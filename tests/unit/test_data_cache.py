@@ -16,6 +16,7 @@ from corpus import caption, hidden_colour, scene
 from PIL import Image, ImageOps
 from safetensors.torch import save as save_tensors
 
+from burnish.conditioning import Conditioning
 from burnish.config.data import Captions, Folder
 from burnish.data.cache import Cache, CacheKeys, DiskCache, RamCache, pack, unpack
 from burnish.data.preflight import prepare_samples
@@ -23,7 +24,7 @@ from burnish.data.prepare import LATENTS, EncodeCounts, encode_captions, encode_
 from burnish.data.samples import Sample, all_captions
 from burnish.errors import DataError, DiskFull, ModelError
 from burnish.families.sd15 import StableDiffusion15
-from burnish.family import Conditioning, Family, ModelSource
+from burnish.family import Family, ModelSource
 
 LANCZOS = Image.Resampling.LANCZOS
 

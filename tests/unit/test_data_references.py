@@ -16,6 +16,7 @@ from corpus import caption, scene
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.config.data import Captions, Folder
 from burnish.data.cache import Cache, CacheKeys, RamCache
 from burnish.data.companions import drawn_holes
@@ -35,7 +36,7 @@ from burnish.data.samples import Sample, all_captions
 from burnish.errors import DataError
 from burnish.families.flux import Flux
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, Family, ModelSource
+from burnish.family import Family, ModelSource
 
 TinyFolder = Callable[[str], Path]
 

@@ -20,7 +20,7 @@ from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError, DiskFull, NonFiniteLoss
 from burnish.export.adapter_file import read_adapter, write_adapter
 from burnish.export.formats import resolve_format
-from burnish.family import ExportKeys
+from burnish.export_keys import ExportKeys
 
 KEYS = ExportKeys(
     "kohya",

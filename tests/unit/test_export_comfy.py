@@ -19,8 +19,8 @@ from burnish.errors import AdapterError, ExportError
 from burnish.export.adapter_file import read_adapter, write_adapter
 from burnish.export.formats import resolve_format
 from burnish.export.verify import Verification, verify_adapter
+from burnish.export_keys import ExportKeys, NativeModule
 from burnish.families.registry import family_named
-from burnish.family import ExportKeys, NativeModule
 
 STACK = ("to_q", "to_k", "to_v")
 NATIVE = {

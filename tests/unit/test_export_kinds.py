@@ -22,7 +22,8 @@ from burnish.export.adapter_file import read_adapter, write_adapter
 from burnish.export.formats import refuse_unstackable, resolve_format
 from burnish.export.metadata import _network
 from burnish.export.verify import Verification, verify_adapter
-from burnish.family import ExportKeys, NativeModule, TargetSet
+from burnish.export_keys import ExportKeys, NativeModule
+from burnish.family import TargetSet
 
 STACK = ("to_q", "to_k", "to_v")
 NAMES = {

@@ -15,7 +15,7 @@ from torch import nn
 from burnish.adapters.lora import LoraWeights
 from burnish.export.adapter_file import write_adapter
 from burnish.export.metadata import Provenance, adapter_metadata
-from burnish.family import ExportKeys
+from burnish.export_keys import ExportKeys
 
 KEYS = ExportKeys("kohya", ("kohya",), "stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
 PROVENANCE = Provenance(

@@ -17,7 +17,7 @@ from burnish.adapters.lora import LoraWeights
 from burnish.errors import ExportError
 from burnish.export.adapter_file import write_adapter
 from burnish.export.verify import Verification, verify_adapter
-from burnish.family import ExportKeys
+from burnish.export_keys import ExportKeys
 
 KEYS = ExportKeys("kohya", ("kohya", "diffusers"), "stable-diffusion-v1", "sd_v1")
 CHOICES = {

@@ -18,6 +18,7 @@ from clip_files import clip_bytes, clip_with_caption
 from PIL import Image
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.config.data import Folder, FolderMasks
 from burnish.config.load import load_config
 from burnish.data.batch import Batch
@@ -30,7 +31,7 @@ from burnish.data.prepare import LATENTS, load_pixels
 from burnish.data.samples import Counts, Sample, hold_out
 from burnish.errors import ConfigError, DataError
 from burnish.families.registry import detect_family
-from burnish.family import Capabilities, Conditioning, LatentShape, ModelSource, Schedule
+from burnish.family import Capabilities, LatentShape, ModelSource, Schedule
 from burnish.objective import Denoising
 
 LATENT = LatentShape(4, 8)

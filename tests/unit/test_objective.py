@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.config.objective import (
     P2,
     Absolute,
@@ -39,7 +40,7 @@ from burnish.diffusion.distance import delta_at, mean_distance
 from burnish.diffusion.noise import noise_of
 from burnish.diffusion.times import Timesteps
 from burnish.diffusion.weights import weight_at
-from burnish.family import Capabilities, Conditioning, LatentShape, Schedule
+from burnish.family import Capabilities, LatentShape, Schedule
 from burnish.objective import Denoising
 from burnish.randomness import torch_generator
 

@@ -15,11 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.layer import ModuleChoice, adaptable_modules
+from burnish.conditioning import Conditioning
 from burnish.config.method import AdapterMethod, Loha, Lokr, Lora, Oft
 from burnish.data.batch import Batch
 from burnish.errors import UserError
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, Family, ModelSource
+from burnish.family import Family, ModelSource
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
 from burnish.objective import Denoising
 from burnish.planner import trace

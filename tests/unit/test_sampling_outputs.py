@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from burnish.conditioning import Conditioning
 from burnish.errors import DiskFull, ModelError, UserError
 from burnish.families.registry import family_named
-from burnish.family import Conditioning, Family, ModelSource, Schedule
+from burnish.family import Family, ModelSource, Schedule
 from burnish.sampling import stream
 from burnish.sampling.decoding import decode_pictures
 from burnish.sampling.outputs import next_number, write_picture

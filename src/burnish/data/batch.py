@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from burnish.family import Conditioning
+from burnish.conditioning import Conditioning
 from burnish.hardware import sent
 
 

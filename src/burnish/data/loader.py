@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from burnish.conditioning import Conditioning
 from burnish.data.batch import Batch, Direction, Opposites, Preference
 from burnish.data.cache import Cache, CacheKeys, Entry, Kind, RamCache
 from burnish.data.loss_masks import MASK, loss_weights
 from burnish.data.plan import BatchPlan, Draw
 from burnish.data.prepare import AUDIO, LATENTS, conditioning_of, load_pixels
 from burnish.errors import DataError, MachineError
-from burnish.family import Conditioning, Family, PictureInfo
+from burnish.family import Family, PictureInfo
 from burnish.randomness import python_random
 
 T = TypeVar("T")

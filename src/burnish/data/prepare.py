@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.data.audio import sound_at
 from burnish.data.cache import Cache, CacheKeys, Entry
 from burnish.data.clips import frames_at
@@ -26,7 +27,7 @@ from burnish.data.companions import drawn_holes, mask_values
 from burnish.data.pictures import BadPicture, content_hash, decode_picture, open_regular, read_regular
 from burnish.data.samples import Sample
 from burnish.errors import DataError, ModelError
-from burnish.family import Conditioning, Family
+from burnish.family import Family
 
 Progress = Callable[[int, int], None]  # done, of
 

@@ -24,7 +24,7 @@ from burnish.export.metadata import file_hashes
 from burnish.export.reading import OTHER_PIECES, assembled, taken_apart
 from burnish.export.stacking import native_module
 from burnish.export.text_encoders import TextAdapter, text_keys
-from burnish.family import ExportKeys, NativeModule
+from burnish.export_keys import ExportKeys, NativeModule
 
 # One matrix each: what sd-scripts, peft (with and without adapter name) and older diffusers call A and B.
 _DOWN = ("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight")

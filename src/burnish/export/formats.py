@@ -42,7 +42,7 @@ from burnish.export.kinds import (
     stacked_others,
 )
 from burnish.export.stacking import native_module, stacked
-from burnish.family import AdapterFormat, ExportKeys
+from burnish.export_keys import AdapterFormat, ExportKeys
 
 
 def resolve_format(

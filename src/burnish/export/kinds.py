@@ -29,7 +29,7 @@ from burnish.adapters.lora import LoraWeights
 from burnish.adapters.oft import OftWeights
 from burnish.config.method import AdapterMethod, Lokr, Lora
 from burnish.errors import AdapterError
-from burnish.family import AdapterFormat, ExportKeys, NativeModule
+from burnish.export_keys import AdapterFormat, ExportKeys, NativeModule
 
 Kind = Literal["lora", "dora", "loha", "lokr", "dokr", "oft", "boft"]
 SPOKEN: Mapping[Kind, str] = {

@@ -22,7 +22,7 @@ from burnish import __version__
 from burnish.adapters.layer import AdapterWeights
 from burnish.adapters.lora import LoraWeights
 from burnish.export.kinds import one_kind
-from burnish.family import ExportKeys
+from burnish.export_keys import ExportKeys
 
 AVERAGE = "burnish.average"  # JSON: width and updates of a power-function average, and the run's step
 PART = "burnish.part"  # where a model has several denoisers, a file is for one of them

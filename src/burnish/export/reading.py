@@ -15,7 +15,7 @@ from burnish.adapters.lora import LoraWeights
 from burnish.adapters.oft import OftWeights
 from burnish.errors import AdapterError
 from burnish.export.stacking import unstacked
-from burnish.family import NativeModule
+from burnish.export_keys import NativeModule
 
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
-from burnish.family import ExportKeys, NativeModule
+from burnish.export_keys import ExportKeys, NativeModule
 
 
 def native_module(keys: ExportKeys, name: str) -> NativeModule:

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from burnish.adapters.layer import Adaptable, AdapterWeights, adaptable_modules
-from burnish.family import AdapterFormat, ExportKeys, TargetSet
+from burnish.export_keys import AdapterFormat, ExportKeys
+from burnish.family import TargetSet
 
 _INNER = "text_model."
 TARGETS: Mapping[str, TargetSet] = {

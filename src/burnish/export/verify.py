@@ -37,7 +37,7 @@ from burnish.export.verify_kinds import (
 )
 from burnish.export.verify_lora import check_loras
 from burnish.export.verify_text import as_in_files, text_modules, text_names, without_texts
-from burnish.family import AdapterFormat, ExportKeys, NativeModule
+from burnish.export_keys import AdapterFormat, ExportKeys, NativeModule
 
 _LENGTHS = (".lora_magnitude_vector", ".lokr_magnitude_vector", ".dora_scale")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from burnish.adapters.layer import Adaptable
 from burnish.errors import ExportError
 from burnish.export.verify_kinds import FileKind
-from burnish.family import AdapterFormat, ExportKeys, NativeModule
+from burnish.export_keys import AdapterFormat, ExportKeys, NativeModule
 
 LORA_KEY = re.compile(
     r"(?P<module>.+)\.(?:(?P<down>lora_down\.weight|lora_A\.weight)|(?P<up>lora_up\.weight|lora_B\.weight)"

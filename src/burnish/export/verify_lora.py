@@ -19,7 +19,7 @@ from burnish.adapters.layer import Adaptable, weight_shape
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import ExportError
 from burnish.export.verify_file import LORA_KEY, expect
-from burnish.family import AdapterFormat, ExportKeys, NativeModule
+from burnish.export_keys import AdapterFormat, ExportKeys, NativeModule
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from burnish.adapters.layer import Adaptable, adaptable_modules
-from burnish.family import AdapterFormat, ExportKeys
+from burnish.export_keys import AdapterFormat, ExportKeys
 
 _KEY = re.compile(r"(lora_te\d*_|text_encoders?(_\d+)?\.)")
 # The linear layers of a block that ComfyUI has names for.

@@ -21,6 +21,8 @@ import torch
 from diffusers import AnimaTextConditioner, AutoencoderKLQwenImage, CosmosTransformer3DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import t5, video_vae
 from burnish.families.anima_names import (
     NAMES,
@@ -35,14 +37,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_slot
 from burnish.families.slots import Config, Slot
 from burnish.families.video_vae import wan_vae_slot
-from burnish.family import (
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    Part,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import LatentShape, Part, SamplerDefaults, TargetSet
 
 PROMPT_TOKENS = 512  # of either tokenizer
 

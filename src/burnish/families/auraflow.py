@@ -16,12 +16,14 @@ import torch
 from diffusers import AuraFlowTransformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.umt5 import umt5_slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import LatentShape, SamplerDefaults, TargetSet
 
 PROMPT_TOKENS = 256
 VOCABULARY = 32_128  # rows of Pile-T5's embedding

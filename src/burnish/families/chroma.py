@@ -18,6 +18,8 @@ import torch
 from diffusers import ChromaTransformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import clip
 from burnish.families.flux_names import BLOCKS, KINDS, LOST_IN_KOHYA, TARGETS, rows_of_stacks
 from burnish.families.masked import is_whole, trimmed
@@ -28,7 +30,7 @@ from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import t5_slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import LatentShape, SamplerDefaults, TargetSet
 
 _GUIDANCE = "distilled_guidance_layer"
 NAMES = NativeNames(

@@ -19,6 +19,8 @@ from diffusers import CogView4Transformer2DModel
 from torch import Tensor, nn
 from transformers import GlmConfig, GlmModel
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import clip
 from burnish.families.masked import lengths
 from burnish.families.native import depth
@@ -28,15 +30,7 @@ from burnish.families.shifts import RootShift
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.text_slots import language_model_slot
 from burnish.families.weights import Layout
-from burnish.family import (
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    PictureInfo,
-    SamplerDefaults,
-    Schedule,
-    TargetSet,
-)
+from burnish.family import LatentShape, PictureInfo, SamplerDefaults, Schedule, TargetSet
 
 LONGEST_PROMPT = 1024
 MULTIPLE = 16  # of tokens

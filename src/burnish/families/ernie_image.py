@@ -15,13 +15,15 @@ import torch
 from diffusers import ErnieImageTransformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import clip, flux2_vae
 from burnish.families.mistral import mistral_slot
 from burnish.families.native import depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import LatentShape, SamplerDefaults, TargetSet
 
 READ_STATE = -2  # of the text encoder: before its last layer
 EPSILON = (

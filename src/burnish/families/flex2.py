@@ -15,18 +15,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.families import flux_transformer
 from burnish.families.flux_names import TARGETS
 from burnish.families.packing import unpack
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.weights import Layout
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import Capabilities, SamplerDefaults, TargetSet
 
 CHANNELS = 16  # of the latents of each picture
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families import autoencoder, flux_transformer
 from burnish.families.flux_names import TARGETS
@@ -29,13 +30,7 @@ from burnish.families.rows import by_kind
 from burnish.families.slots import Config
 from burnish.families.sources import read_json
 from burnish.families.weights import Layout
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    SamplerDefaults,
-    Schedule,
-    TargetSet,
-)
+from burnish.family import Capabilities, SamplerDefaults, Schedule, TargetSet
 
 LONGEST_PROMPT = 512  # T5 tokens FLUX.1-dev was released with
 LONGEST_PROMPT_DISTILLED = 256  # FLUX.1-schnell, which has no guidance embedding

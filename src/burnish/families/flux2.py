@@ -18,7 +18,9 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
+from burnish.export_keys import ExportKeys
 from burnish.families import flux2_references, flux2_vae, mistral
 from burnish.families.flux2_names import NAMES, TARGETS, find_transformer, transformer_config
 from burnish.families.pipeline import PipelineFamily, flow_schedule
@@ -30,8 +32,6 @@ from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import first_layers
 from burnish.family import (
     Capabilities,
-    Conditioning,
-    ExportKeys,
     LatentShape,
     ModelSource,
     Part,

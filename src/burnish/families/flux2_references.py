@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from burnish.family import Conditioning
+from burnish.conditioning import Conditioning
 
 TOKENS, POSITIONS = "tokens_reference_BND", "tokens_reference_at_BN4"
 PICTURE_STEP = 10  # references are at 10, 20, ... in the first position number

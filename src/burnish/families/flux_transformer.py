@@ -15,7 +15,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
+from burnish.export_keys import ExportKeys
 from burnish.families import clip, t5
 from burnish.families.flux_embedding import TimeGuidanceText
 from burnish.families.flux_names import BLOCKS, KINDS, LOST_IN_KOHYA, XFLUX, rows_of_stacks
@@ -25,7 +27,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, LatentShape
+from burnish.family import LatentShape
 
 LATENTS = LatentShape(channels=16, compression=8, patch=2)
 HEAD_DIM = 128  # of every released FLUX.1 and of those pruned from it

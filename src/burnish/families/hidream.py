@@ -14,21 +14,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.families import hidream_model
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.sources import locate
 from burnish.families.weights import Layout
-from burnish.family import (
-    Conditioning,
-    ModelSource,
-    Part,
-    Places,
-    Prediction,
-    SamplerDefaults,
-    Shrink,
-    TargetSet,
-)
+from burnish.family import ModelSource, Part, Places, Prediction, SamplerDefaults, Shrink, TargetSet
 
 DEV_SHIFT = 6.0  # fast has 3, as full
 _DISTILLED = "FlowMatchLCMScheduler"  # that of dev and fast; full comes with UniPC

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families import hidream_model
 from burnish.families.guidance import no_longer_than_prompted
@@ -31,7 +32,6 @@ from burnish.families.sources import index_file, locate, read_json
 from burnish.families.weights import Layout, layout_of
 from burnish.family import (
     Capabilities,
-    Conditioning,
     ModelSource,
     Part,
     Places,

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
+from burnish.export_keys import ExportKeys
 from burnish.families.hidream_transformer import transformer
 from burnish.families.llama import llama_slot
 from burnish.families.native import NativeNames, depth
@@ -25,7 +27,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, LatentShape, TargetSet
+from burnish.family import LatentShape, TargetSet
 
 PROMPT_TOKENS = 128  # of each encoder
 HEAD_DIM = 128

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.families import llava
-from burnish.family import Conditioning, NegativePrompt
+from burnish.family import NegativePrompt
 
 FIRST_FRAME = "first_frame_BC1HW"
 # As released, missing blanks included (diffusers: HunyuanVideoImageToVideoPipeline); so many tokens are before the

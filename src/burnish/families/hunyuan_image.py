@@ -17,6 +17,8 @@ import torch
 from diffusers import HunyuanImageTransformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import clip, hunyuan_image_vae
 from burnish.families.byt5 import byt5_slot
 from burnish.families.guidance import AdaptiveProjection
@@ -28,15 +30,7 @@ from burnish.families.qwen import qwen25_vl_slot
 from burnish.families.slots import Config, Slot
 from burnish.families.sources import locate, read_json
 from burnish.families.weights import Layout
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    ExportKeys,
-    Guide,
-    LatentShape,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import Capabilities, Guide, LatentShape, SamplerDefaults, TargetSet
 
 TOKENS, LETTERS = 1000, 128
 READ_STATE = -3  # of Qwen2.5-VL, which has a norm after its last

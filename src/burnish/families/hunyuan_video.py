@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import clip, first_frame, hunyuan_first_frame, hunyuan_video_parts, video_vae
 from burnish.families.hunyuan_first_frame import FIRST_FRAME
 from burnish.families.hunyuan_names import (
@@ -33,14 +35,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.text_slots import clip_slot
 from burnish.families.weights import Layout
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
 
 LLAMA_TOKENS = 256
 READ_STATE = -3  # of Llama: two layers are left out

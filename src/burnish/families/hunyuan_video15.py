@@ -18,20 +18,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import hunyuan_video15_parts, siglip, video_vae
 from burnish.families.hunyuan_first_frame import FIRST_FRAME, known_channels
 from burnish.families.masked import trimmed
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.text_slots import t5_slot
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
 
 QWEN_TOKENS = 1000
 GLYPH_TOKENS = 256

@@ -19,7 +19,9 @@ import torch
 from diffusers import Ideogram4Transformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
+from burnish.export_keys import ExportKeys
 from burnish.families import clip, flux2_vae
 from burnish.families.ideogram4_latents import places_first, places_last, tidy_vae
 from burnish.families.ideogram4_names import NAMES, TARGETS, find_transformer, transformer_config
@@ -27,15 +29,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_vl_slot
 from burnish.families.rows import by_kind
 from burnish.families.slots import Config, Slot
-from burnish.family import (
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    NegativePrompt,
-    SamplerDefaults,
-    Schedule,
-    TargetSet,
-)
+from burnish.family import LatentShape, NegativePrompt, SamplerDefaults, Schedule, TargetSet
 
 TRANSFORMER, BLIND = "transformer", "unconditional_transformer"
 LONGEST_PROMPT = 2048

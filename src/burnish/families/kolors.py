@@ -17,21 +17,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import chatglm
 from burnish.families.noise_schedule import schedule_of
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.size_embedding import pooled_example, size_and_pooled, size_conditioning
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.unet import TARGETS, native_module, repeated_blocks, with_depth
-from burnish.family import (
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    PictureInfo,
-    SamplerDefaults,
-    Schedule,
-    TargetSet,
-)
+from burnish.family import LatentShape, PictureInfo, SamplerDefaults, Schedule, TargetSet
 
 PROMPT_TOKENS = 256
 

@@ -17,6 +17,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import clip, video_vae
 from burnish.families.guidance import beyond_the_prompt
 from burnish.families.packing import pack, patch_positions, unpack
@@ -25,15 +27,7 @@ from burnish.families.qwen import qwen3_vl_slot
 from burnish.families.slots import Slot
 from burnish.families.video_vae import wan_vae_slot
 from burnish.families.weights import Layout
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    ResolutionShift,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import Capabilities, LatentShape, ResolutionShift, SamplerDefaults, TargetSet
 
 TOKENS = 512  # of the prompt and what closes it
 READ_LAYERS = (

@@ -17,20 +17,15 @@ import torch
 from diffusers import LTXVideoTransformer3DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import ltx_vae, t5, video_vae
 from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import t5_slot
 from burnish.families.weights import Layout
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
 
 HEADS = 32  # of both sizes
 T5_TOKENS = 128

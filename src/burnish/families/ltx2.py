@@ -21,6 +21,8 @@ from diffusers import AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import video_vae
 from burnish.families.gemma3 import gemma3_slot
 from burnish.families.ltx2_audio import AUDIO_SLOTS, LTX2Audio
@@ -29,14 +31,7 @@ from burnish.families.native import NativeNames
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
 
 GEMMA_TOKENS = 1024
 

@@ -16,9 +16,10 @@ from diffusers import AutoencoderKLLTX2Audio
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.families.ltx2_names import find_audio_vae, find_vocoder
 from burnish.families.slots import Config, Slot
-from burnish.family import AudioShape, Conditioning
+from burnish.family import AudioShape
 
 Streams = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

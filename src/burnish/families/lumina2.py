@@ -17,20 +17,15 @@ from diffusers import Lumina2Transformer2DModel
 from diffusers.models.transformers.transformer_lumina2 import Lumina2RotaryPosEmbed
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import gemma
 from burnish.families.masked import trimmed
 from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.weights import Layout
-from burnish.family import (
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    NegativePrompt,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import LatentShape, NegativePrompt, SamplerDefaults, TargetSet
 
 PROMPT_TOKENS = 256
 # What the model was trained with, for pictures from captions (README of the release).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from burnish.family import Conditioning
+from burnish.conditioning import Conditioning
 
 
 def trimmed(tokens_BSD: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from burnish.errors import ModelError
+from burnish.export_keys import NativeModule, NativeName, NativeTensor
 from burnish.families.reading import Piece
 from burnish.families.weights import Layout, below
-from burnish.family import NativeModule, NativeName, NativeTensor
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 _SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|comfy_quant)$")

@@ -17,6 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import clip
 from burnish.families.masked import is_whole
 from burnish.families.native import PREFIXES, depth
@@ -26,16 +28,7 @@ from burnish.families.qwen import qwen25_vl_slot
 from burnish.families.reference_sizes import shrunk
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.weights import Layout, below
-from burnish.family import (
-    Capabilities,
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    NegativePrompt,
-    SamplerDefaults,
-    Schedule,
-    TargetSet,
-)
+from burnish.family import Capabilities, LatentShape, NegativePrompt, SamplerDefaults, Schedule, TargetSet
 
 LONGEST_PROMPT = 1024
 SYSTEM = "You are a helpful assistant that generates high-quality images based on user instructions."

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
+from burnish.export_keys import ExportKeys
 from burnish.families import autoencoder
 from burnish.families.slots import Config, PipelineSource, Slot, layout_of_file, shipped_configs
 from burnish.families.sources import index_file, locate, read_json
@@ -26,8 +28,6 @@ from burnish.family import (
     DENOISER,
     Audio,
     Capabilities,
-    Conditioning,
-    ExportKeys,
     LatentShape,
     ModelSource,
     Part,

@@ -17,21 +17,15 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import clip, t5
 from burnish.families.masked import trimmed
 from burnish.families.noise_schedule import schedule_of
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.text_slots import t5_slot
-from burnish.family import (
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    PictureInfo,
-    SamplerDefaults,
-    Schedule,
-    TargetSet,
-)
+from burnish.family import LatentShape, PictureInfo, SamplerDefaults, Schedule, TargetSet
 
 ALPHA_TOKENS, SIGMA_TOKENS = 120, 300
 _ALPHA = "PixArtAlphaPipeline"

@@ -14,12 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.families import qwen_image_model, video_vae
 from burnish.families.masked import trimmed
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, TargetSet
+from burnish.family import TargetSet
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "

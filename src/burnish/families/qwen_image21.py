@@ -21,6 +21,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage21, QwenImage21Transformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import qwen_eyes, qwen_image21_sequence, reference_sizes, shifts, video_vae
 from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
@@ -28,7 +30,7 @@ from burnish.families.qwen import qwen3_vl_slot
 from burnish.families.rows import by_kind
 from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
 
 INSTRUCTION = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 TEMPLATE = INSTRUCTION + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.families.masked import lengths
-from burnish.family import Conditioning
 
 # What the denoiser is told of references besides words: latents, their rows and columns, words before each.
 REFERENCE, SIZES, PLACES = "tokens_reference_BNC", "tokens_reference_size_BR2", "tokens_place_BR"

@@ -20,13 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.families import qwen_eyes, qwen_image_model, reference_sizes, video_vae
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
 from burnish.families.slots import Config
 from burnish.families.sources import locate
 from burnish.families.weights import Layout, layout_of
-from burnish.family import Capabilities, Conditioning, ModelSource, TargetSet
+from burnish.family import Capabilities, ModelSource, TargetSet
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "

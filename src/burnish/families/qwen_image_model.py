@@ -16,6 +16,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import packing, video_vae
 from burnish.families.guidance import renormalized_patches
 from burnish.families.masked import is_whole
@@ -23,7 +25,7 @@ from burnish.families.native import NativeNames, depth
 from burnish.families.rows import by_kind
 from burnish.families.slots import Slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import LatentShape, SamplerDefaults, TargetSet
 
 _Sizes = tuple[tuple[int, int], ...]  # rows and columns of patches, by reference
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from burnish.family import Conditioning, chosen_rows
+from burnish.conditioning import Conditioning, chosen_rows
 
 Kind = TypeVar("Kind", bound=Hashable)
 

@@ -17,18 +17,13 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import gemma
 from burnish.families.masked import trimmed
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
-from burnish.family import (
-    Conditioning,
-    ExportKeys,
-    LatentShape,
-    NegativePrompt,
-    SamplerDefaults,
-    TargetSet,
-)
+from burnish.family import LatentShape, NegativePrompt, SamplerDefaults, TargetSet
 
 PROMPT_TOKENS = 300
 # What the model was trained with, word for word (configs/sana_app_config/Sana_1600M_app.yaml of the release).

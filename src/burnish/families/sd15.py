@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+from burnish.export_keys import ExportKeys
 from burnish.families import clip
 from burnish.families.latent_diffusion import Layouts, TextEncoderPlace, plain_text_to_image, stage_count
 from burnish.families.unet import native_module, native_tensors
 from burnish.families.unet_family import UNetFamily
-from burnish.family import ExportKeys, SamplerDefaults
+from burnish.family import SamplerDefaults
 
 LAYOUTS = Layouts(
     config_file="sd15.json",

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from burnish.export_keys import ExportKeys
 from burnish.families.latent_diffusion import (
     UNET_PREFIX,
     Checkpoint,
@@ -25,7 +26,7 @@ from burnish.families.latent_diffusion import (
 from burnish.families.unet import native_module, native_tensors
 from burnish.families.unet_family import UNetFamily
 from burnish.families.weights import below, read_tensor
-from burnish.family import ExportKeys, Prediction, SamplerDefaults, Schedule
+from burnish.family import Prediction, SamplerDefaults, Schedule
 
 LAYERS_READ = 23  # of 24; diffusers' folders hold no more
 LAYOUTS = Layouts(

@@ -18,13 +18,15 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys, NativeTensor
 from burnish.families import clip, t5
 from burnish.families.native import NativeNames, depth, with_halves_swapped
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, LatentShape, NativeTensor, SamplerDefaults, TargetSet
+from burnish.family import LatentShape, SamplerDefaults, TargetSet
 
 T5_TOKENS = 256  # what 3 and 3.5 were trained with; 154 positions besides come from the two CLIPs' 77
 HEAD_DIM = 64

@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import clip
 from burnish.families.latent_diffusion import Layouts, TextEncoderPlace, plain_text_to_image, stage_count
 from burnish.families.size_embedding import pooled_example, size_and_pooled, size_conditioning
 from burnish.families.unet import native_module, native_tensors
 from burnish.families.unet_family import UNetFamily
-from burnish.family import Conditioning, ExportKeys, PictureInfo, SamplerDefaults
+from burnish.family import PictureInfo, SamplerDefaults
 
 LAYOUTS = Layouts(
     config_file="sdxl.json",

@@ -12,7 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from burnish.family import Conditioning, PictureInfo
+from burnish.conditioning import Conditioning
+from burnish.family import PictureInfo
 from burnish.randomness import torch_generator
 
 

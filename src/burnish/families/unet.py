@@ -18,9 +18,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from burnish.errors import ModelError
+from burnish.export_keys import NativeModule, NativeTensor
 from burnish.families.sources import TensorInfo, read_json, weight_files
 from burnish.families.weights import Layout, layout_of, load_module
-from burnish.family import NativeModule, NativeTensor, Place, Shrink, TargetSet
+from burnish.family import Place, Shrink, TargetSet
 
 _ATTENTION = ("*.attn[12].to_[qkv]", "*.attn[12].to_out.0")
 _FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")

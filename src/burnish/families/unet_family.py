@@ -16,7 +16,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
+from burnish.export_keys import ExportKeys
 from burnish.families import autoencoder, clip
 from burnish.families.latent_diffusion import (
     INPAINTING,
@@ -34,8 +36,6 @@ from burnish.family import (
     DENOISER,
     Audio,
     Capabilities,
-    Conditioning,
-    ExportKeys,
     LatentShape,
     ModelSource,
     Part,

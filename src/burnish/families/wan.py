@@ -19,6 +19,8 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families import first_frame, video_vae
 from burnish.families.native import NativeNames
 from burnish.families.slots import Slot
@@ -27,7 +29,7 @@ from burnish.families.umt5 import umt5_slot
 from burnish.families.video_vae import wan_vae_slot
 from burnish.families.wan_names import NAMES, config_from_shapes, find_transformer
 from burnish.families.weights import Layout, layout_of
-from burnish.family import Conditioning, ExportKeys, ModelSource
+from burnish.family import ModelSource
 
 PROMPT_TOKENS = 512
 SIZE_OF_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}  # of the denoiser

@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.families import clip_vision, video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, Conditioning, LatentShape, ModelSource, Part, SamplerDefaults
+from burnish.family import Capabilities, LatentShape, ModelSource, Part, SamplerDefaults
 
 CHANNELS = 16
 I2V_CHANNELS = 36  # noisy latents, which frames are known, latents of the first frame

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families import video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
@@ -24,7 +25,7 @@ from burnish.families.rows import by_kind
 from burnish.families.slots import Config, not_in_files
 from burnish.families.sources import locate
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, Conditioning, LatentShape, ModelSource, SamplerDefaults
+from burnish.family import Capabilities, LatentShape, ModelSource, SamplerDefaults
 
 CHANNELS, WIDE_CHANNELS = 16, 48
 I2V_CHANNELS = 36  # noisy latents, which frames are known, latents of the first frame

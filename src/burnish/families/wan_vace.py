@@ -18,10 +18,11 @@ import torch
 from diffusers import WanVACETransformer3DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
 from burnish.families import video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
-from burnish.family import Capabilities, Conditioning, LatentShape, SamplerDefaults
+from burnish.family import Capabilities, LatentShape, SamplerDefaults
 
 CONTROL = "control_BCTHW"
 SIDE = 8  # pixels per latent, each way

@@ -18,6 +18,8 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 
+from burnish.conditioning import Conditioning
+from burnish.export_keys import ExportKeys
 from burnish.families.guidance import beyond_the_prompt
 from burnish.families.masked import lengths, trimmed
 from burnish.families.native import NativeNames, depth
@@ -25,7 +27,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_slot
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.weights import Layout
-from burnish.family import Conditioning, ExportKeys, LatentShape, SamplerDefaults, Schedule, TargetSet
+from burnish.family import LatentShape, SamplerDefaults, Schedule, TargetSet
 
 PROMPT_TOKENS = 512  # with those of the chat around the caption
 TURBO_SHIFT = 3.0  # the base model was released with 6

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from burnish.family import Conditioning, Family, Part
+from burnish.conditioning import Conditioning
+from burnish.family import Family, Part
 from burnish.memory.quantized import large_linears, repeated_parts, replace_linears
 from burnish.planner.live_bytes import LiveBytes
 from burnish.planner.lowering import cuda_lowering

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from burnish.family import Conditioning, Family
+from burnish.conditioning import Conditioning
+from burnish.family import Family
 from burnish.planner.lowering import cuda_lowering
 from burnish.planner.skeletons import modules_of, without_data
 from burnish.planner.trace import Shape

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.casting import cast_once
 from burnish.adapters.own_weights import OwnWeights
+from burnish.conditioning import Conditioning
 from burnish.data.batch import Batch
-from burnish.family import Conditioning, Family
+from burnish.family import Family
 from burnish.memory.gradient_release import GradientRelease
 from burnish.memory.state_offload import StatesOnHost
 from burnish.objective import Denoising

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from burnish.conditioning import Conditioning
 from burnish.errors import UserError
-from burnish.family import Conditioning, Family, NegativePrompt, PictureInfo, classifier_free_guidance
+from burnish.family import Family, NegativePrompt, PictureInfo, classifier_free_guidance
 from burnish.sampling.decoding import Drawn, Latents, decode_pictures
 from burnish.sampling.references import check_references, mask_pixels, reference_pixels
 from burnish.sampling.stream import Stream

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from burnish.errors import AdapterError, ModelError
+from burnish.export_keys import NativeModule
 from burnish.families.native import HalvesSwapped
 from burnish.families.places import denoiser_layout
 from burnish.families.reading import Piece
 from burnish.families.registry import detect_family
 from burnish.families.scales import spread
-from burnish.family import Family, ModelSource, NativeModule
+from burnish.family import Family, ModelSource
 from burnish.toolbox.stream import TensorFile
 
 _NUMBERS_AT_ONCE = 1 << 22  # of a large tensor

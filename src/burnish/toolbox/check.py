@@ -14,7 +14,7 @@ from torch import Tensor
 from burnish.adapters.lora import LoraWeights
 from burnish.atomic import remove
 from burnish.errors import ExportError
-from burnish.family import NativeModule
+from burnish.export_keys import NativeModule
 from burnish.toolbox.loading import groups, load
 from burnish.toolbox.models import Model
 from burnish.toolbox.regroup import taken_apart

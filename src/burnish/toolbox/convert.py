@@ -23,7 +23,7 @@ from torch import Tensor
 from burnish.adapters.deltas import row_norms
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
-from burnish.family import AdapterFormat, NativeModule
+from burnish.export_keys import AdapterFormat, NativeModule
 from burnish.toolbox.base import Base
 from burnish.toolbox.check import reads_back, same_effect
 from burnish.toolbox.loading import common_alpha, groups, load, released_widths, type_of

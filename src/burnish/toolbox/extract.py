@@ -21,8 +21,9 @@ from torch import Tensor
 
 from burnish.adapters.deltas import split_width
 from burnish.errors import ModelError, UserError
+from burnish.export_keys import NativeModule
 from burnish.families.registry import detect_family, family_named
-from burnish.family import ModelSource, NativeModule
+from burnish.family import ModelSource
 from burnish.toolbox.base import Base
 from burnish.toolbox.check import reads_back
 from burnish.toolbox.convert import Outcome

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from burnish.adapters.lora import LoraWeights
 from burnish.export.formats import key_start
 from burnish.export.kinds import Kind
-from burnish.family import AdapterFormat, NativeModule
+from burnish.export_keys import AdapterFormat, NativeModule
 from burnish.toolbox.loading import load
 from burnish.toolbox.models import Model
 from burnish.toolbox.readers import who_reads

@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from burnish.errors import AdapterError
-from burnish.family import NativeModule
+from burnish.export_keys import NativeModule
 from burnish.toolbox.base import Base
 from burnish.toolbox.models import Model
 from burnish.toolbox.pieces import ModuleAdapter

@@ -17,7 +17,7 @@ from torch import Tensor
 from burnish.adapters.lora import LoraWeights
 from burnish.atomic import publish_folder, remove, temporary_name
 from burnish.errors import AdapterError, UserError
-from burnish.family import NativeModule
+from burnish.export_keys import NativeModule
 from burnish.toolbox.base import Base, by_stored, put_back
 from burnish.toolbox.check import reads_back
 from burnish.toolbox.combine import Combination

@@ -16,8 +16,9 @@ from burnish.adapters.layer import adaptable_modules, weight_shape
 from burnish.errors import AdapterError
 from burnish.export.formats import key_prefix
 from burnish.export.stacking import native_module
+from burnish.export_keys import ExportKeys, NativeModule
 from burnish.families.registry import families, family_named
-from burnish.family import ExportKeys, Family, NativeModule
+from burnish.family import Family
 
 _FIRST_NUMBER = re.compile(r"(?<![0-9A-Za-z])\d+(?![0-9A-Za-z])")
 _DOTTED = ("model.diffusion_model.", "diffusion_model.", "base_model.model.", "unet.", "transformer.", "")

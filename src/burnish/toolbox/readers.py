@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from burnish.export import kinds
-from burnish.family import AdapterFormat, ExportKeys
+from burnish.export_keys import AdapterFormat, ExportKeys
 
 
 def who_reads(keys: ExportKeys, format: AdapterFormat, found: Iterable[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import torch
 from burnish.adapters.lora import LoraWeights
 from burnish.errors import AdapterError
 from burnish.export.stacking import stacked, unstacked
-from burnish.family import NativeModule
+from burnish.export_keys import NativeModule
 from burnish.toolbox.models import Model
 
 Targeted = tuple[NativeModule, LoraWeights]

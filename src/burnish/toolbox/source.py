@@ -14,7 +14,7 @@ from torch import Tensor
 
 from burnish.errors import AdapterError
 from burnish.export.adapter_file import metadata_alphas
-from burnish.family import NativeModule
+from burnish.export_keys import NativeModule
 from burnish.toolbox.models import Match, Model, TextModule, known_models, matches, model_named, text_module
 from burnish.toolbox.pieces import Kind, ModuleAdapter, kind_of, rank_of, split_key
 from burnish.toolbox.stream import Stored, TensorFile, finite
