@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from burnish.planner.trace import Shape
-from tools.benchmarks import attention, harness, kernels, loader, planner, startup, step, step_overhead
+from tools.benchmarks import attention, harness, loader, planner, products, startup, step, step_overhead
 from tools.benchmarks.harness import Model, Settings
 
 TinyFolder = Callable[[str], Path]
@@ -105,7 +105,7 @@ def test_attention(told: Told) -> None:
 
 def test_products_are_as_exact_as_their_formats(told: Told) -> None:
     small = ("--rows", 128, "--shapes", "512x256", "--repeats", 1)
-    found = told(kernels.main, "--device", "cpu", *small)["products"]
+    found = told(products.main, "--device", "cpu", *small)["products"]
     limits = {"bfloat16": 0.004, "fp8": 0.04, "int8": 0.015, "nf4": 0.12, "int4": 0.12}
     assert len(found) == 2 * len(limits)
     for row in found:

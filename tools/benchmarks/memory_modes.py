@@ -1,7 +1,7 @@
 """What activation modes, streaming and offload cost and save: time, peak and losses of steps on the same batch.
 
-    python tools/benchmarks/memory_modes.py --family flux --size 1024 --device cuda > memory.json
-    python tools/benchmarks/memory_modes.py --model ./models/flux --steps 8
+    python -m tools.benchmarks.memory_modes --family flux --size 1024 --device cuda > memory.json
+    python -m tools.benchmarks.memory_modes --model ./models/flux --steps 8
 
 With `--family` the denoiser has the released widths, `--depth` repeats of each block (all without it) and random
 weights; with `--model` those of a diffusers folder or a file. `apart` is the largest difference of a loss from that of

@@ -1,6 +1,6 @@
 """What a training step costs besides what any loop must do, on the embedded model with cached data.
 
-    python tools/benchmarks/step_overhead.py --steps 100 --batch-size 4 > overhead.json
+    python -m tools.benchmarks.step_overhead --steps 100 --batch-size 4 > overhead.json
 
 Two loops take turns, a few steps each, on the same weights, adapters' sizes and batches: Burnish with all that a run
 has beside its steps (drawing by seed, clipping, the check of the loss, status.json, metrics.sqlite), and a bare one

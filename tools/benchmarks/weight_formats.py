@@ -1,6 +1,6 @@
 """Whether training with weights in fewer bits learns as well: the embedded demo in each format, against two seeds.
 
-    python tools/benchmarks/weight_formats.py --formats fp8 int8 nf4 --steps 300
+    python -m tools.benchmarks.weight_formats --formats fp8 int8 nf4 --steps 300
 
 The same pictures, noise and times for every run but the second native one, which has another seed. The curve is the
 training loss averaged over windows of steps; `learned` is the share of pictures that show the new thing (docs of

@@ -1,7 +1,7 @@
 """Products with weights in fewer bits, forward and gradient of the input: how exact and how fast beside bfloat16.
 
-    python -m tools.benchmarks.kernels --rows 4608 --shapes 3072x3072 12288x3072 3072x12288
-    python -m tools.benchmarks.kernels --rows 256 --shapes 512x512 --repeats 3        # on a CPU
+    python -m tools.benchmarks.products --rows 4608 --shapes 3072x3072 12288x3072 3072x12288
+    python -m tools.benchmarks.products --rows 256 --shapes 512x512 --repeats 3        # on a CPU
 
 Errors are relative, in the Frobenius norm, against float32 products of the same numbers. `outliers` has 8 channels of
 the input 50 times as large, as transformers' activations do. `kernel` says whether products are made in 8 bits at all.
