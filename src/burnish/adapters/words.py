@@ -44,8 +44,8 @@ class NewWord:
                 remedy=f"Take a word that the model does not know, such as <{asked.token.strip('<>')}-1>.",
             )
         start_ND = first_vectors(vocabulary, asked, name, seed)
-        lengths = vocabulary.vectors.float().norm(dim=1).quantile(torch.tensor(INNER).to(start_ND.device))
-        shortest, longest = lengths.tolist()
+        lengths_V = torch.linalg.vector_norm(vocabulary.vectors, dim=1, dtype=torch.float32)
+        shortest, longest = lengths_V.quantile(torch.tensor(INNER).to(start_ND.device)).tolist()
         rate = asked.learning_rate if isinstance(asked, PivotalWord) else None
         word = cls(nn.Parameter(start_ND), (shortest, longest), rate)
         vocabulary.add(asked.token, word.vectors_ND)

@@ -1,8 +1,9 @@
 """The file of a new word, as A1111, ComfyUI and diffusers read it, read back and compared bit by bit.
 
 Of a model with one CLIP alone that is one tensor, `emb_params`; of others, one by each encoder's name: `clip_l`,
-`clip_g`, `t5xxl`. A1111 and ComfyUI call a word by the file's name (`modules/textual_inversion/textual_inversion.py`;
-`load_embed` in `comfy/sd1_clip.py`); diffusers is told the word (`load_textual_inversion`).
+`clip_g`, `t5xxl`, `qwen3_4b`. A1111 and ComfyUI call a word by the file's name
+(`modules/textual_inversion/textual_inversion.py`; `load_embed` in `comfy/sd1_clip.py`); diffusers is told the word
+(`load_textual_inversion`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from burnish.atomic import atomic_write_bytes, cannot_write
 from burnish.errors import ExportError, NonFiniteLoss
 
 ALONE = "emb_params"
-_ENCODER = re.compile(r"clip_[lgh]|t5xxl")
+# As ComfyUI calls them (`embedding_key` of its tokenizers); `glm` and `chatglm3` it has not.
+_ENCODER = re.compile(
+    r"clip_[lgh]|t5xxl|umt5xxl|pile_t5xl|qwen25_[37]b|qwen3_06b|qwen3_[48]b|qwen3vl_[48]b|gemma2_2b|gemma3_12b|llama|"
+    r"mistral3_24b|ministral3_3b|glm|chatglm3"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from burnish.export_keys import ExportKeys
 from burnish.families import autoencoder
 from burnish.families.slots import Config, PipelineSource, Slot, layout_of_file, shipped_configs
 from burnish.families.sources import index_file, locate, read_json
-from burnish.families.token_words import TokenVocabulary
+from burnish.families.token_words import TokenVocabulary, written_out
 from burnish.families.weights import Layout, read_tensor
 from burnish.family import (
     DENOISER,
@@ -385,7 +385,8 @@ class PipelineFamily(ABC):
 
     def count_tokens(self, prompt: str) -> int:
         slot = [slot for slot in self.slots if slot.tokenizer is not None][-1]
-        return len(self.tokenizer(slot.folder)(prompt).input_ids)
+        tokenizer = self.tokenizer(slot.folder)
+        return len(tokenizer(written_out(tokenizer, prompt)).input_ids)
 
     def describe_pictures(self, pictures: Sequence[PictureInfo]) -> Conditioning:
         return Conditioning({})

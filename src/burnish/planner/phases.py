@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,10 @@ VAE: frozenset[Part] = frozenset({"vae"})
 # in units of the hidden width; and the stack of all layers' outputs, which several families read.
 LAYER_WIDTHS = 16
 # What backward keeps of one that trains, in the same units and bfloat16, by what autograd saves: of a CLIP with quick
-# GELU and adapters on all of its layers 22 to 24; of a T5 with 512 tokens, through which gradients pass, 30 to 34.
+# GELU and adapters on all of its layers 22 to 24; of others, through which gradients pass on to new words: T5 and UMT5
+# with 512 tokens 30 to 34, language models 18 to 27.
 KEPT_WIDTHS = 24
-KEPT_WIDTHS_T5 = 34
+KEPT_WIDTHS_PASSED = 34
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,19 @@ def trained_texts(family: Family, weights: int, tokens: Mapping[str, int]) -> in
     kept = 0
     for name, count in tokens.items():
         encoder = family.loaded[name]
-        width = int(encoder.config.hidden_size)  # type: ignore[arg-type,union-attr]
-        depth = int(encoder.config.num_hidden_layers)  # type: ignore[arg-type,union-attr]
-        widths = KEPT_WIDTHS if name in family.export.text_encoders else KEPT_WIDTHS_T5
+        width, depth = _size_of(encoder)
+        widths = KEPT_WIDTHS if name in family.export.text_encoders else KEPT_WIDTHS_PASSED
         kept += count * width * depth * widths * 2
     return weights + kept
+
+
+def _size_of(encoder: nn.Module) -> tuple[int, int]:
+    """Width and layers of what reads a text encoder's tokens."""
+    config: Any = encoder.config
+    if hasattr(config, "text_config"):  # beside eyes
+        config = config.text_config
+    layers = config.num_layers if hasattr(config, "num_layers") else config.num_hidden_layers
+    return int(config.hidden_size), int(layers)
 
 
 def encoding_phase(family: Family, shape: Shape, *, cuda: bool = True) -> Phase:
