@@ -91,7 +91,9 @@ def test_a_word_is_learned_and_diffusers_draws_the_same(
     hold_still(monkeypatch)
     path = train_run(config, progress=(losses := Losses())).adapter
     assert path is not None
-    assert losses.seen[-1] < losses.seen[0] - 1e-4, "noise and times are held: what moves the loss is the word"
+    assert losses.seen[-1] < losses.seen[0] - 1e-4, (
+        "noise and times are held: what moves the loss is the word"
+    )
     with safe_open(path, "pt") as file:
         assert list(file.keys()) == [TRAINED[name]]
         assert file.metadata()["modelspec.trigger_phrase"] == WORD
