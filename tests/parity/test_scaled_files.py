@@ -15,7 +15,8 @@ from torch import Tensor
 from burnish.families.flux import Flux
 from burnish.families.registry import detect_family
 from burnish.families.scales import scales_in, spread
-from burnish.families.sources import TensorInfo, read_header
+from burnish.families.sources import read_header
+from burnish.families.tensor_info import TensorInfo
 from burnish.family import ModelSource
 from burnish.memory.quantized import QuantizedLinear
 from burnish.memory.shrinking import Shrink

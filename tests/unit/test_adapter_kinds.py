@@ -335,6 +335,46 @@ def test_dropped_ranks_and_modules() -> None:
         adapter.detach()
 
 
+@pytest.mark.parametrize("kind", ["loha", "loha, tucker", "lokr", "dokr", "oft", "boft"])
+@pytest.mark.parametrize("target", ["conv", "out"])
+def test_dropped_outputs_and_blocks(kind: str, target: str) -> None:
+    """What is left out is as in the base; the rest is scaled up, but for turns, which are whole or none."""
+    method = METHODS[kind].model_copy(update={"rank_dropout": 0.5})
+    net = make().train()
+    adapter = attach(net, method)
+    for name, layer in adapter.layers.items():
+        layer.active = name == target
+    layer = adapter.layers[target]
+    x = picture() if target == "conv" else torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(5))
+    base = layer.base(x)
+    with torch.no_grad():
+        whole = layer(x) - base
+    torch.manual_seed(0)
+    found = layer(x).detach() - base
+    outputs = 1 if target == "conv" else -1
+    whole_NO, found_NO = (one.movedim(outputs, -1).flatten(0, -2) for one in (whole, found))
+    if kind == "boft":  # later stages turn what earlier ones left out
+        assert not torch.allclose(found, whole)
+        adapter.detach()
+        return
+    if kind == "dokr":  # lengths change what is left out, too: by the row's own factor alone
+        factor = found_NO / layer.without_bias(base).movedim(outputs, -1).flatten(0, -2)
+        left_out = factor.std(0) < 1e-3
+        assert 0 < int(left_out.sum()) < left_out.numel()
+        adapter.detach()
+        return
+    turned = kind == "oft"
+    left_out = found_NO.abs().amax(0) < 1e-6
+    assert 0 < int(left_out.sum()) < left_out.numel()
+    torch.testing.assert_close(
+        found_NO[:, ~left_out], whole_NO[:, ~left_out] * (1 if turned else 2), rtol=1e-4, atol=1e-5
+    )
+    if turned:
+        blocks = left_out.view(-1, layer.oft_blocks.shape[-1])
+        assert torch.equal(blocks.all(1), blocks.any(1))
+    adapter.detach()
+
+
 def test_b_has_a_rate_of_its_own() -> None:
     adapter = attach(make(), Lora(rank=4, dora=True, b_learning_rate_ratio=16))
     rates = {name: group["lr"] for group in adapter.parameter_groups(1e-4) for name in group["names"]}

@@ -17,7 +17,8 @@ from burnish.errors import ModelError, UserError
 from burnish.families import fingerprints, registry
 from burnish.families.fingerprints import fingerprint
 from burnish.families.registry import detect_family, family_named, family_names
-from burnish.families.sources import TensorInfo, locate, locate_parts, read_header, weight_files
+from burnish.families.sources import locate, locate_parts, read_header, weight_files
+from burnish.families.tensor_info import TensorInfo
 from burnish.family import ModelSource
 
 GOOD = {

@@ -58,6 +58,30 @@ def test_inspect_tells_what_a_file_is(tmp_path: Path) -> None:
     assert "burnish adapter convert" in text
 
 
+def test_inspect_tells_what_a_word_is(tmp_path: Path) -> None:
+    vectors = {"clip_l": torch.zeros(2, 768), "clip_g": torch.ones(2, 1280)}
+    vectors["clip_l"][0, :2] = torch.tensor([3.0, 4.0])
+    path = files.saved(tmp_path / "my-cat.safetensors", vectors, {"modelspec.trigger_phrase": "<my-cat>"})
+    found = json.loads(run("inspect", path, "--json").stdout)
+    assert found["word"] == "<my-cat>"
+    assert [(one["encoder"], one["vectors"], one["width"]) for one in found["encoders"]] == [
+        ("clip_g", 2, 1280),
+        ("clip_l", 2, 768),
+    ]
+    assert (found["encoders"][1]["shortest"], found["encoders"][1]["longest"]) == (0, 5)
+    assert found["spelled"] == {
+        "burnish generate": "<my-cat>",
+        "ComfyUI": "embedding:my-cat",
+        "A1111, Forge": "my-cat",
+    }
+    text = run("inspect", path).stdout
+    assert "new word" in text
+    assert "2 x 768, lengths 0 to 5" in text
+    t5 = files.saved(tmp_path / "t5.safetensors", {"t5xxl": torch.ones(1, 4096)})
+    assert "A1111" not in run("inspect", t5).stdout
+    assert "new word" in run("scale", path, 0.5, "-o", tmp_path / "b.safetensors", code=2).stderr
+
+
 def test_inspect_knows_who_cannot_load_a_file(flux: Path, tmp_path: Path) -> None:
     def loads(path: Path) -> dict[str, tuple[bool, str]]:
         readers = json.loads(run("inspect", path, "--json").stdout)["readers"]

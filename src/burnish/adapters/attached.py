@@ -239,7 +239,7 @@ def _dropout(choice: ModuleChoice, inputs: float | None) -> Dropout:
     method = choice.method
     return Dropout(
         method.dropout if inputs is None else inputs,
-        method.rank_dropout if isinstance(method, Lora) else 0.0,
+        method.rank_dropout,
         method.module_dropout,
     )
 

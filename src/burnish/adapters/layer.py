@@ -33,7 +33,8 @@ class ModuleChoice:
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """Shares that are dropped while training: of the inputs, of the ranks, of the adapters as a whole."""
+    """Shares that are dropped while training: of the inputs, of the ranks (outputs or blocks of kinds that have no sum
+    over ranks, as in LyCORIS), of the adapters as a whole."""
 
     inputs: float = 0.0
     ranks: float = 0.0
@@ -104,7 +105,7 @@ class AdapterLayer(nn.Module):
         output: Tensor = self.base(x)
         if not self.active:
             return output
-        dropping = self.training and torch.is_grad_enabled()
+        dropping = self.is_dropping
         if dropping and self.dropout.inputs:
             x = F.dropout(x, self.dropout.inputs)
         added = self.added(x, output)
@@ -114,6 +115,21 @@ class AdapterLayer(nn.Module):
             # A product and no branch: the host need not wait for the draw, and it compiles.
             added = added * (torch.rand((), device=x.device) >= self.dropout.modules)
         return output + added
+
+    @property
+    def is_dropping(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def kept(self, count: int, like: Tensor) -> Tensor:
+        """(count,) of 1 and 0, the share `dropout.ranks` being 0: one draw for all rows of a call."""
+        return (torch.rand(count, device=like.device) >= self.dropout.ranks).to(like.dtype)
+
+    def kept_outputs(self, product: Tensor) -> Tensor:
+        """The product with some outputs left out while training; what is left is scaled up, as in any dropout."""
+        if not (self.dropout.ranks and self.is_dropping):
+            return product
+        kept = self.kept(weight_shape(innermost(self.base))[0], product)  # type: ignore[arg-type]
+        return product * self.by_row(kept / (1 - self.dropout.ranks))
 
     def in_type(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """`factors` in the type of the input."""

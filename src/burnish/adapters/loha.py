@@ -138,8 +138,9 @@ class LohaLayer(AdapterLayer):
         scale = self.alpha / self.rank
         if len(self.shape) == 2:
             product: Tensor = _ThinHadamard.apply(x, a1, b1, a2, b2, scale)  # type: ignore[no-untyped-call]
-            return product
-        return self._product(x, loha_delta(a1, b1, a2, b2, *cores, scale=scale, shape=self.shape))
+        else:
+            product = self._product(x, loha_delta(a1, b1, a2, b2, *cores, scale=scale, shape=self.shape))
+        return self.kept_outputs(product)
 
     def weights(self) -> LohaWeights:
         pieces = {

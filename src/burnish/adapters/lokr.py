@@ -144,7 +144,7 @@ class LokrLayer(AdapterLayer):
         return tuple(getattr(self, name) for name in self._names)
 
     def added(self, x: Tensor, output: Tensor) -> Tensor:
-        product = self._changed(x)
+        product = self.kept_outputs(self._changed(x))
         if self.magnitude is None:
             return product
         return lengthened(self, output, product, self.magnitude, self._lengths())

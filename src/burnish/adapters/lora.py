@@ -171,7 +171,7 @@ class LoraLayer(AdapterLayer):
         if self.scale != 1.0:
             # Scaling the thin middle touches `rank` numbers per token instead of the output's whole width.
             middle = middle * self.scale
-        if self.dropout.ranks and self.training and torch.is_grad_enabled():
+        if self.dropout.ranks and self.is_dropping:
             middle = middle * self._kept_ranks(middle)
         product = self._up(middle, up)
         if self.magnitude is None:
@@ -187,9 +187,7 @@ class LoraLayer(AdapterLayer):
 
     def _kept_ranks(self, middle: Tensor) -> Tensor:
         """One draw for all rows of a call; what is left is scaled up, as in any dropout."""
-        share = self.dropout.ranks
-        count = self.lora_B.shape[1]
-        drawn = (torch.rand(count, device=middle.device) >= share).to(middle.dtype) / (1 - share)
+        drawn = self.kept(self.lora_B.shape[1], middle) / (1 - self.dropout.ranks)
         if self.start_A is not None:
             drawn = torch.cat([drawn, drawn])
         return self.by_row(drawn)

@@ -95,6 +95,9 @@ class OftLayer(AdapterLayer):
 
     def added(self, x: Tensor, output: Tensor) -> Tensor:
         (moves,) = self.in_type(output.dtype)
+        if self.dropout.ranks and self.is_dropping:
+            # Not scaled up: a block turns as it does or not at all.
+            moves = moves * self.kept(moves.shape[:-2].numel(), moves).view(*moves.shape[:-2], 1, 1)
         rows = self.without_bias(output)
         if self._last:
             return self._turned(rows, moves)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from burnish.cli.adapter_output import progress_line, report, show
+from burnish.cli.adapter_output import progress_line, report, show, show_word
 from burnish.cli.edge import EXIT_CODES, guarded
 from burnish.errors import UserError
 
@@ -74,17 +74,24 @@ def inspect(
     family: FamilyName = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Say what an adapter file is: kind, rank, strength, its change by block, the model it is for, who loads it."""
-    from burnish.toolbox.inspect import facts
+    """Say what an adapter file is: kind, rank, strength, its change by block, the model it is for, who loads it.
+
+    Of a new word (textual inversion): its vectors, and what to write in a prompt.
+    """
+    from dataclasses import asdict
+
+    from burnish.export.word_file import is_word
     from burnish.toolbox.inspect import inspect as look
+    from burnish.toolbox.inspect_word import inspect_word
     from burnish.toolbox.source import AdapterSource
 
+    if is_word(adapter):
+        word = inspect_word(adapter)
+        typer.echo(json.dumps(asdict(word), indent=1)) if as_json else show_word(word)
+        return
     with AdapterSource(adapter, family) as source:
         found = look(source)
-    if as_json:
-        typer.echo(json.dumps(facts(found), indent=1))
-    else:
-        show(found)
+    typer.echo(json.dumps(asdict(found), indent=1)) if as_json else show(found)
 
 
 @app.command("convert", epilog=EXIT_CODES)

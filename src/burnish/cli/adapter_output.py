@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from burnish.toolbox.convert import Outcome
     from burnish.toolbox.inspect import Inspection
+    from burnish.toolbox.inspect_word import WordInspection
 
 
 @contextmanager
@@ -71,11 +74,7 @@ def show(found: Inspection) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(box=None, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    for key, value in _rows(found):
-        table.add_row(key, escape(value))
-    console.print(table)
+    _print_rows(console, _rows(found))
     if not found.norms:
         return
     blocks = Table(box=None, title="Change by block (Frobenius norm)", title_justify="left")
@@ -86,6 +85,47 @@ def show(found: Inspection) -> None:
     for block, norm in found.norms.items():
         blocks.add_row(escape(block), f"{norm:.4g}", "#" * round(30 * norm / most))
     console.print(blocks)
+
+
+def show_word(found: WordInspection) -> None:
+    """What the file of a new word is, as a table."""
+    from rich.console import Console
+
+    rows = [
+        ("file", f"{found.path}  {found.kib:.1f} KiB, {', '.join(found.dtypes)}"),
+        ("kind", "a new word (textual inversion)"),
+        ("word", found.word or "not told; programs call it by the file's name"),
+    ]
+    rows += [
+        (one.encoder, f"{one.vectors} x {one.width}, lengths {one.shortest:.3g} to {one.longest:.3g}")
+        for one in found.encoders
+    ]
+    rows += [(f"in {program}", f"write {said}") for program, said in found.spelled.items()]
+    rows.append(
+        ("in diffusers", "load_textual_inversion is told the word; docs/textual-inversion.md shows how")
+    )
+    rows += _told(
+        found.metadata, ("modelspec.title", "modelspec.architecture", "burnish.step", "burnish.version")
+    )
+    _print_rows(Console(highlight=False), rows)
+
+
+def _print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    for key, value in rows:
+        table.add_row(key, escape(value))
+    console.print(table)
+
+
+def _told(metadata: Mapping[str, str], keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Rows of those metadata that are there, without the prefixes of their names."""
+    return [
+        (key.partition(".")[2] or key.removeprefix("ss_"), metadata[key]) for key in keys if metadata.get(key)
+    ]
 
 
 def _rows(found: Inspection) -> list[tuple[str, str]]:
@@ -107,15 +147,14 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     if found.unknown_keys:
         shown = ", ".join(found.unknown_keys[:3])
         rows.append(("unknown", f"{len(found.unknown_keys)} keys, such as {shown}"))
-    for key in (
+    told = (
         "modelspec.title",
         "modelspec.trigger_phrase",
         "ss_sd_model_name",
         "ss_steps",
         "burnish.version",
-    ):
-        if found.metadata.get(key):
-            rows.append((key.partition(".")[2] or key.removeprefix("ss_"), found.metadata[key]))
+    )
+    rows += _told(found.metadata, told)
     return rows
 
 

@@ -26,6 +26,7 @@ REQUIRED = {
     "torch": "2.10",
     "diffusers": "0.42",
     "transformers": "5.0",
+    "tokenizers": "0.22",
     "safetensors": "0.7",
     "huggingface_hub": "1.0",
     "accelerate": "1.10",

@@ -118,6 +118,13 @@ class Adapter(Section):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped while training."
     )
+    rank_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share that is left out of each adapter, drawn for each layer and step: of LoRA's ranks, of the "
+        "outputs of LoHa and LoKr, of the blocks of OFT and BOFT.",
+    )
     module_dropout: float = Field(
         0.0,
         ge=0,
@@ -183,9 +190,6 @@ class Lora(LowRank):
     )
     b_learning_rate_ratio: float = Field(
         1.0, gt=0, le=1024, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."
-    )
-    rank_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of the ranks left out, drawn for each layer and step."
     )
 
     @model_validator(mode="after")

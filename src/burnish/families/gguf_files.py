@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from burnish.errors import MissingPackage, ModelError
-from burnish.families.sources import TensorInfo
+from burnish.families.tensor_info import TensorInfo
 
 _SHAPE = (
     "comfy.gguf.orig_shape."  # of tensors with more dimensions than the format has, or rows no block divides

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from burnish.families.sources import TensorInfo
+from burnish.families.tensor_info import TensorInfo
 
 _SCALES = ("weight_scale", "scale_weight")
 _BESIDE = ("input_scale", "scale_input", "comfy_quant")

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from burnish.errors import ModelError
+from burnish.families.gguf_files import open_gguf
+from burnish.families.tensor_info import TensorInfo
 from burnish.family import ModelSource
 
 _WITHOUT_WEIGHTS = ("tokenizer", "processor")  # folders that are called so, `t5_tokenizer` among them
@@ -34,13 +36,6 @@ _BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
-
-
-class TensorInfo(NamedTuple):
-    """What a header says of a tensor; `dtype` as safetensors spells it (F32, BF16)."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class _Span(NamedTuple):
@@ -252,8 +247,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ModelError: the file is missing, damaged in any way its header can show, or of another kind.
     """
     if path.suffix.lower() == ".gguf":
-        from burnish.families.gguf_files import open_gguf  # which needs what is below
-
         return open_gguf(path).header
     try:
         size = path.stat().st_size

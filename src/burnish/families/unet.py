@@ -19,7 +19,8 @@ from torch import nn
 
 from burnish.errors import ModelError
 from burnish.export_keys import NativeModule, NativeTensor
-from burnish.families.sources import TensorInfo, read_json, weight_files
+from burnish.families.sources import read_json, weight_files
+from burnish.families.tensor_info import TensorInfo
 from burnish.families.weights import Layout, layout_of, load_module
 from burnish.family import Place, Shrink, TargetSet
 

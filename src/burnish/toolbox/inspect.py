@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from burnish.adapters.lora import LoraWeights
@@ -225,10 +224,3 @@ def _problem(
     if any("text_model." not in one.module for one in source.texts if one.is_clip):
         return "its text encoder's names lack `text_model.`"
     return ""
-
-
-def facts(inspection: Inspection) -> Mapping[str, object]:
-    """For programs."""
-    from dataclasses import asdict
-
-    return asdict(inspection)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from burnish.errors import AdapterError
 from burnish.export.adapter_file import metadata_alphas
+from burnish.export.word_file import is_word
 from burnish.export_keys import NativeModule
 from burnish.toolbox.models import Match, Model, TextModule, known_models, matches, model_named, text_module
 from burnish.toolbox.pieces import Kind, ModuleAdapter, kind_of, rank_of, split_key
@@ -265,7 +266,9 @@ def _no_adapter(file: TensorFile) -> AdapterError:
     names = list(file.tensors)
     weights = sum(name.endswith((".weight", ".bias")) for name in names)
     remedy = "Give a LoRA or LyCORIS file."
-    if weights > len(names) / 2:
+    if is_word(file.path):
+        remedy = "It is a new word (textual inversion); of these commands only `inspect` is for words."
+    elif weights > len(names) / 2:
         remedy = "It looks like a checkpoint; `burnish adapter extract BASE TUNED` makes an adapter of two."
     return AdapterError(
         f"{file.path} holds no adapter: none of its {len(names)} tensors is a piece of one "
