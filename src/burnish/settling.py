@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._triton import has_triton
 
 from burnish.atomic import atomic_write_text
-from burnish.config.method import TextualInversion, Vae, trains_whole_text
+from burnish.config.method import Vae
 from burnish.config.schema import Memory, RunConfig
 from burnish.events import Listener
 from burnish.loop import Training
@@ -69,8 +69,6 @@ def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: L
         UserError: nothing fits.
     """
     memory = pinned(config.memory, folder)
-    if isinstance(config.method, TextualInversion) or trains_whole_text(config.method):
-        return Settled(with_memory(config, memory, UNPLANNED | {"activations": "recompute"}), None)
     if isinstance(config.method, Vae):
         return Settled(with_memory(config, memory, UNPLANNED), None)
     if device.type != "cuda" and memory.budget == "auto":

@@ -5,7 +5,6 @@ Each phase holds only the parts it needs, so the peak of a run is the largest of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,20 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.conditioning import Conditioning
 from burnish.family import Family, Part
-from burnish.memory.quantized import large_linears, repeated_parts, replace_linears
 from burnish.planner.live_bytes import LiveBytes
 from burnish.planner.lowering import cuda_lowering
-from burnish.planner.skeletons import modules_of, without_data
-from burnish.planner.trace import Shape, batch_without_data, sound_of
+from burnish.planner.recipe import Shape
+from burnish.planner.skeletons import keep_texts, modules_of, without_data
+from burnish.planner.trace import batch_without_data, sound_of
 
 VAE: frozenset[Part] = frozenset({"vae"})
 # A text encoder's layer, per token of a batch: hidden states, query, key, value, and the feed-forward's two halves,
 # in units of the hidden width; and the stack of all layers' outputs, which several families read.
 LAYER_WIDTHS = 16
-# What backward keeps of one that trains, in the same units and bfloat16, by what autograd saves: of a CLIP with quick
-# GELU and adapters on all of its layers 22 to 24; of a T5 with 512 tokens, through which gradients pass, 30 to 34.
-KEPT_WIDTHS = 24
-KEPT_WIDTHS_T5 = 34
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +40,10 @@ def caption_phase(family: Family, kept_as: str | None, tokens: int) -> Phase:
     Args:
         family: a skeleton with the text encoders.
     """
-    encoders = modules_of(family)
+    if kept_as is not None:
+        keep_texts(family, kept_as)
     weights = activations = 0
-    for encoder in encoders:
-        if kept_as is not None:
-            layers = large_linears(encoder, repeated_parts(encoder), kept_as)
-            replace_linears(encoder, layers, kept_as)
+    for encoder in modules_of(family):
         weights += held(encoder)
         widest = max((one.numel() for one in encoder.parameters()), default=0) if kept_as else 0
         # The narrow side of a layer: the wide one is inside of a feed-forward, or all layers' outputs side by side.
@@ -58,24 +51,6 @@ def caption_phase(family: Family, kept_as: str | None, tokens: int) -> Phase:
         depth = max((len(one) for one in encoder.modules() if isinstance(one, nn.ModuleList)), default=1)
         activations = max(activations, tokens * width * (LAYER_WIDTHS + depth) * 2 + 2 * widest)
     return Phase(weights + activations, weights)
-
-
-def trained_texts(family: Family, weights: int, tokens: Mapping[str, int]) -> int:
-    """Bytes of text encoders in a training step: all of them, and what backward keeps of those that train, by a rule.
-
-    Args:
-        family: a skeleton with the text encoders.
-        weights: their bytes, as `caption_phase` says.
-        tokens: of a batch, by the names of those that train.
-    """
-    kept = 0
-    for name, count in tokens.items():
-        encoder = family.loaded[name]
-        width = int(encoder.config.hidden_size)  # type: ignore[arg-type,union-attr]
-        depth = int(encoder.config.num_hidden_layers)  # type: ignore[arg-type,union-attr]
-        widths = KEPT_WIDTHS if name in family.export.text_encoders else KEPT_WIDTHS_T5
-        kept += count * width * depth * widths * 2
-    return weights + kept
 
 
 def encoding_phase(family: Family, shape: Shape, *, cuda: bool = True) -> Phase:
