@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from burnish.adapters.attached import AdapterSet
+from burnish.adapters.attached import AdapterSet, all_at, all_disabled
 from burnish.adapters.words import NewWord, keeps_lengths
 from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention, Call, Kind, recorded
@@ -38,11 +38,11 @@ from burnish.optim.ema import Ema
 from burnish.optim.one_by_one import OneByOne
 from burnish.optim.schedule import learning_rate_factor
 from burnish.preparation import Prepared
-from burnish.reconstruction import Reconstruction, autoencoder_of
+from burnish.reconstruction import Reconstruction, autoencoder_of, set_recomputing
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, encode_requests, with_references
 from burnish.signals import StopRequest
-from burnish.tasks import Sample, Save, Validate, all_at, all_disabled
+from burnish.tasks import Sample, Save, Validate
 from burnish.trained import Told, Trained, keeps_all, results_of, trained_parts
 
 
@@ -93,8 +93,8 @@ def assemble(
     assert config.memory.stream != "auto"
     assert config.memory.offload_activations != "auto"
     blocks = family.blocks() if family.denoisers else []
-    if isinstance(config.method, Vae) and config.memory.activations == "recompute":
-        autoencoder_of(family).enable_gradient_checkpointing()
+    if isinstance(config.method, Vae):
+        set_recomputing(autoencoder_of(family), config.memory.activations == "recompute")
     set_activations(blocks, activation_modes(config.memory.activations, len(blocks)))
     denoisers = list(family.denoisers.values())
     if config.memory.stream:

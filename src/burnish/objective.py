@@ -163,6 +163,10 @@ class Denoising:
             mixed_BCHW = noise_BCHW + self.input_perturbation * further_BCHW
         yield from self.turns_at(family, batch, noise_BCHW, t_B, predict, audio_noise_BCLF, mixed_BCHW)
 
+    @staticmethod
+    def turn_count(batch: Batch) -> int:
+        return 2 if isinstance(batch.contrast, Opposites | Direction) else 1
+
     def turns_at(
         self,
         family: Family,

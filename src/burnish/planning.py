@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
-from burnish.config.method import Full, TextualInversion, Vae, trains_text, trains_whole_text
+from burnish.config.method import Full, Vae, trains_whole_text
 from burnish.config.schema import RunConfig
 from burnish.errors import BurnishError, UserError
 from burnish.family import Part
@@ -17,13 +15,12 @@ from burnish.planner.choose import (
     Choice,
     Limits,
     Profiles,
-    Settings,
     choices,
-    evaluate,
+    evaluate_settings,
     preferred,
     smallest,
-    with_offload,
 )
+from burnish.planner.lesson import passes_in_words
 from burnish.planner.phases import (
     VAE,
     Phase,
@@ -31,12 +28,12 @@ from burnish.planner.phases import (
     decoding_phase,
     drawing_phase,
     encoding_phase,
-    trained_texts,
 )
-from burnish.planner.profile import Profile, step_of
+from burnish.planner.profile import Profile
 from burnish.planner.rates import GIB, Card, Rates
-from burnish.planner.trace import Shape
-from burnish.planning_shapes import drawn_shape, numbers_in, passes_besides, shapes_of, tokens_of
+from burnish.planner.recipe import Shape
+from burnish.planning_rows import frozen_adapters, sample_rows, size_in_words, training_rows
+from burnish.planning_shapes import drawn_shape, numbers_in, shapes_of, tokens_of
 from burnish.planning_traces import RunTraces
 from burnish.run_plan import Row, RunPlan, Timed
 from burnish.trained import own_weights
@@ -46,10 +43,10 @@ CONTEXT = int(0.5 * GIB)
 FRAGMENTED = int(0.4 * GIB)
 WORTH_COMPILING = 300  # micro-steps
 REFERENCE_TOKENS = 1369  # of a picture that a text encoder sees: a megapixel in patches of 28 x 28
-CLIP_TOKENS = 77
 HOST_ELSEWHERE = 32  # GiB of host memory, or twice the card's, where the card is not here
 HOST_SHARE = 0.7  # of free host memory may be taken; pinned pages cannot be swapped
 TEXT_ENCODERS: frozenset[Part] = frozenset({"text_encoders"})
+FORMATS_OF_TEXTS = ("native", "int8", "nf4")  # tried in this order
 
 
 def plan_run(
@@ -68,17 +65,6 @@ def plan_run(
         UserError: nothing fits, or the method is not planned.
         MissingPackage: the optimizer's library is not here.
     """
-    if isinstance(config.method, TextualInversion):
-        raise UserError(
-            "textual inversion is not planned yet: its steps hold the text encoders, too",
-            remedy="It takes what an adapter's run takes with memory.activations: recompute, and the text encoders.",
-        )
-    if trains_whole_text(config.method):
-        raise UserError(
-            "full fine-tuning with text encoders is not planned: its steps hold and train those, too",
-            remedy="`burnish plan` without method.text_encoders plans the denoiser's part; CLIP-L adds about 1.4 GiB, "
-            "CLIP-G 7.8 GiB with AdamW and stochastic rounding.",
-        )
     if isinstance(config.method, Vae):
         raise UserError(
             "training a VAE is not planned: its steps hold neither denoiser nor text encoders",
@@ -101,7 +87,7 @@ class _Planner:
         wanted = config.memory.compile
         self.compiled = (can_compile and self._is_long()) if wanted == "auto" else wanted
         self.notes: list[str] = []
-        self.texts = 0  # bytes of text encoders that train
+        self.texts = "native"  # format of text encoders that a step holds
         if not self.traced.is_here:
             count = sum(one.numel() for part in self.known.denoisers.values() for one in part.parameters())
             self.notes.append(
@@ -111,7 +97,6 @@ class _Planner:
 
         if config.memory.offload_optimizer:
             self.notes.append(self._moved())
-        self.notes += passes_besides(config)
 
     def _moved(self) -> str:
         """Of the optimizer's state in host memory."""
@@ -141,22 +126,25 @@ class _Planner:
         shapes = shapes_of(self.config, self.of)
         largest = shapes[0]
         modes = self._modes()
-        captions = self._captions()
-        self.texts = self._trained_texts(captions[1], largest.batch)
+        captions = None if self.traced.in_step else self._captions()
         vae = self.traced.skeleton(parts=VAE)
         pictures = self.traced.phase(
             "encoding", vae, largest, partial(encoding_phase, vae, largest, cuda=self.traced.cuda)
         )
         drawn = self._drawn()
-        found, profiles, limits = self._search(largest, modes, drawn[0])
-        if not found or pictures.peak > self.budget or captions[1].peak > self.budget:
-            raise self._nothing_fits(profiles, limits, captions[1], pictures)
+        found, profiles, limits = self._with_texts(largest, modes, drawn[0])
+        before = [("the VAE", pictures.peak)]
+        if captions is not None:
+            before.append(("text encoders", captions[1].peak))
+        if not found or max(peak for _, peak in before) > self.budget:
+            raise self._nothing_fits(profiles, limits, before)
         best = preferred(found)
+        texts = self.texts if self.traced.in_step else None
         rows = (
-            Row("captions", captions[1].peak, f"text encoders ({captions[0]}) and one caption"),
-            Row("pictures", pictures.peak, f"the VAE and one of {_size(largest)}"),
-            *self._training_rows(profiles, best, largest, drawn[0]),
-            *self._sample_rows(profiles, best, drawn),
+            *_caption_rows(captions),
+            Row("pictures", pictures.peak, f"the VAE and one of {size_in_words(largest)}"),
+            *training_rows(self.config, profiles, best, self.rates, largest, drawn[0], self._held(), texts),
+            *sample_rows(profiles, best, self.rates, *drawn),
         )
         return RunPlan(
             family=self.known.title,
@@ -164,7 +152,7 @@ class _Planner:
             budget=self.budget,
             choice=best,
             compiled=self.compiled,
-            text_encoder_weights=captions[0],
+            text_encoder_weights=self.texts if captions is None else captions[0],
             rows=rows,
             times=tuple(self._timed(shape, best) for shape in shapes),
             steps=self.config.train.steps,
@@ -174,6 +162,20 @@ class _Planner:
             faster=self._faster(profiles, limits, best),
             notes=tuple(self.notes),
         )
+
+    def _with_texts(
+        self, largest: Shape, modes: tuple[Mode, ...] | None, beside: Beside
+    ) -> tuple[list[Choice], Profiles, Limits]:
+        """As `_search`; text encoders that steps hold are made smaller where nothing fits otherwise."""
+        wanted = self.config.memory.text_encoder_weights
+        tried = FORMATS_OF_TEXTS if wanted == "auto" else (wanted,)
+        if not self.traced.in_step or trains_whole_text(self.config.method):
+            tried = ("native",)
+        for self.texts in tried:
+            found, profiles, limits = self._search(largest, modes, beside)
+            if found:
+                break
+        return found, profiles, limits
 
     def _search(
         self, largest: Shape, modes: tuple[Mode, ...] | None, beside: Beside
@@ -199,13 +201,16 @@ class _Planner:
     def _fitting(self, largest: Shape, limits: Limits) -> tuple[list[Choice], Profiles]:
         for tried in self._tried(limits.modes):
             profiles: Profiles = {
-                kept_as: {mode: self.traced.profile(largest, kept_as, mode) for mode in tried}
+                kept_as: {mode: self._profile(largest, kept_as, mode) for mode in tried}
                 for kept_as in limits.weights
             }
             found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
             if found and set(preferred(found).settings.modes) == {"keep"}:
                 break
         return found, profiles
+
+    def _profile(self, shape: Shape, kept_as: str, mode: Mode) -> Profile:
+        return self.traced.profile(shape, kept_as, mode, self.texts)
 
     @staticmethod
     def _tried(modes: tuple[Mode, ...] | None) -> list[tuple[Mode, ...]]:
@@ -245,7 +250,7 @@ class _Planner:
         tokens = self.known.prompt_limit
         if self.known.capabilities.prompts_see_references:
             tokens += REFERENCE_TOKENS * max(shape.references for shape in shapes_of(self.config, self.of))
-        tried = ("native", "int8", "nf4") if wanted == "auto" else (wanted,)
+        tried = FORMATS_OF_TEXTS if wanted == "auto" else (wanted,)
         for kept_as in tried:
             family = self.traced.skeleton(parts=TEXT_ENCODERS)
             phase = caption_phase(family, None if kept_as == "native" else kept_as, tokens)
@@ -253,29 +258,10 @@ class _Planner:
                 break
         return kept_as, phase
 
-    def _trained_texts(self, phase: Phase, batch: int) -> int:
-        method = self.config.method
-        if isinstance(method, Full | TextualInversion | Vae) or not trains_text(method):
-            return 0
-        section, clips = method.text_encoders, self.known.export.text_encoders
-        tokens = {}
-        if method.word is not None:
-            tokens = dict.fromkeys(self.known.export.vocabularies, self.known.prompt_limit * batch)
-        for part, name in clips.items():
-            if section is not None and (not section.which or name in section.which):
-                tokens[part] = CLIP_TOKENS * batch
-        tokens |= {part: CLIP_TOKENS * batch for part in clips if part in tokens}
-        found = trained_texts(self.traced.skeleton(parts=TEXT_ENCODERS), phase.weights, tokens)
-        self.notes.append(
-            f"text encoders that train stay on the device: {found / GIB:.1f} GiB, what their backward keeps by a "
-            "rule; their seconds are not counted"
-        )
-        return found
-
     def _drawn(self) -> tuple[Beside, Shape | None]:
         """What adapters that do not train and drawn pictures take beside the denoiser, and their shape."""
-        adapters = [path for path, _ in self._frozen_adapters() if path.is_file()]
-        assistant = sum(4 * numbers_in(path) for path in adapters) + self.texts
+        adapters = [path for path, _ in frozen_adapters(self.config) if path.is_file()]
+        assistant = sum(4 * numbers_in(path) for path in adapters)
         shape = drawn_shape(self.config, self.of)
         if shape is None:
             return Beside(always=assistant), None
@@ -296,83 +282,19 @@ class _Planner:
             return Beside(always=assistant, between_steps=between + decoding.weights), shape
         return Beside(always=assistant + decoding.weights, between_steps=between), shape
 
-    def _training_rows(
-        self, profiles: Profiles, best: Choice, largest: Shape, beside: Beside
-    ) -> tuple[Row, ...]:
-        settings = best.settings
-        used = profiles[settings.weights][settings.modes[0]]
-        step = self._evaluated(profiles[settings.weights], settings, Beside(always=beside.always))
-        kept = ", ".join(f"{count} x {mode}" for mode, count in settings.kept.items())
-        if best.waiting:
-            kept += f", {best.waiting / GIB:.1f} GiB of it in host memory until backward"
-        weights = sum(used.weights) + used.weights_outside
-        trained = sum(used.trained) + used.trained_outside
-        where = "" if not best.host else f"; {best.host / GIB:.1f} GiB of them in host memory"
-        return (
-            Row("  weights", weights - best.host, f"frozen, {settings.weights}{where}"),
-            Row("  trained", trained, self._trained_in_words()),
-            Row(
-                "  activations",
-                max(0, step.peak - (weights - best.host) - trained - beside.always),
-                f"{kept}; batch {largest.batch} of {_size(largest)}, gradients",
-            ),
-            Row("training", step.peak, "all of these" + self._held_besides()),
-        )
-
-    def _trained_in_words(self) -> str:
-        memory = self.config.memory
-        what = "weights" if isinstance(self.config.method, Full) else "adapter"
-        average = ", their average" if self.config.train.ema is not None else ""
-        return f"{what}{average}" + ("" if memory.offload_optimizer else ", the optimizer's state")
-
-    def _frozen_adapters(self) -> list[tuple[Path, str]]:
-        """Those beside the weights; a base adapter is merged into weights that are kept as they are."""
-        model = self.config.model
-        found = [] if model.training_adapter is None else [(model.training_adapter, "the training adapter")]
-        if model.base_adapter is not None and self.config.memory.weights != "native":
-            found.append((model.base_adapter, "the base adapter"))
-        return found
-
-    def _held_besides(self) -> str:
-        held = [
-            *(["the VAE, for samples"] if self.config.sample.prompts else []),
-            *(["text encoders"] if self.texts else []),
-            *(name for _, name in self._frozen_adapters()),
-        ]
-        return "".join(f" and {one}" for one in held)
-
-    def _sample_rows(
-        self, profiles: Profiles, best: Choice, drawn: tuple[Beside, Shape | None]
-    ) -> tuple[Row, ...]:
-        """Samples are drawn between steps, when of a step only its fixed parts are there."""
-        beside, shape = drawn
-        if shape is None:
-            return ()
-        settings = best.settings
-        used = profiles[settings.weights][settings.modes[0]]
-        alone = self._evaluated(profiles[settings.weights], settings, Beside())
-        table = with_offload(profiles[settings.weights], settings.offload)
-        streamed = step_of([table[mode] for mode in settings.modes]).peak - alone.peak
-        level = used.first_level + beside.between_steps + beside.always - streamed
-        return (Row("samples", level, f"weights, the VAE and one of {_size(shape)}"),)
-
-    def _evaluated(self, profiles: Mapping[Mode, Profile], settings: Settings, beside: Beside) -> Choice:
-        return evaluate(
-            with_offload(profiles, settings.offload),
-            settings.weights,
-            settings.modes,
-            settings.streamed,
-            self.rates,
-            compiled=self.compiled,
-            offload=settings.offload,
-            beside=beside,
-        )
+    def _held(self) -> tuple[str, ...]:
+        """What a step holds besides, in words."""
+        vae = ("the VAE, for samples",) if self.config.sample.prompts else ()
+        return (*vae, *(name for _, name in frozen_adapters(self.config)))
 
     def _timed(self, shape: Shape, best: Choice) -> Timed:
         settings = best.settings
-        profiles = {mode: self.traced.profile(shape, settings.weights, mode) for mode in set(settings.modes)}
-        choice = self._evaluated(profiles, settings, Beside())
-        return Timed(shape, tokens_of(shape, self.of), choice.seconds * self.config.train.accumulate)
+        profiles = {mode: self._profile(shape, settings.weights, mode) for mode in set(settings.modes)}
+        choice = evaluate_settings(profiles, settings, self.rates, compiled=self.compiled)
+        used = profiles[settings.modes[0]]
+        besides = passes_in_words(used.passes, used.turns)
+        seconds = choice.seconds * self.config.train.accumulate
+        return Timed(shape, tokens_of(shape, self.of), seconds, besides)
 
     def _fallbacks(self, profiles: Profiles, best: Choice) -> tuple[Choice, ...]:
         """What a loaded model can still change to: other activations, more blocks streamed; weights as they are."""
@@ -407,18 +329,20 @@ class _Planner:
         return tuple(dict.fromkeys([min(faster, key=lambda one: one.peak), faster[0]]))
 
     def _nothing_fits(
-        self, profiles: Profiles, limits: Limits, captions: Phase, pictures: Phase
+        self, profiles: Profiles, limits: Limits, before: list[tuple[str, int]]
     ) -> BurnishError:
         least = smallest(profiles, self.rates, limits, compiled=self.compiled)
-        most = max((least.peak, "training"), (captions.peak, "text encoders"), (pictures.peak, "the VAE"))
+        most = max((least.peak, "training"), *((peak, what) for what, peak in before))
         largest = shapes_of(self.config, self.of)[0]
         return UserError(
             f"nothing fits into {(self.budget + CONTEXT + FRAGMENTED) / GIB:.1f} GiB on {self.card.title}: {most[1]} "
-            f"take at least {(most[0] + CONTEXT + FRAGMENTED) / GIB:.1f} GiB at {_size(largest)}",
+            f"take at least {(most[0] + CONTEXT + FRAGMENTED) / GIB:.1f} GiB at {size_in_words(largest)}",
             remedy="A smaller number in data.resolutions, train.batch_size: 1, fewer frames; "
             "or leave more of the memory section to `auto`.",
         )
 
 
-def _size(shape: Shape) -> str:
-    return f"{shape.height}x{shape.width}" + (f", {shape.frames} frames" if shape.frames > 1 else "")
+def _caption_rows(captions: tuple[str, Phase] | None) -> tuple[Row, ...]:
+    if captions is None:
+        return ()
+    return (Row("captions", captions[1].peak, f"text encoders ({captions[0]}) and one caption"),)

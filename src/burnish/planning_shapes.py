@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from math import ceil, prod
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from burnish.config.data import DataSource, Folder, Generated
 from burnish.config.schema import RunConfig, SamplePrompt
 from burnish.data.buckets import buckets_for
 from burnish.family import Family
-from burnish.planner.trace import Shape
+from burnish.planner.lesson import Lesson
+from burnish.planner.recipe import Shape
 
 
 def shapes_of(config: RunConfig, family: Family) -> list[Shape]:
@@ -28,30 +30,32 @@ def shapes_of(config: RunConfig, family: Family) -> list[Shape]:
             bucket = max(buckets_for(side, step, source.max_aspect), key=lambda one: one.area)
             for frames in _frames(source, family):
                 size = (bucket.height, bucket.width, frames)
-                found.add(Shape(*size, batch, *_references(source, frames, family)))
-    return sorted(found, key=lambda one: (one.batch * tokens_of(one, family), one.references), reverse=True)
+                found.add(
+                    Shape(*size, batch, *_references(source, frames, family), lesson_of(config, source))
+                )
+    return sorted(found, key=partial(_weight, family), reverse=True)
 
 
-def passes_besides(config: RunConfig) -> Iterator[str]:
-    """What steps of some sources take beside the one that is planned, in words.
+def _weight(family: Family, shape: Shape) -> tuple[int, int, bool, str]:
+    lesson = shape.lesson
+    return shape.batch * tokens_of(shape, family), shape.references, lesson.kept, lesson.teaches
 
-    A pass without gradients is a half of a step whose activations are kept, and a third of one that computes again.
-    """
-    if config.train.objective.guided_target is not None:
-        yield "train.objective.guided_target: a pass without gradients, a third to a half of the seconds said, on top"
-    for index, source in enumerate(config.data):
-        if isinstance(source.slider, TextSlider):
-            yield (
-                f"data.{index}.slider: a step is two such steps, one after the other, and three passes without "
-                "gradients: 3 to 3.5 times the seconds said; memory as said"
-            )
-        elif isinstance(source.slider, PictureSlider):
-            yield f"data.{index}.slider: a step is two such steps, one after the other: twice the seconds said"
-        elif isinstance(source, Folder) and source.preference is not None:
-            yield (
-                f"data.{index}.preference: pairs are counted as two pictures each; a pass of them without gradients, a "
-                "third to a half of the seconds said, comes on top"
-            )
+
+def lesson_of(config: RunConfig, source: DataSource) -> Lesson:
+    """What a batch of a source teaches beside its pictures; sources that share batches are counted each alone."""
+    kept, counted = source.target == "model", False
+    if isinstance(source, Folder):
+        masks = source.loss_masks
+        kept = kept or source.preserve is not None or (masks is not None and masks.prior > 0)
+        counted = masks is not None
+    lesson = Lesson("", counted or kept, kept, config.train.objective.guided_target is not None)
+    if isinstance(source.slider, TextSlider):
+        return replace(lesson, teaches="direction")
+    if isinstance(source.slider, PictureSlider):
+        return replace(lesson, teaches="opposites")
+    if getattr(source, "preference", None) is not None:
+        return replace(lesson, teaches="preference")
+    return lesson
 
 
 def _frames(source: DataSource, family: Family) -> list[int]:

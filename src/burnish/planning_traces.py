@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from burnish.conditioning import Conditioning
-from burnish.config.method import Full, TextualInversion, Vae
+from burnish.config.method import Full, TextualInversion, Vae, trains_text, word_of
 from burnish.config.schema import RunConfig
-from burnish.family import Family, Part
+from burnish.family import DENOISER, Family, Part
 from burnish.memory.activations import activation_modes, set_activations
 from burnish.model import DTYPES, known_model
 from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer
+from burnish.planner.lesson import PICTURES
 from burnish.planner.measure import Measure
 from burnish.planner.phases import VAE, Phase
 from burnish.planner.profile import Profile
+from burnish.planner.recipe import Recipe, Shape
 from burnish.planner.references import shown
 from burnish.planner.store import ProfileStore
-from burnish.planner.trace import Recipe, Shape
 from burnish.run_plan import cache_of
-from burnish.trained import chosen
+from burnish.trained import chosen, chosen_texts
+
+WITH_TEXTS: frozenset[Part] = DENOISER | {"text_encoders"}
 
 
 class RunTraces:
@@ -37,14 +42,15 @@ class RunTraces:
         self.config, self.cuda = config, cuda
         self.dtype = DTYPES[config.train.precision]
         self.kind, self.of, self.is_here = known_model(config.model, self.dtype)
-        self.known = self.skeleton()
-        self._measure = Measure(self.skeleton, self._choose)
+        self.in_step = trains_text(config.method)
+        self.parts: frozenset[Part] = WITH_TEXTS if self.in_step else DENOISER  # that a step holds
+        self.known = self.skeleton(parts=self.parts)
+        self._measure = Measure(partial(self.skeleton, parts=self.parts), self._choose)
         self._store = ProfileStore(cache_of(config.memory))
         self._shown: dict[Shape, Conditioning] = {}
 
-    def skeleton(self, depth: int | None = None, parts: frozenset[Part] | None = None) -> Family:
-        told = {} if parts is None else {"parts": parts}
-        return self.kind.skeleton(depth, of=self.of, dtype=self.dtype, **told)
+    def skeleton(self, depth: int | None = None, parts: frozenset[Part] = DENOISER) -> Family:
+        return self.kind.skeleton(depth, of=self.of, dtype=self.dtype, parts=parts)
 
     def told(self, shape: Shape) -> Conditioning:
         if shape not in self._shown:
@@ -53,10 +59,15 @@ class RunTraces:
         return self._shown[shape]
 
     def _choose(self, family: Family) -> Mapping[str, Mapping[str, Any]]:
-        assert not isinstance(self.config.method, TextualInversion | Vae), "what is not planned"
-        return {part: chosen(self.config.method, family, one) for part, one in family.denoisers.items()}
+        method = self.config.method
+        assert not isinstance(method, Vae), "which has no denoiser"
+        if isinstance(method, TextualInversion):
+            return {}
+        choices = {part: chosen(method, family, one) for part, one in family.denoisers.items()}
+        return {**choices, **chosen_texts(method, family)}
 
-    def profile(self, shape: Shape, kept_as: str, mode: str | float) -> Profile:
+    def profile(self, shape: Shape, kept_as: str, mode: str | float, texts: str = "native") -> Profile:
+        """A step, with frozen layers in the format `kept_as`, those of text encoders that it holds in `texts`."""
         train, method, memory = self.config.train, self.config.method, self.config.memory
 
         def keep(family: Family) -> None:
@@ -73,6 +84,9 @@ class RunTraces:
             averages=train.ema is not None,
             dropout=0.0 if isinstance(method, Full | TextualInversion | Vae) else method.dropout,
             own_weights=isinstance(method, Full),
+            word=word_of(method),
+            caption=self._caption() if self.in_step else None,
+            texts_kept_as=None if texts == "native" or not self.in_step else texts,
             releases=memory.gradient_release,
             offloads=memory.offload_optimizer,
             shown=self.told,
@@ -93,18 +107,35 @@ class RunTraces:
             facts["singly"] = [memory.gradient_release, memory.offload_optimizer]
         if shape.references:
             facts["references"] = [shape.references, shape.masked]
+        if shape.lesson != PICTURES:
+            facts["lesson"] = asdict(shape.lesson)
         if self.of.audio is not None:
             facts["audio"] = True
         if self.config.model.denoisers:
             facts["denoisers"] = list(self.config.model.denoisers)
+        if self.in_step:
+            encoders = {
+                name: one for name, one in self.known.loaded.items() if name not in self.known.denoisers
+            }
+            facts["texts"] = [texts, tensors_of(encoders)]
         return self._store.profile(facts, lambda: self._measure.profile(shape, recipe, cuda=self.cuda))
+
+    def _caption(self) -> str:
+        """As long as any that is read."""
+        word = word_of(self.config.method)
+        return " ".join(["word" if word is None else word.token] * self.known.prompt_limit)
 
     def phase(self, what: str, family: Family, shape: Shape, trace: Callable[[], Phase]) -> Phase:
         """What is kept of an earlier plan, of modules with the same tensors."""
-        tensors = [
-            (name, str(tuple(one.shape)), str(one.dtype))
-            for module in family.loaded.values()
-            for name, one in module.named_parameters()
-        ]
+        tensors = tensors_of(family.loaded)
         facts = {"phase": what, "family": self.kind.name, "tensors": tensors, "cuda": self.cuda}
+        shape = replace(shape, lesson=PICTURES)
         return self._store.phase({**facts, "shape": asdict(shape), "audio": family.audio is not None}, trace)
+
+
+def tensors_of(modules: Mapping[str, nn.Module]) -> list[tuple[str, str, str]]:
+    return [
+        (name, str(tuple(one.shape)), str(one.dtype))
+        for module in modules.values()
+        for name, one in module.named_parameters()
+    ]

@@ -42,6 +42,11 @@ def autoencoder_of(family: Family) -> AutoencoderKL:
     )
 
 
+def set_recomputing(vae: AutoencoderKL, recomputes: bool) -> None:
+    """Whether what its blocks keep for backward is computed again there, where gradients are recorded at all."""
+    (vae.enable_gradient_checkpointing if recomputes else vae.disable_gradient_checkpointing)()
+
+
 @dataclass(frozen=True, slots=True)
 class Reconstruction:
     """Errors of what the decoder shows of a sample of the encoder's posterior, weighed and added up."""

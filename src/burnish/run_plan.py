@@ -13,7 +13,7 @@ from burnish.families.sources import user_cache_folder
 from burnish.hardware import host_memory
 from burnish.planner.choose import Choice
 from burnish.planner.rates import GIB, Card, card_called, card_named
-from burnish.planner.trace import Shape
+from burnish.planner.recipe import Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Timed:
     shape: Shape
     tokens: int
     seconds: float
+    besides: str = ""  # what a micro-step does but one pass forward and backward
 
 
 @dataclass(frozen=True, slots=True)

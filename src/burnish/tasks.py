@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from burnish.adapters.attached import AdapterSet
+from burnish.adapters.attached import AdapterSet, all_disabled
 from burnish.checkpoint.space import nap
 from burnish.checkpoint.store import CheckpointStore
 from burnish.compute.attention import Attention
@@ -26,7 +26,7 @@ from burnish.data.batch import Batch
 from burnish.errors import DataError, DiskFull, Interrupted, NonFiniteLoss
 from burnish.events import Events
 from burnish.loop import Training
-from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
+from burnish.memory.out_of_memory import is_out_of_memory, release_memory_of
 from burnish.objective import Denoising
 from burnish.results import Facts, Result, averaged
 from burnish.resume import checkpoint_content
@@ -208,7 +208,7 @@ class Sample:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            release_cached_memory()
+            release_memory_of(error)
             self.events.warned(
                 f"step {run.step}: not enough memory to draw samples; training goes on without these. "
                 "Lower sample.size or sample.batch_size."
@@ -292,16 +292,3 @@ def thumbnail(path: Path) -> Image.Image:
             small = picture.convert("RGB")
     small.thumbnail((LARGEST_CELL, LARGEST_CELL))
     return small
-
-
-def all_disabled(adapters: Sequence[AdapterSet]) -> AbstractContextManager[None]:
-    return all_at(adapters, 0.0)
-
-
-@contextmanager
-def all_at(adapters: Sequence[AdapterSet], strength: float) -> Iterator[None]:
-    """Within it each set is of this strength, at 0 without effect."""
-    with ExitStack() as stack:
-        for adapter in adapters:
-            stack.enter_context(adapter.at(strength))
-        yield

@@ -16,7 +16,15 @@ from burnish.adapters.layer import adaptable_modules
 from burnish.adapters.own_weights import OwnWeights, choose_weights
 from burnish.adapters.targeting import choose_modules
 from burnish.adapters.words import NewWord, teach
-from burnish.config.method import AdapterMethod, AnyMethod, Full, TextualInversion, Vae, word_of
+from burnish.config.method import (
+    AdapterMethod,
+    AnyMethod,
+    Full,
+    TextualInversion,
+    Vae,
+    WholeTextEncoders,
+    word_of,
+)
 from burnish.config.schema import RunConfig
 from burnish.errors import ConfigError
 from burnish.export.formats import refuse_unstackable, resolve_format
@@ -99,45 +107,54 @@ def trained_parts(
 
 
 def whole_text_encoders(method: Full, family: Family) -> dict[str, Trained]:
-    """The text encoders whose own weights train, by part; patterns of the method are for the denoiser."""
-    section = method.text_encoders
-    if section is None:
-        return {}
+    """The text encoders whose own weights train, by part."""
     return {
-        part: OwnWeights.unfreeze(
-            family.loaded[part],
-            dict.fromkeys(
-                (name for name, _ in family.loaded[part].named_parameters()), section.learning_rate
-            ),
-        )
-        for part, name in family.export.text_encoders.items()
-        if not section.which or name in section.which
+        part: OwnWeights.unfreeze(family.loaded[part], rates)
+        for part, rates in chosen_texts(method, family).items()
     }
 
 
 def text_adapters(
     method: AdapterMethod, family: Family, device: torch.device, dtype: torch.dtype, seed: int
 ) -> dict[str, Trained]:
-    """Those of text encoders, attached, by part; of the method's kind and rank. Its patterns are for the denoiser.
+    """Those of text encoders, attached, by part.
 
     Raises:
         AdapterError: the rank is larger than a module can use.
     """
-    section = method.text_encoders
-    if section is None:
-        return {}
-    plain: dict[str, Any] = {"include": [], "exclude": [], "groups": [], "targets": section.targets}
     adapters: dict[str, Trained] = {}
-    for part, name in family.export.text_encoders.items():
-        if section.which and name not in section.which:
-            continue
+    for part, choices in chosen_texts(method, family).items():
         encoder = family.loaded[part]
         choose_products(encoder, device)
-        found = choose_modules(encoder, TARGETS, section.targets, method.model_copy(update=plain))
-        choices = {name: replace(one, learning_rate=section.learning_rate) for name, one in found.items()}
         adapters[part] = adapter = AdapterSet.attach(encoder, choices, seed=seed)
         cast_once(encoder, list(adapter.layers.values()), dtype)
     return adapters
+
+
+def chosen_texts(method: AdapterMethod | Full, family: Family) -> dict[str, Mapping[str, Any]]:
+    """What trains of text encoders, by part, as `chosen` says it of a denoiser: adapters of the method's kind and rank,
+    or every weight. The method's patterns are for the denoiser."""
+    section = method.text_encoders
+    if section is None:
+        return {}
+    parts = [
+        part
+        for part, name in family.export.text_encoders.items()
+        if not section.which or name in section.which
+    ]
+    if isinstance(section, WholeTextEncoders):
+        names = {part: [name for name, _ in family.loaded[part].named_parameters()] for part in parts}
+        return {part: dict.fromkeys(names[part], section.learning_rate) for part in parts}
+    assert not isinstance(method, Full), "which trains text encoders as a whole"
+    plain: dict[str, Any] = {"include": [], "exclude": [], "groups": [], "targets": section.targets}
+    told = method.model_copy(update=plain)
+    return {
+        part: {
+            name: replace(one, learning_rate=section.learning_rate)
+            for name, one in choose_modules(family.loaded[part], TARGETS, section.targets, told).items()
+        }
+        for part in parts
+    }
 
 
 def chosen(method: AdapterMethod | Full, family: Family, denoiser: nn.Module) -> Mapping[str, Any]:
@@ -153,13 +170,15 @@ def chosen(method: AdapterMethod | Full, family: Family, denoiser: nn.Module) ->
 
 
 def own_weights(method: AnyMethod, family: Family) -> int:
-    """How many numbers of the denoisers train themselves."""
+    """How many numbers of the denoisers, and of text encoders, train themselves."""
     if not isinstance(method, Full):
         return 0
+    rates = {part: chosen(method, family, one) for part, one in family.denoisers.items()}
+    rates |= chosen_texts(method, family)
     return sum(
         one.numel()
-        for denoiser in family.denoisers.values()
-        for one in OwnWeights(denoiser, chosen(method, family, denoiser)).named_parameters().values()
+        for part, own in rates.items()
+        for one in OwnWeights(family.loaded[part], own).named_parameters().values()
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from burnish.planner.trace import Shape
+from burnish.planner.recipe import Shape
 from tools.benchmarks import attention, harness, loader, planner, products, startup, step, step_overhead
 from tools.benchmarks.harness import Model, Settings
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from burnish.adapters.attached import AdapterSet
+from burnish.adapters.attached import AdapterSet, all_at
 from burnish.adapters.layer import ModuleChoice
 from burnish.conditioning import Conditioning
 from burnish.config.contrasts import Preference as PreferenceSection
@@ -38,7 +38,6 @@ from burnish.diffusion.weights import weight_at
 from burnish.errors import ConfigError, DataError
 from burnish.family import Capabilities, LatentShape, PictureInfo, Schedule
 from burnish.objective import Denoising
-from burnish.tasks import all_at
 
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
 SCHEDULES = {

@@ -30,7 +30,8 @@ from burnish.planner.measure import Measure
 from burnish.planner.probe import measured_rates
 from burnish.planner.profile import BlockCost, Profile, profile_of, step_of
 from burnish.planner.rates import Rates, card_called, card_named
-from burnish.planner.trace import Recipe, Shape, trace_step
+from burnish.planner.recipe import Recipe, Shape
+from burnish.planner.trace import trace_step
 
 TinyFolder = Callable[[str], Path]
 RANK = 4

@@ -26,7 +26,8 @@ from burnish.optim.build import build_optimizer
 from burnish.optim.one_by_one import OneByOne
 from burnish.planner.measure import Measure
 from burnish.planner.profile import Profile
-from burnish.planner.trace import Recipe, Shape, trace_step
+from burnish.planner.recipe import Recipe, Shape
+from burnish.planner.trace import trace_step
 
 TinyFolder = Callable[[str], Path]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from burnish.config.schema import RunConfig
 from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource
 from burnish.planner.known_values import is_asked_of_unknown, with_places
+from burnish.planner.lesson import Lesson
 from burnish.planner.live_bytes import LiveBytes, Work
 from burnish.planner.lowering import cuda_lowering
 from burnish.planner.phases import caption_phase
 from burnish.planner.profile import BlockCost, Profile, offloaded, step_of
+from burnish.planner.recipe import Shape
 from burnish.planner.references import shown
-from burnish.planner.trace import Shape, sound_of
-from burnish.planning_shapes import drawn_shape, numbers_in, passes_besides, shapes_of
+from burnish.planner.trace import sound_of
+from burnish.planning_shapes import drawn_shape, numbers_in, shapes_of
 
 
 def config(family: str, **sections: Any) -> RunConfig:
@@ -60,7 +63,7 @@ def test_references_that_are_named_and_those_that_a_sample_is_itself(
     assert (shape.references, shape.masked) == counted
 
 
-def test_pairs_of_a_preference_count_twice_and_what_is_not_counted_is_said() -> None:
+def test_each_source_is_counted_with_what_it_teaches() -> None:
     slider = {"target": "a", "positive": "b", "negative": "c"}
     data = [
         {"path": "pictures", "resolutions": [1024]},
@@ -69,21 +72,29 @@ def test_pairs_of_a_preference_count_twice_and_what_is_not_counted_is_said() -> 
         {"path": "ends", "resolutions": [512], "slider": {"kind": "pictures", "opposite": "o"}},
     ]
     wanted = config("flux", data=data, train={"steps": 10, "batch_size": 3})
-    assert [(one.width, one.batch) for one in shapes_of(wanted, released("flux"))] == [
-        (1024, 6),
-        (1024, 3),
-        (512, 3),
+    found = [(one.width, one.batch, one.lesson) for one in shapes_of(wanted, released("flux"))]
+    assert found == [
+        (1024, 6, Lesson("preference")),  # both pictures of a pair at once
+        (1024, 3, Lesson()),
+        (512, 3, Lesson("opposites")),
+        (512, 3, Lesson("direction")),
     ]
-    besides = list(passes_besides(wanted))
-    assert [line.partition(":")[0] for line in besides] == [
-        "data.1.preference",
-        "data.2.slider",
-        "data.3.slider",
-    ]
-    assert "3 to 3.5 times" in besides[1]
-    assert "twice the seconds" in besides[2]
+
+
+@pytest.mark.parametrize(
+    ("source", "counted"),
+    [
+        ({"target": "model"}, Lesson(counted=True, kept=True)),
+        ({"preserve": {"word": "dog"}}, Lesson(counted=True, kept=True)),
+        ({"loss_masks": {"path": "masks"}}, Lesson(counted=True)),
+        ({"loss_masks": {"path": "masks", "prior": 0.5}}, Lesson(counted=True, kept=True)),
+    ],
+)
+def test_what_asks_the_model_as_it_was_is_counted(source: dict[str, Any], counted: Lesson) -> None:
     guided = {"steps": 10, "objective": {"guided_target": 3.5}}
-    assert len(list(passes_besides(config("flux", train=guided)))) == 1
+    for train, expected in (({"steps": 10}, counted), (guided, replace(counted, unprompted=True))):
+        told = config("flux", data=[{"path": "pictures", **source}], train=train)
+        assert [one.lesson for one in shapes_of(told, released("flux"))] == [expected]
 
 
 def test_samples_count_the_references_of_their_prompts() -> None:

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from burnish.compute.attention import Call, Kind, recorded
 from burnish.compute.attention_kernels import FOR_SAMPLING, BackEnd, back_ends, unavailable
 from burnish.compute.attention_probe import measure_one
+from burnish.planner.recipe import Shape
 from burnish.planner.skeletons import without_data
-from burnish.planner.trace import Shape, batch_without_data
+from burnish.planner.trace import batch_without_data
 from tools.benchmarks import harness
 from tools.benchmarks.harness import Model
 

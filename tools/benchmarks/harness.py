@@ -47,8 +47,8 @@ from burnish.optim.build import build_optimizer
 from burnish.planner.choose import evaluate
 from burnish.planner.measure import Measure
 from burnish.planner.rates import card_named
+from burnish.planner.recipe import Recipe, Shape
 from burnish.planner.skeletons import keep_weights
-from burnish.planner.trace import Recipe, Shape
 
 Activations = Mode | float
 ACTIVATIONS: tuple[Mode, ...] = ("recompute", "keep-attention", "keep-matmul", "keep")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from burnish.planner.trace import Shape
+from burnish.planner.recipe import Shape
 from tools.benchmarks import harness
 from tools.benchmarks.harness import ACTIVATIONS, Activations, Model, Settings
 

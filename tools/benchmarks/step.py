@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from burnish.planner.trace import Shape
+from burnish.planner.recipe import Shape
 from burnish.run_plan import budget_of
 from tools.benchmarks import harness
 from tools.benchmarks.harness import Model, Settings

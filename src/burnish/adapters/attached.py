@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Self
 
 import torch
@@ -193,6 +193,19 @@ class AdapterSet:
                 holder = holder.base
             if isinstance(holder, AdapterLayer):
                 holder.base = layer.base
+
+
+def all_disabled(adapters: Sequence[AdapterSet]) -> AbstractContextManager[None]:
+    return all_at(adapters, 0.0)
+
+
+@contextmanager
+def all_at(adapters: Sequence[AdapterSet], strength: float) -> Iterator[None]:
+    """Within it each set is of this strength, at 0 without effect."""
+    with ExitStack() as stack:
+        for adapter in adapters:
+            stack.enter_context(adapter.at(strength))
+        yield
 
 
 def _find(denoiser: nn.Module, names: Mapping[str, Any]) -> dict[str, Adaptable]:

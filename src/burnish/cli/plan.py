@@ -170,11 +170,12 @@ def _show(told: dict[str, Any]) -> None:
     console.print(memory)
     times = Table(box=None)
     for heading in ("size", "tokens", "s/step"):
-        times.add_column(heading, justify="right")
+        times.add_column(heading, justify="right", no_wrap=True)
+    times.add_column("in a step" if any(time["besides"] for time in told["times"]) else "")
     for time in told["times"]:
         size = "x".join(str(side) for side in time["size"])
         size += f" x{time['frames']}" if time["frames"] > 1 else ""
-        times.add_row(size, str(time["tokens"]), f"{time['seconds']:.2f}")
+        times.add_row(size, str(time["tokens"]), f"{time['seconds']:.2f}", time["besides"])
     console.print(times)
     whole = _duration(told["run_seconds"])
     console.print(f"{told['steps']} steps: about {whole}, without samples and the first start")
@@ -238,6 +239,7 @@ def _as_json(plan: RunPlan) -> dict[str, Any]:
                 "frames": time.shape.frames,
                 "tokens": time.tokens,
                 "seconds": time.seconds,
+                "besides": time.besides,
             }
             for time in plan.times
         ],

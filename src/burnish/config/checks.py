@@ -82,8 +82,6 @@ def _of_full(config: RunConfig, method: Full) -> Iterator[tuple[KeyPath, str]]:
             f"{full} and those of text encoders, which cannot be {memory.text_encoder_weights}; leave it out"
         )
         yield ("memory", "text_encoder_weights"), text
-    if method.text_encoders is not None and memory.budget != "auto":
-        yield ("memory", "budget"), "runs that train whole text encoders are not planned; take it out"
     everything = method.targets is None and not method.include and not method.exclude
     if everything and isinstance(memory.stream, float) and memory.stream > 0:
         yield (
@@ -101,11 +99,6 @@ def _of_words_alone(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
     word = "method.kind: textual_inversion trains a few vectors"
     if config.memory.offload_optimizer:
         yield ("memory", "offload_optimizer"), f"{word}: there is nothing to save; take it out"
-    if config.memory.budget != "auto":
-        yield (
-            ("memory", "budget"),
-            "textual inversion is not planned; take it out, and set memory.activations",
-        )
     if config.save.format != "auto":
         yield (
             ("save", "format"),

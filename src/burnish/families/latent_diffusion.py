@@ -147,6 +147,12 @@ class Checkpoint:
             return read_json(path / "unet" / "config.json")
         return unet.config_from_shapes(self.layouts.config["unet"], self.unet_layout)
 
+    def config_beside(self, folder: str, shipped: Mapping[str, Any]) -> dict[str, Any]:
+        """Of VAE or text encoder: the one that lies in a diffusers folder, as far as it is there; else the released."""
+        named = self.source.vae is not None if folder == "vae" else bool(self.source.text_encoders)
+        path = locate(self.source) / folder / "config.json"
+        return read_json(path) if path.is_file() and not named else dict(shipped)
+
     def load(
         self,
         parts: frozenset[Part],
@@ -282,12 +288,13 @@ def without_weights(
             config = unet.with_depth(layouts.config["unet"] if of is None else of.unet_config, depth)
             made.unet = UNet2DConditionModel.from_config(config)
         if "vae" in parts:
-            made.vae = AutoencoderKL.from_config(layouts.config["vae"])
+            config = layouts.config["vae"] if of is None else of.config_beside("vae", layouts.config["vae"])
+            made.vae = AutoencoderKL.from_config(config)
         if "text_encoders" in parts:
-            made.text_encoders = [
-                (clip.shipped_tokenizer(place.padding), clip.make(config, projection=place.projection))
-                for place, config in zip(layouts.text_encoders, layouts.config["text_encoders"], strict=True)
-            ]
+            for place, config in zip(layouts.text_encoders, layouts.config["text_encoders"], strict=True):
+                told = config if of is None else of.config_beside(place.folder, config)
+                encoder = clip.make(told, projection=place.projection)
+                made.text_encoders.append((clip.shipped_tokenizer(place.padding), encoder))
     for module in (made.unet, made.vae, *(encoder for _, encoder in made.text_encoders)):
         if module is not None:
             nn.Module.to(module, dtype).requires_grad_(False).eval()

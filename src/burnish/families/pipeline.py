@@ -123,6 +123,7 @@ class PipelineFamily(ABC):
         self.modules: dict[str, nn.Module] = {}
         self.shrink: Mapping[Part, Shrink] = {}
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self._unread: dict[str, Callable[[], PreTrainedTokenizerBase]] = {}  # tokenizers of a skeleton
         self.schedule = self.make_schedule(configs["scheduler"])
         self.configure()
 
@@ -254,6 +255,8 @@ class PipelineFamily(ABC):
                 if any(fnmatch(name, rule) for rule in slot.keep_float32(dtype)):
                     parameter.data = parameter.data.float()
             family.modules[slot.folder] = module.requires_grad_(False).eval()
+            if slot.ship_tokenizer is not None:
+                family._unread[slot.folder] = slot.ship_tokenizer
         return family
 
     def _is_released_with(self, slot: Slot) -> bool:
@@ -323,7 +326,7 @@ class PipelineFamily(ABC):
     @property
     def vocabularies(self) -> Mapping[str, Vocabulary]:
         return {
-            name: TokenVocabulary(self.tokenizers[part], self.modules[part])
+            name: TokenVocabulary(self.tokenizer(part), self.modules[part])
             for part, name in self.export.vocabularies.items()
             if part in self.modules
         }
@@ -347,6 +350,8 @@ class PipelineFamily(ABC):
     def tokenizer(self, folder: str) -> Any:
         """The tokenizer of the text encoder in `folder`."""
         self.module(folder)
+        if folder in self._unread:
+            self.tokenizers[folder] = self._unread.pop(folder)()
         return self.tokenizers[folder]
 
     def config(self, part: str) -> Mapping[str, Any]:

@@ -133,7 +133,7 @@ def evaluate(
     waiting = sum(profile.blocks[block].moved for block, profile in enumerate(used)) if offload else 0
     return Choice(
         Settings(weights, tuple(modes), tuple(streamed), share, offload),
-        peak=max(step.peak, used[0].first_level + beside.between_steps) + beside.always - away + ring,
+        peak=max(step.peak, used[0].resident + beside.between_steps) + beside.always - away + ring,
         host=away,
         waiting=waiting,
         seconds=_seconds(step, away, waiting, rates, weights, compiled=compiled),
@@ -141,19 +141,46 @@ def evaluate(
     )
 
 
+def evaluate_settings(
+    profiles: Mapping[Mode, Profile],
+    settings: Settings,
+    rates: Rates,
+    *,
+    compiled: bool = False,
+    beside: Beside = NOTHING,
+) -> Choice:
+    """Peak and time of settings as they were chosen; `profiles` as they were traced."""
+    return evaluate(
+        with_offload(profiles, settings.offload),
+        settings.weights,
+        settings.modes,
+        settings.streamed,
+        rates,
+        compiled=compiled,
+        share=settings.stream,
+        offload=settings.offload,
+        beside=beside,
+    )
+
+
 def _seconds(step: Step, away: int, waiting: int, rates: Rates, weights: str, *, compiled: bool) -> float:
     """Copies take the bus while blocks compute, and the device's own memory, from which they take bandwidth.
 
-    A bus carries both ways at once: in forward weights come while activations go, in backward both come.
+    A bus carries both ways at once: in forward weights come while activations go, in backward both come. To passes
+    without gradients they come as well.
     """
     eight_bit = "int8" if weights == "int8" else "fp8"
     computing = rates.seconds(step.work, compiled=compiled, eight_bit=eight_bit)
     if not away and not waiting:
         return computing
-    forward = rates.seconds(step.forward, compiled=compiled, eight_bit=eight_bit)
-    ahead = max(forward, max(away, waiting) / rates.from_host)
-    back = max(computing - forward, (away + waiting) / rates.from_host)
-    return ahead + back + 2 * (away + waiting) / rates.memory
+    forward, ahead = (
+        rates.seconds(work, compiled=compiled, eight_bit=eight_bit) for work in (step.forward, step.ahead)
+    )
+    besides = max(ahead, step.passes * away / rates.from_host)
+    there = max(forward, step.turns * max(away, waiting) / rates.from_host)
+    back = max(computing - forward - ahead, step.turns * (away + waiting) / rates.from_host)
+    moved = 2 * step.turns * (away + waiting) + step.passes * away
+    return besides + there + back + moved / rates.memory
 
 
 def with_offload(profiles: Mapping[Mode, Profile], offload: bool) -> Mapping[Mode, Profile]:

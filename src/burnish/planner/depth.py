@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from burnish.family import Family
-from burnish.planner.live_bytes import Work
 from burnish.planner.profile import Profile
 
 SHALLOW = 3
@@ -87,15 +86,5 @@ def deepened(profile: Profile, shallow: Sequence[Run], deep: Sequence[Run]) -> P
         first_level=profile.first_level + after_bytes - before_bytes,
         head_peak=profile.head_peak + after_bytes - before_bytes,
         optimizer_peak=int(profile.optimizer_peak * (1 if profile.singly else ratio)),
-        optimizer=_times(profile.optimizer, ratio),
-    )
-
-
-def _times(work: Work, ratio: float) -> Work:
-    return Work(
-        work.matmul_flop * ratio,
-        work.eight_bit_flop * ratio,
-        work.attention_flop * ratio,
-        work.traffic * ratio,
-        round(work.kernels * ratio),
+        optimizer=profile.optimizer.times(ratio),
     )

@@ -58,6 +58,15 @@ class Work:
             self.kernels + other.kernels,
         )
 
+    def times(self, number: float) -> Work:
+        return Work(
+            self.matmul_flop * number,
+            self.eight_bit_flop * number,
+            self.attention_flop * number,
+            self.traffic * number,
+            round(self.kernels * number),
+        )
+
 
 @dataclass(slots=True)
 class Stretch:

@@ -11,7 +11,8 @@ from burnish.errors import UserError
 from burnish.family import Family
 from burnish.planner.depth import SHALLOW, Run, deepened, runs_of, stands_for
 from burnish.planner.profile import Profile
-from burnish.planner.trace import Recipe, Shape, trace_step
+from burnish.planner.recipe import Recipe, Shape
+from burnish.planner.trace import trace_step
 
 Choices = Mapping[str, Mapping[str, Any]]
 

@@ -5,10 +5,8 @@ Each phase holds only the parts it needs, so the peak of a run is the largest of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.conditioning import Conditioning
 from burnish.family import Family, Part
-from burnish.memory.quantized import large_linears, repeated_parts, replace_linears
 from burnish.planner.live_bytes import LiveBytes
 from burnish.planner.lowering import cuda_lowering
-from burnish.planner.skeletons import modules_of, without_data
-from burnish.planner.trace import Shape, batch_without_data, sound_of
+from burnish.planner.recipe import Shape
+from burnish.planner.skeletons import keep_texts, modules_of, without_data
+from burnish.planner.trace import batch_without_data, sound_of
 
 VAE: frozenset[Part] = frozenset({"vae"})
 # A text encoder's layer, per token of a batch: hidden states, query, key, value, and the feed-forward's two halves,
 # in units of the hidden width; and the stack of all layers' outputs, which several families read.
 LAYER_WIDTHS = 16
-# What backward keeps of one that trains, in the same units and bfloat16, by what autograd saves: of a CLIP with quick
-# GELU and adapters on all of its layers 22 to 24; of others, through which gradients pass on to new words: T5 and UMT5
-# with 512 tokens 30 to 34, language models 18 to 27.
-KEPT_WIDTHS = 24
-KEPT_WIDTHS_PASSED = 34
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +40,10 @@ def caption_phase(family: Family, kept_as: str | None, tokens: int) -> Phase:
     Args:
         family: a skeleton with the text encoders.
     """
-    encoders = modules_of(family)
+    if kept_as is not None:
+        keep_texts(family, kept_as)
     weights = activations = 0
-    for encoder in encoders:
-        if kept_as is not None:
-            layers = large_linears(encoder, repeated_parts(encoder), kept_as)
-            replace_linears(encoder, layers, kept_as)
+    for encoder in modules_of(family):
         weights += held(encoder)
         widest = max((one.numel() for one in encoder.parameters()), default=0) if kept_as else 0
         # The narrow side of a layer: the wide one is inside of a feed-forward, or all layers' outputs side by side.
@@ -60,32 +51,6 @@ def caption_phase(family: Family, kept_as: str | None, tokens: int) -> Phase:
         depth = max((len(one) for one in encoder.modules() if isinstance(one, nn.ModuleList)), default=1)
         activations = max(activations, tokens * width * (LAYER_WIDTHS + depth) * 2 + 2 * widest)
     return Phase(weights + activations, weights)
-
-
-def trained_texts(family: Family, weights: int, tokens: Mapping[str, int]) -> int:
-    """Bytes of text encoders in a training step: all of them, and what backward keeps of those that train, by a rule.
-
-    Args:
-        family: a skeleton with the text encoders.
-        weights: their bytes, as `caption_phase` says.
-        tokens: of a batch, by the names of those that train.
-    """
-    kept = 0
-    for name, count in tokens.items():
-        encoder = family.loaded[name]
-        width, depth = _size_of(encoder)
-        widths = KEPT_WIDTHS if name in family.export.text_encoders else KEPT_WIDTHS_PASSED
-        kept += count * width * depth * widths * 2
-    return weights + kept
-
-
-def _size_of(encoder: nn.Module) -> tuple[int, int]:
-    """Width and layers of what reads a text encoder's tokens."""
-    config: Any = encoder.config
-    if hasattr(config, "text_config"):  # beside eyes
-        config = config.text_config
-    layers = config.num_layers if hasattr(config, "num_layers") else config.num_hidden_layers
-    return int(config.hidden_size), int(layers)
 
 
 def encoding_phase(family: Family, shape: Shape, *, cuda: bool = True) -> Phase:

@@ -8,8 +8,9 @@ which all are alike: exact for those, and exact up to the allocator's rounding f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from burnish.memory.activation_offload import LEAVING
@@ -27,6 +28,7 @@ class BlockCost:
     forward: Work
     backward: Work
     moved: int = 0  # to the host in forward, and back
+    ahead: Work = field(default_factory=Work)  # of all passes without gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Profile:
     singly: bool = (
         False  # weights are stepped one after the other: what a step takes does not grow with their number
     )
+    turns: int = 1  # forward and backward, one after the other; the last is the one that is cut into blocks
+    passes: int = 0  # without gradients, before them
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,7 +63,7 @@ class Profile:
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Self:
         blocks = tuple(
-            BlockCost(**{**one, "forward": Work(**one["forward"]), "backward": Work(**one["backward"])})
+            BlockCost(**{**one, **{name: Work(**one[name]) for name in ("forward", "backward", "ahead")}})
             for one in stored["blocks"]
         )
         lists = {name: tuple(stored[name]) for name in ("backward_order", "weights", "trained")}
@@ -69,11 +73,14 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Peak in bytes and work of a step; `forward` is the blocks' part of it before backward."""
+    """Peak in bytes and work of a step, with the blocks' parts of it before backward."""
 
     peak: int
     work: Work
     forward: Work
+    ahead: Work  # of passes without gradients
+    turns: int = 1
+    passes: int = 0
 
 
 def step_of(profiles: Sequence[Profile]) -> Step:
@@ -83,13 +90,14 @@ def step_of(profiles: Sequence[Profile]) -> Step:
     """
     base = profiles[0]
     level, peak = base.first_level, base.head_peak
-    work, forward = base.outside + base.optimizer, Work()
+    work, forward, ahead = base.outside + base.optimizer, Work(), Work()
     costs = [profile.blocks[index] for index, profile in enumerate(profiles)]
     for cost in costs:
         peak = max(peak, level + cost.forward_peak)
         level += cost.growth
-        work = work + cost.forward + cost.backward
-        forward = forward + cost.forward
+        work = work + (cost.forward + cost.backward).times(base.turns) + cost.ahead
+        forward = forward + cost.forward.times(base.turns)
+        ahead = ahead + cost.ahead
     peak = max(peak, level + base.tail_peak)
     level += base.tail_change
     for block in base.backward_order:
@@ -97,7 +105,8 @@ def step_of(profiles: Sequence[Profile]) -> Step:
         level += costs[block].change
     peak = max(peak, level + base.rest_peak)
     level += base.rest_change
-    return Step(max(peak, level + base.optimizer_peak), work, forward)
+    peak = max(peak, level + base.optimizer_peak)
+    return Step(peak, work, forward, ahead, base.turns, base.passes)
 
 
 def offloaded(profile: Profile) -> Profile:
@@ -122,28 +131,43 @@ def offloaded(profile: Profile) -> Profile:
 
 
 def profile_of(
-    counted: LiveBytes, weights: tuple[Sequence[int], int], trained: tuple[Sequence[int], int]
+    counted: LiveBytes,
+    weights: tuple[Sequence[int], int],
+    trained: tuple[Sequence[int], int],
+    turns: int = 1,
+    skipped: int = 0,
 ) -> Profile:
     """Cut a traced step at its blocks; `weights` and `trained` are bytes by block, and outside of blocks.
 
     The stretches are named `forward` and `backward` of a block, `tail` between the two directions, `rest` and
-    `optimizer` after them; others lie before or between. A block that is not run, or from which nothing goes back
-    because nothing trains before it, costs nothing there.
+    `optimizer` after them, `ahead` those of passes without gradients; others lie before or between. A block that is
+    not run, or from which nothing goes back because nothing trains before it, costs nothing there.
+
+    Args:
+        turns: of the step, of which only the last was traced.
+        skipped: passes without gradients that were not, after one that was.
     """
     stretches = counted.stretches
     tail, rest, optimizer = (_first(stretches, name) for name in ("tail", "rest", "optimizer"))
     ahead = _cuts(stretches, "forward", tail)
     back = _cuts(stretches, "backward", rest)
+    besides = [one for one in stretches if one.name == "ahead"]
+    counts = Counter(one.block for one in besides if one.block is not None)
+    seen = max(counts.values(), default=0)
+    again = (seen + skipped) / seen if seen else 0.0
     costs = []
     for block in range(len(weights[0])):
         growth, forward_peak, forward = _spent(stretches, ahead.get(block))
         change, backward_peak, backward = _spent(stretches, back.get(block))
-        costs.append(BlockCost(growth, forward_peak, change, backward_peak, forward, backward))
+        passed = _sum([one for one in besides if one.block == block]).times(again)
+        costs.append(BlockCost(growth, forward_peak, change, backward_peak, forward, backward, ahead=passed))
     first_block = min((start for start, _ in ahead.values()), default=tail)
     first_back = min((start for start, _ in back.values()), default=rest)
     tail_change, tail_peak, tail_work = _spent(stretches, (tail, first_back))
     rest_change, rest_peak, rest_work = _spent(stretches, (rest, optimizer))
     head = stretches[:first_block]
+    once = _sum([one for one in head if one.name != "ahead"]) + tail_work + rest_work
+    passed = _sum([one for one in besides if one.block is None]).times(again)
     return Profile(
         blocks=tuple(costs),
         backward_order=tuple(sorted(back, key=lambda block: back[block])),
@@ -159,8 +183,10 @@ def profile_of(
         rest_peak=rest_peak,
         rest_change=rest_change,
         optimizer_peak=max(one.peak for one in stretches[optimizer:]) - stretches[optimizer].entry,
-        outside=_sum(head) + tail_work + rest_work,
+        outside=once.times(turns) + passed,
         optimizer=_sum(stretches[optimizer:]),
+        turns=turns,
+        passes=seen + skipped,
     )
 
 

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from burnish.conditioning import Conditioning
 from burnish.family import Family
 from burnish.planner.lowering import cuda_lowering
+from burnish.planner.recipe import Shape
 from burnish.planner.skeletons import modules_of, without_data
-from burnish.planner.trace import Shape
 
 
 def shown(family: Family, shape: Shape, *, cuda: bool = True) -> Conditioning:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from burnish.family import Family
-from burnish.memory.quantized import large_linears, replace_linears
+from burnish.memory.quantized import large_linears, repeated_parts, replace_linears
 
 
 def keep_weights(family: Family, kept_as: str) -> None:
@@ -16,6 +16,13 @@ def keep_weights(family: Family, kept_as: str) -> None:
     for denoiser in family.denoisers.values():
         # As on a card with the kernels: elsewhere the products are made in the run's number type.
         replace_linears(denoiser, large_linears(denoiser, blocks, kept_as), kept_as, eight_bit=True)
+
+
+def keep_texts(family: Family, kept_as: str) -> None:
+    """The same of the text encoders' layers."""
+    encoders = {part: one for part, one in family.loaded.items() if part not in family.denoisers}
+    for encoder in encoders.values():
+        replace_linears(encoder, large_linears(encoder, repeated_parts(encoder), kept_as), kept_as)
 
 
 def without_data(module: nn.Module) -> None:

@@ -6,10 +6,10 @@ shapes, types and storages only. Upper bound for compiled blocks, which keep les
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,54 +17,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 
-from burnish.adapters.attached import AdapterSet
-from burnish.adapters.casting import cast_once
-from burnish.adapters.own_weights import OwnWeights
 from burnish.conditioning import Conditioning
-from burnish.data.batch import Batch
+from burnish.data.batch import Batch, Direction
 from burnish.family import Family
 from burnish.memory.gradient_release import GradientRelease
 from burnish.memory.state_offload import StatesOnHost
 from burnish.objective import Denoising
 from burnish.optim.one_by_one import OneByOne
 from burnish.planner.known_values import Answered
+from burnish.planner.lesson import Asked
 from burnish.planner.live_bytes import ROUNDING, LiveBytes
 from burnish.planner.lowering import cuda_lowering
+from burnish.planner.made import Host, made_trainable, step_as_on_cuda, touch_state
 from burnish.planner.profile import Profile, profile_of
-from burnish.planner.skeletons import keep_weights, without_data
-
-Groups = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a step is given: pixels as (height, width), frames, pictures per micro-step."""
-
-    height: int
-    width: int
-    frames: int = 1
-    batch: int = 1
-    references: int = 0  # pictures that the model is shown beside the caption
-    masked: bool = False  # the first of them has a hole
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How the step is made; each part is that of the run itself."""
-
-    # By denoiser, then by module what its adapter is; or, of its own weights, by weight its learning rate.
-    choices: Mapping[str, Mapping[str, Any]]
-    objective: Denoising
-    optimizer: Callable[[Groups], torch.optim.Optimizer]
-    kept_as: str | None = None  # format of the large frozen layers; None: in the run's number type
-    keep_activations: Callable[[Family], None] = lambda family: None  # sets what is kept for backward
-    accumulates: bool = False
-    averages: bool = False
-    dropout: float = 0.0
-    own_weights: bool = False  # the denoisers' own weights train, in place of adapters
-    releases: bool = False  # each is stepped in backward; the optimizer is then a OneByOne, as with the next
-    offloads: bool = False  # the optimizer's state waits on the host
-    shown: Callable[[Shape], Conditioning] = lambda shape: Conditioning({})  # of the references
+from burnish.planner.recipe import Recipe, Shape
+from burnish.planner.skeletons import keep_texts, keep_weights, modules_of, without_data
 
 
 def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, cuda: bool = True) -> Profile:
@@ -75,75 +42,35 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
         cuda: attention and norms as CUDA runs them, else as the CPU does.
     """
     family = skeleton()
-    noisy, _, conditioning = family.example(shape.height, shape.width, shape.batch, shape.frames)
-    conditioning = conditioning.merged(recipe.shown(shape))
+    rows = shape.lesson.rows(shape.batch)
+    noisy, _, conditioning = family.example(shape.height, shape.width, rows, shape.frames)
+    conditioning = conditioning.merged(recipe.shown(replace(shape, batch=rows)))
     if recipe.kept_as is not None:
         keep_weights(family, recipe.kept_as)
+    if recipe.texts_kept_as is not None:
+        keep_texts(family, recipe.texts_kept_as)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        for denoiser in family.denoisers.values():
-            without_data(denoiser)
-        groups = _made_trainable(family, recipe, noisy.dtype)
+        for module in modules_of(family):
+            without_data(module)
+        groups, objective = made_trainable(family, recipe, noisy.dtype)
         recipe.keep_activations(family)
         parameters = [one for group in groups for one in group["params"]]
-        optimizer, host = recipe.optimizer(groups), _Host()
+        optimizer, host = recipe.optimizer(groups), Host()
         if cuda:
-            _step_as_on_cuda(optimizer)
+            step_as_on_cuda(optimizer)
         if recipe.offloads:
             assert isinstance(optimizer, OneByOne)
             optimizer.keeper = StatesOnHost(host, lambda: None)
-        _touch_state(optimizer, parameters)
-        batch = batch_without_data(noisy, conditioning, sound_of(family, shape))
+        touch_state(optimizer, parameters)
+        batch = shape.lesson.taught(batch_without_data(noisy, conditioning, sound_of(family, shape)))
+        if recipe.caption is not None:
+            batch = _unsaid(family, batch, recipe.caption)
     # The mode is off from here on: fake tensors bring their own, and what code makes out of nothing (positions, masks)
     # keeps its values, so that it can be read on the host as in a real step.
     with cuda_lowering() if cuda else nullcontext():
         counted = LiveBytes(fake, rounding=ROUNDING if cuda else 1, elsewhere=host.storages)
-        return _step(family, batch, recipe, parameters, optimizer, counted)
-
-
-def _made_trainable(family: Family, recipe: Recipe, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Optimizer groups of what the recipe trains."""
-    groups: list[dict[str, Any]] = []
-    for part, chosen in recipe.choices.items():
-        denoiser = family.denoisers[part]
-        if recipe.own_weights:
-            groups += OwnWeights.unfreeze(denoiser, chosen).parameter_groups(1e-4)
-            continue
-        adapter = AdapterSet.attach(denoiser, chosen, dropout=recipe.dropout, seed=0)
-        cast_once(denoiser, list(adapter.layers.values()), dtype)
-        groups += adapter.parameter_groups(1e-4)
-    return groups
-
-
-def _step_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
-    """By one kernel, where torch's own optimizers would make copies of all that they step (optim/makers.py)."""
-    single = optimizer.inside if isinstance(optimizer, OneByOne) else []
-    for group in (group for one in (optimizer, *single) for group in one.param_groups):
-        if "fused" in group and "foreach" in group:
-            group["fused"], group["foreach"] = True, False
-
-
-class _Host:
-    """Host memory of a trace: rooms whose storages are told apart from the device's."""
-
-    def __init__(self) -> None:
-        self.storages: set[int] = set()
-        self._rooms: list[Tensor] = []  # alive, so that no other storage takes a place that is noted
-
-    def host_room(self, size: int) -> Tensor:
-        room = torch.empty(size, dtype=torch.uint8)
-        self._rooms.append(room)
-        self.storages.add(room.untyped_storage()._cdata)
-        return room
-
-    def device_room(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
-
-    def start(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
-
-    def finish(self, begun: object) -> None:
-        return
+        return _step(family, batch, recipe, objective, parameters, optimizer, counted)
 
 
 def sound_of(family: Family, shape: Shape) -> tuple[int, ...] | None:
@@ -186,21 +113,27 @@ def _step(
     family: Family,
     batch: Batch,
     recipe: Recipe,
+    objective: Denoising,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     counted: LiveBytes,
 ) -> Profile:
     times_B = torch.full((len(batch.sample_ids),), 0.5)
     averages = [parameter.detach().clone() for parameter in parameters] if recipe.averages else []
-    if recipe.accumulates:
+    turns = objective.turn_count(batch)
+    adds_up = recipe.accumulates or turns > 1  # at the last turn there are gradients already
+    if adds_up:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
 
     blocks = family.blocks()
     frozen = _by_block(family, blocks, lambda one: 0 if one.requires_grad else _size(one))
-    counted.follow([list(one.parameters()) + list(one.buffers()) for one in family.denoisers.values()])
+    counted.follow([list(one.parameters()) + list(one.buffers()) for one in modules_of(family)])
     counted.follow([parameter.grad for parameter in parameters if parameter.grad is not None])
     counted.follow([batch.latents_BCHW, batch.audio_BCLF, list(batch.conditioning.values()), averages])
+    counted.follow([batch.counted, batch.kept, list((batch.unprompted or {}).values())])
+    if isinstance(batch.contrast, Direction):
+        counted.follow([list(one.values()) for one in (batch.contrast.positive, batch.contrast.negative)])
     counted.follow(list(optimizer.state.values()))
     if isinstance(optimizer, OneByOne) and isinstance(optimizer.keeper, StatesOnHost):
         counted.follow(optimizer.keeper.device_rooms)
@@ -208,7 +141,7 @@ def _step(
     if recipe.releases:
         assert isinstance(optimizer, OneByOne)
         release = GradientRelease(parameters, optimizer.step_one, 1.0)
-    once_more = int(recipe.averages) + int(recipe.accumulates)
+    once_more = int(recipe.averages) + int(adds_up)
 
     def with_state(one: Tensor) -> int:
         if not one.requires_grad:
@@ -220,14 +153,21 @@ def _step(
     trained = _by_block(family, blocks, with_state)
     counted.begin()
     with counted, _marked(counted, blocks):
+        if recipe.caption is not None:
+            batch = _said(family, batch, recipe.caption)
         noise = torch.empty_like(batch.latents_BCHW, dtype=torch.float32)
         audio = batch.audio_BCLF
         audio_noise = None if audio is None else torch.empty_like(audio, dtype=torch.float32)
-        loss_B = recipe.objective.losses_at(family, batch, noise, times_B, None, audio_noise)
-        counted.mark("tail", None)
-        loss = (loss_B * batch.weight_B).sum() / len(batch.sample_ids)
-        with nullcontext() if release is None else release.moving():
-            torch.autograd.backward(loss)
+        mixed = torch.empty_like(noise) if objective.input_perturbation else None
+        asked = Asked(partial(_predicted, family, counted), turns)
+        with closing(objective.turns_at(family, batch, noise, times_B, asked, audio_noise, mixed)) as stream:
+            for turn in stream:
+                if asked.is_last:
+                    counted.mark("tail", None)
+                loss = (turn.loss_B * turn.weight_B).sum() / len(batch.sample_ids)
+                with nullcontext() if release is None else release.moving():
+                    torch.autograd.backward(loss)
+                asked.turn += 1
         counted.mark("rest", None)
         if release is None:
             clip_grad_norm_(parameters, 1.0)
@@ -237,16 +177,33 @@ def _step(
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     singly = isinstance(optimizer, OneByOne) and not optimizer.together
-    return replace(profile_of(counted, frozen, trained), singly=singly)
+    return replace(profile_of(counted, frozen, trained, turns, asked.skipped), singly=singly)
 
 
-def _touch_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Give the optimizer its state, which it makes at the first step: the second is the one to trace."""
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    with Answered():
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def _said(family: Family, batch: Batch, caption: str) -> Batch:
+    """As a run's step encodes captions where something of the text encoders trains."""
+    told = family.encode_prompts([caption] * len(batch.sample_ids))
+    return replace(batch, conditioning=batch.conditioning.merged(told))
+
+
+def _unsaid(family: Family, batch: Batch, caption: str) -> Batch:
+    """The batch without what captions are encoded to."""
+    with unset_fake_temporarily(), torch.no_grad():
+        told = family.encode_prompts([caption])
+    return replace(
+        batch, conditioning=Conditioning({k: v for k, v in batch.conditioning.items() if k not in told})
+    )
+
+
+def _predicted(
+    family: Family, counted: LiveBytes, noisy: Tensor, t_B: Tensor, conditioning: Conditioning
+) -> Tensor:
+    if torch.is_grad_enabled():
+        return family.predict(noisy, t_B, conditioning)
+    counted.mark("ahead", None)
+    said = family.predict(noisy, t_B, conditioning)
+    counted.mark("between", None)
+    return said
 
 
 @contextmanager
@@ -265,10 +222,10 @@ def _marked(counted: LiveBytes, blocks: Sequence[nn.Module]) -> Iterator[None]:
 
     def hooks(block: int) -> tuple[Callable[..., None], Callable[..., None]]:
         def begins(*_: object) -> None:
-            counted.mark("forward", block)
+            counted.mark("forward" if torch.is_grad_enabled() else "ahead", block)
 
         def ends(module: nn.Module, args: object, output: object) -> None:
-            counted.mark("between", None)
+            counted.mark("between" if torch.is_grad_enabled() else "ahead", None)
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
                     leaf.register_hook(backward_of(block))  # type: ignore[no-untyped-call]
@@ -288,13 +245,13 @@ def _marked(counted: LiveBytes, blocks: Sequence[nn.Module]) -> Iterator[None]:
 def _by_block(
     family: Family, blocks: Sequence[nn.Module], size: Callable[[Tensor], int]
 ) -> tuple[list[int], int]:
-    """Bytes of parameters and buffers in each block, and of those outside of blocks."""
+    """Bytes of parameters and buffers in each block, and of those outside of blocks, in text encoders for one."""
 
     def total(module: nn.Module) -> int:
         return sum(size(one) for one in [*module.parameters(), *module.buffers()])
 
     inside = [total(block) for block in blocks]
-    return inside, sum(total(one) for one in family.denoisers.values()) - sum(inside)
+    return inside, sum(total(one) for one in modules_of(family)) - sum(inside)
 
 
 def _size(tensor: Tensor) -> int:

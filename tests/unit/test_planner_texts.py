@@ -1,0 +1,110 @@
+"""The plan of steps that encode captions themselves, as where text encoders or words train, against real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_planner import allocated, kept, peak_of
+
+from burnish.assembly import with_prompts
+from burnish.conditioning import Conditioning
+from burnish.config.schema import RunConfig
+from burnish.data.batch import Batch
+from burnish.families.registry import family_named
+from burnish.family import Family, ModelSource, Part
+from burnish.memory.activations import Mode
+from burnish.model import DTYPES
+from burnish.objective import Denoising
+from burnish.optim.build import build_optimizer
+from burnish.planner.recipe import Shape
+from burnish.planning_traces import RunTraces
+from burnish.trained import trained_parts
+
+TinyFolder = Callable[[str], Path]
+PARTS: frozenset[Part] = frozenset({"denoiser", "text_encoders"})
+WORD = {"token": "<it>", "vectors": 4}
+LORA = {"kind": "lora", "rank": 4}
+METHODS: dict[str, dict[str, Any]] = {
+    "adapters": LORA | {"text_encoders": {"which": ["clip_l"]}},
+    "whole": {"kind": "full", "text_encoders": {}},
+    "word": {"kind": "textual_inversion", **WORD},
+    "pivotal": LORA | {"word": WORD},
+}
+
+
+def run_of(model: Path, folder: Path, method: dict[str, Any], **sections: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "model": {"path": str(model)},
+            "method": method,
+            "data": [{"path": str(folder), "resolutions": [256]}],
+            "train": {"steps": 10, "precision": "fp32"},
+            "memory": {"cache_folder": folder},
+            **sections,
+        }
+    )
+
+
+def real_step(config: RunConfig, family: Family, shape: Shape, mode: Mode) -> Callable[[], None]:
+    """A step as a run makes it, of the run's own parts."""
+    dtype = DTYPES[config.train.precision]
+    trained = trained_parts(config, family, torch.device("cpu"), dtype)
+    kept(mode)(family)
+    groups = [group for one in trained.values() for group in one.parameter_groups(1e-4)]
+    parameters = [one for group in groups for one in group["params"]]
+    optimizer, objective = build_optimizer(config.train.optimizer, groups), Denoising(family.schedule)
+    latents, times_B, told = family.example(shape.height, shape.width, shape.batch)
+    captions = ("a photo of <it>",) * shape.batch
+    with torch.no_grad():
+        said = set(family.encode_prompts(captions))
+    rest = Conditioning({name: one for name, one in told.items() if name not in said})
+    del told
+    batch = Batch(latents, rest, torch.ones(shape.batch), captions, captions, 0, captions=captions)
+
+    def step() -> None:
+        for turn in objective.turns_at(
+            family, with_prompts(family, batch), torch.randn_like(latents, dtype=torch.float32), times_B
+        ):
+            torch.autograd.backward((turn.loss_B * turn.weight_B).sum())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "mode"),
+    [
+        ("sd3", "adapters", "recompute"),
+        ("sdxl", "whole", "keep"),
+        ("flux", "word", "keep"),
+        ("sdxl", "pivotal", "keep"),
+    ],
+)
+def test_a_step_that_encodes_captions_takes_what_a_real_one_does(
+    tiny_folder: TinyFolder, tmp_path: Path, name: str, method: str, mode: Mode
+) -> None:
+    model, shape = tiny_folder(name), Shape(256, 256, batch=4)
+    config = run_of(model, tmp_path, METHODS[method])
+    family = family_named(name).load(
+        ModelSource(str(model)), PARTS, dtype=DTYPES[config.train.precision], device="cpu"
+    )
+    taken = allocated(real_step(config, family, shape, mode))
+    traced = RunTraces(config, cuda=False).profile(shape, "native", mode)
+    assert peak_of(traced) - traced.resident == pytest.approx(taken, rel=0.01)
+    held = sum(
+        one.nbytes for module in family.loaded.values() for one in [*module.parameters(), *module.buffers()]
+    )
+    own = sum(
+        one.nbytes for module in family.loaded.values() for one in module.parameters() if one.requires_grad
+    )
+    assert sum(traced.weights) + traced.weights_outside == pytest.approx(held - own, rel=0.001)
+    assert sum(traced.trained) + traced.trained_outside == pytest.approx(
+        3 * own, rel=0.01
+    )  # counters of steps
