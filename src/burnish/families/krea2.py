@@ -153,22 +153,26 @@ class Krea2(PipelineFamily):
         )
         closing = tokenizer([_AFTER] * len(prompts), return_tensors="pt")
         ids_BS = torch.cat([asked.input_ids, closing.input_ids], dim=1).to(encoder.device)
-        mask_BS = torch.cat([asked.attention_mask, closing.attention_mask], dim=1).bool().to(encoder.device)
+        mask_BS = torch.cat([asked.attention_mask, closing.attention_mask], dim=1).bool()
         # What closes the prompt stands after the padding and is counted as if there were none.
         positions_BS = (mask_BS.long().cumsum(dim=-1) - 1).clamp(min=0)
         states = encoder(
             input_ids=ids_BS,
-            attention_mask=mask_BS,
-            position_ids=positions_BS.expand(3, -1, -1),
+            attention_mask=mask_BS.to(encoder.device),
+            position_ids=positions_BS.expand(3, -1, -1).to(encoder.device),
             output_hidden_states=True,
         ).hidden_states
         tokens_BSLD = torch.stack([states[number] for number in self.read_layers], dim=2)
-        kept = [
-            Conditioning({"tokens_BSLD": tokens_SLD[mask_S][None], "mask_BS": mask_S[mask_S][None]})
-            for tokens_SLD, mask_S in zip(
-                tokens_BSLD[:, BEFORE_TOKENS:], mask_BS[:, BEFORE_TOKENS:], strict=True
-            )
-        ]
+        kept = []
+        for tokens_SLD, mask_S in zip(
+            tokens_BSLD[:, BEFORE_TOKENS:], mask_BS[:, BEFORE_TOKENS:], strict=True
+        ):
+            read_BSLD = tokens_SLD[mask_S.nonzero()[:, 0].to(encoder.device)][None]
+            told = {
+                "tokens_BSLD": read_BSLD,
+                "mask_BS": read_BSLD.new_ones(read_BSLD.shape[:2], dtype=torch.bool),
+            }
+            kept.append(Conditioning(told))
         return Conditioning.collate(kept)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -255,7 +255,9 @@ class PipelineFamily(ABC):
                 if any(fnmatch(name, rule) for rule in slot.keep_float32(dtype)):
                     parameter.data = parameter.data.float()
             family.modules[slot.folder] = module.requires_grad_(False).eval()
-            if slot.ship_tokenizer is not None:
+            if found is not None and slot.tokenizer is not None:
+                family._unread[slot.folder] = partial(found.tokenizer, slot)
+            elif slot.ship_tokenizer is not None:
                 family._unread[slot.folder] = slot.ship_tokenizer
         return family
 
@@ -352,6 +354,11 @@ class PipelineFamily(ABC):
         self.module(folder)
         if folder in self._unread:
             self.tokenizers[folder] = self._unread.pop(folder)()
+        if folder not in self.tokenizers:
+            raise ModelError(
+                f"The tokenizer of {self.title}'s {folder} does not come with Burnish, and the model is not here.",
+                remedy="Download the model, and name its folder.",
+            )
         return self.tokenizers[folder]
 
     def config(self, part: str) -> Mapping[str, Any]:
