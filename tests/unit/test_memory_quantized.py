@@ -8,6 +8,7 @@ from statistics import NormalDist
 import pytest
 import torch
 import torch.nn.functional as F
+from cublas_rules import watched
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -293,31 +294,8 @@ def test_a_device_without_the_products_widens_weights_and_says_so() -> None:
 
 @pytest.mark.parametrize("kept_as", ["int8", "fp8"])
 def test_products_ask_of_a_gpu_what_it_can_do(kept_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CPU takes and CUDA refuses (ATen/native/cuda, `_int_mm_out_cuda` and `_scaled_mm_out_cuda`): the first
-    factor lies by rows, the second by columns, sizes are multiples, and scales of rows are contiguous float32."""
-    asked = []
-
-    def watched(name: str, few: int, multiple: int) -> None:
-        original = getattr(torch, name)
-
-        def product(a: Tensor, b: Tensor, *scales: Tensor, **options: object) -> Tensor:
-            assert a.is_contiguous()
-            assert b.t().is_contiguous()
-            assert len(a) > few
-            assert a.shape[1] % multiple == 0
-            assert b.shape[1] % multiple == 0
-            for scale in scales:
-                assert scale.is_contiguous()
-                assert scale.dtype == torch.float32
-            asked.append(name)
-            result: Tensor = original(a, b, *scales, **options)
-            return result
-
-        monkeypatch.setattr(torch, name, product)
-
-    watched("_int_mm", 16, 8)
-    watched("_scaled_mm", 0, 16)
     layer = layer_of(normal(64, 48).bfloat16(), kept_as)
+    asked = watched(monkeypatch)
     laid_by_columns = normal(48, 40).bfloat16().t()
     right = both_ways(layer, laid_by_columns.contiguous(), normal(40, 64, seed=2).bfloat16())
     found = both_ways(layer, laid_by_columns, normal(64, 40, seed=2).bfloat16().t())
