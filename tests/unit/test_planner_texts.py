@@ -14,6 +14,7 @@ from burnish.assembly import with_prompts
 from burnish.conditioning import Conditioning
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
+from burnish.errors import ModelError
 from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource, Part
 from burnish.memory.activations import Mode
@@ -108,3 +109,17 @@ def test_a_step_that_encodes_captions_takes_what_a_real_one_does(
     assert sum(traced.trained) + traced.trained_outside == pytest.approx(
         3 * own, rel=0.01
     )  # counters of steps
+
+
+def test_a_tokenizer_that_does_not_come_with_burnish_is_read_from_the_model(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    config = run_of(tiny_folder("cogview4"), tmp_path, METHODS["word"])
+    traced = RunTraces(config, cuda=False).profile(Shape(64, 64), "native", "keep")
+    width = 32
+    assert traced.trained_outside == pytest.approx(
+        3 * 4 * width * 4, abs=8
+    )  # vectors and two averages; a counter
+    nowhere = family_named("cogview4").skeleton(parts=frozenset({"text_encoders"}))
+    with pytest.raises(ModelError, match=r"tokenizer of CogView4's text_encoder .* the model is not here"):
+        nowhere.encode_prompts(["a dog"])
