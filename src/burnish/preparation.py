@@ -29,7 +29,7 @@ from burnish.families.sources import user_cache_folder
 from burnish.family import Family, Part
 from burnish.model import ChosenModel, choose_model
 from burnish.prior import drawn_folder, missing_count, own_folder
-from burnish.refusals import refuse_unreadable, refuse_unsaid_word
+from burnish.refusals import refuse_unreadable, refuse_unsaid_word, refuse_unseen_references
 from burnish.run_folder import RunFolder
 from burnish.sampling.sampler import EncodedRequest, PictureRequest, encode_requests, with_references
 
@@ -173,6 +173,7 @@ def prepare(
     if config.train.objective.guided_target is not None:
         trained = [replace(sample, unprompted=True) for sample in trained]
     refuse_unsaid_word(config, trained)
+    refuse_unseen_references(config, family, samples)
     if config.train.loader_workers and config.memory.cache == "ram":
         events.warned("train.loader_workers has no effect with memory.cache: ram, which is read in the loop")
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from burnish.adapters.words import place_of_word
-from burnish.config.method import Full, TextEncoders, TextualInversion, Vae, WholeTextEncoders, word_of
+from burnish.config.method import (
+    Full,
+    TextEncoders,
+    TextualInversion,
+    Vae,
+    WholeTextEncoders,
+    trains_text,
+    word_of,
+)
 from burnish.config.schema import RunConfig
 from burnish.data.samples import Sample
 from burnish.errors import DataError, UserError
@@ -25,9 +33,8 @@ def refuse_unreadable(config: RunConfig, family: Family) -> None:
     """
     if word_of(config.method) is not None and not family.export.vocabularies:
         raise UserError(
-            f"a new word (`method`): {family.title} cannot be taught words here; CLIP and T5-XXL can, and it reads "
-            "prompts with other text encoders",
-            remedy="Train an adapter alone (method.kind: lora); sd15, sd2, sdxl, sd3, flux, chroma, pixart, ltx can.",
+            f"a new word (`method`): {family.title} cannot be taught words: its family names no text encoder for them",
+            remedy="Train an adapter alone (method.kind: lora); every family that comes with Burnish can.",
         )
     if isinstance(config.method, Vae):
         autoencoder_of(type(family).skeleton(parts=frozenset({"vae"}), of=family))
@@ -52,6 +59,21 @@ def _refuse_text_encoders(section: TextEncoders | WholeTextEncoders, family: Fam
         raise UserError(
             f"method.text_encoders.which: {family.title} has no {unknown[0]}",
             remedy=f"Name some of {', '.join(has)}, or leave it out for all.",
+        )
+
+
+def refuse_unseen_references(config: RunConfig, family: Family, samples: Sequence[Sample]) -> None:
+    """Raises:
+    DataError: prompts that are encoded in each step would have to be read beside pictures, of which latents are kept.
+    """
+    if not (trains_text(config.method) and family.capabilities.prompts_see_references):
+        return
+    if any(sample.has_references for sample in samples):
+        raise DataError(
+            f"a new word (`method`): the text encoder of {family.title} sees references beside a prompt, and a word "
+            "is trained on prompts alone",
+            remedy="Train it on pictures without references, and say it beside references when you draw; "
+            "or train an adapter without it.",
         )
 
 

@@ -26,7 +26,7 @@ from burnish.events import Events, Listener, RunResult, StepReport
 from burnish.generate import drawn_alone
 from burnish.loop import train
 from burnish.memory.formats import slow_because
-from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
+from burnish.memory.out_of_memory import is_out_of_memory, release_memory_of
 from burnish.model import DTYPES, choose_device, choose_model, places
 from burnish.optim.build import check_optimizer, state_bytes, what_is_lost
 from burnish.preparation import check_data, folders, prepare, split
@@ -149,7 +149,7 @@ def train_to_the_end(
             except NonFiniteLoss as error:
                 roll_back(config, assembled, error, events)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not (is_out_of_memory(error) and compared.step_down(run, events)):
+                if not (is_out_of_memory(error) and compared.step_down(run, error, events)):
                     raise
     finished = run.step >= run.steps or no_longer_improves()
     assembled.save.finish(run, ended=finished)
@@ -204,7 +204,7 @@ def saved_when_memory_runs_out(assembled: Assembled) -> Iterator[None]:
             raise
         run = assembled.training
         run.optimizer.zero_grad(set_to_none=True)
-        release_cached_memory()
+        release_memory_of(error)
         saved = not run.updating and run.step > 0
         if saved:
             assembled.save.save(run)

@@ -24,7 +24,7 @@ from burnish.config.schema import Memory, RunConfig
 from burnish.events import Listener
 from burnish.loop import Training
 from burnish.memory.activations import set_activations
-from burnish.memory.out_of_memory import release_cached_memory
+from burnish.memory.out_of_memory import release_memory_of
 from burnish.memory.streaming import stream_weights
 from burnish.memory.transfer import transfer_to
 from burnish.planner.choose import Choice
@@ -178,8 +178,8 @@ class Compared:
             self._folder.plan, json.dumps(read_plan(self._folder) | {"measured_bytes": real}, indent=2)
         )
 
-    def step_down(self, run: Training, events: Listener) -> bool:
-        """After a step ran out of memory: whether there is a smaller setting, now in force, to try it again with.
+    def step_down(self, run: Training, error: BaseException, events: Listener) -> bool:
+        """Whether there is a smaller setting, now in force, to try a step again with that ran out of memory.
 
         Only before the second step is done: what fits twice fits.
         """
@@ -187,7 +187,7 @@ class Compared:
             return False
         choice = self._fallbacks.pop(0)
         run.optimizer.zero_grad(set_to_none=True)
-        release_cached_memory()
+        release_memory_of(error)
         put_in_force(choice, run)
         events.warned(
             f"step {run.step + 1} did not fit in memory; going on with {kept_in_words(choice)}, "

@@ -26,7 +26,7 @@ from burnish.data.batch import Batch
 from burnish.errors import DataError, DiskFull, Interrupted, NonFiniteLoss
 from burnish.events import Events
 from burnish.loop import Training
-from burnish.memory.out_of_memory import is_out_of_memory, release_cached_memory
+from burnish.memory.out_of_memory import is_out_of_memory, release_memory_of
 from burnish.objective import Denoising
 from burnish.results import Facts, Result, averaged
 from burnish.resume import checkpoint_content
@@ -208,7 +208,7 @@ class Sample:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            release_cached_memory()
+            release_memory_of(error)
             self.events.warned(
                 f"step {run.step}: not enough memory to draw samples; training goes on without these. "
                 "Lower sample.size or sample.batch_size."

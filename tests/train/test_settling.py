@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -92,20 +93,26 @@ def test_a_first_step_that_does_not_fit_is_tried_with_less(
 ) -> None:
     plain = run_config(tiny_flux, pictures, tmp_path / "plain", SHORT)
     train_run(plain, progress=Listener())
-    original, seen = Denoising.draw_noise, []
+    original, seen, failed = Denoising.draw_noise, [], []
 
     def draw_noise(objective: Denoising, batch: Any, seed: int) -> torch.Tensor:
         seen.append(batch.position)
         if len(seen) == 1:
+            activations = torch.ones(3)
+            failed.append(ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(objective, batch, seed)
 
     monkeypatch.setattr(Denoising, "draw_noise", draw_noise)
     modes = []
     changed = settling.set_activations
-    monkeypatch.setattr(
-        settling, "set_activations", lambda blocks, chosen: (modes.append(chosen), changed(blocks, chosen))
-    )
+
+    def set_activations(blocks: Any, chosen: Any) -> None:
+        assert failed[0]() is None, "what did not fit is still there"
+        modes.append(chosen)
+        changed(blocks, chosen)
+
+    monkeypatch.setattr(settling, "set_activations", set_activations)
     said = Said()
     small = run_config(tiny_flux, pictures, tmp_path / "small", SHORT | {"memory.budget": "2GiB"})
     train_run(small, progress=said)

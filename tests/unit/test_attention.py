@@ -246,6 +246,16 @@ def test_measurements_are_kept_by_what_they_depend_on(
     assert [one.back_end for one in measure([CALL], ["flash", "math"], CPU, tmp_path)] == ["flash", "math"]
 
 
+def test_what_did_not_fit_beside_something_else_is_measured_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Measured(KIND, "flash", trouble="refused: CUDA out of memory. Tried to allocate 2.00 GiB")
+    with monkeypatch.context() as patch:
+        patch.setattr(attention_choice, "measure_one", lambda *_: full)
+        assert measure([CALL], ["flash"], CPU, tmp_path) == [full]
+    assert not measure([CALL], ["flash"], CPU, tmp_path)[0].trouble
+
+
 def test_the_fastest_right_kernel_wins_where_it_gains_enough() -> None:
     cross = replace(KIND, to_itself=False)
     measured = [

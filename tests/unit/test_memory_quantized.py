@@ -8,6 +8,7 @@ from statistics import NormalDist
 import pytest
 import torch
 import torch.nn.functional as F
+from cublas_rules import watched
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -289,3 +290,18 @@ def test_a_device_without_the_products_widens_weights_and_says_so() -> None:
     assert error(layer(x), F.linear(x, layer.weight)) < 1e-6
     choose_products(nn.ModuleList([layer]), cpu)
     assert error(layer(x), F.linear(x, layer.weight)) > 1e-3
+
+
+@pytest.mark.parametrize("kept_as", ["int8", "fp8"])
+def test_products_ask_of_a_gpu_what_it_can_do(kept_as: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(normal(64, 48).bfloat16(), kept_as)
+    asked = watched(monkeypatch)
+    laid_by_columns = normal(48, 40).bfloat16().t()
+    right = both_ways(layer, laid_by_columns.contiguous(), normal(40, 64, seed=2).bfloat16())
+    found = both_ways(layer, laid_by_columns, normal(64, 40, seed=2).bfloat16().t())
+    assert len(asked) == 4
+    assert torch.equal(found[0], right[0])
+    few = torch.cat([laid_by_columns] * 3).view(3, 40, 48).transpose(0, 1)
+    monkeypatch.setattr(formats, "NUMBERS_AT_ONCE", 64 * 40)
+    layer(few)
+    assert len(asked) == 7

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cublas_rules import watched
 from torch.profiler import ProfilerActivity, profile
 
 from burnish.adapters.attached import AdapterSet
@@ -27,7 +28,7 @@ from burnish.planner import trace
 from burnish.planner.choose import Choice, Limits, choices, preferred, smallest
 from burnish.planner.live_bytes import LiveBytes, Work
 from burnish.planner.measure import Measure
-from burnish.planner.probe import measured_rates
+from burnish.planner.probe import _eight_bit_product, measured_rates
 from burnish.planner.profile import BlockCost, Profile, profile_of, step_of
 from burnish.planner.rates import Rates, card_called, card_named
 from burnish.planner.recipe import Recipe, Shape
@@ -405,3 +406,15 @@ def test_rates_are_measured_once(tmp_path: Path) -> None:
     assert min(rates.matmul, rates.attention, rates.from_host) > 0
     assert rates.fp8 is None
     assert measured_rates(torch.device("cpu"), tmp_path, side=128) == rates
+
+
+@pytest.mark.parametrize("kept_as", ["int8", "fp8"])
+def test_the_products_that_are_timed_are_those_a_gpu_makes(
+    kept_as: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = watched(monkeypatch)
+    a, b = (torch.randn(64, 64, dtype=torch.bfloat16) for _ in range(2))
+    found = _eight_bit_product(kept_as, a, b)()
+    assert len(made) == 1
+    expected = a.float() @ b.float() * (900 if kept_as == "int8" else 1)
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.05

@@ -14,7 +14,7 @@ from burnish.assembly import with_prompts
 from burnish.conditioning import Conditioning
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
-from burnish.errors import UserError
+from burnish.errors import ModelError, UserError
 from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource, Part
 from burnish.memory.activations import Mode
@@ -130,7 +130,22 @@ def test_text_encoders_become_smaller_where_a_word_would_not_fit(tmp_path: Path)
     assert plan.rows[2].why == "a word's vectors, the optimizer's state"
 
 
-def test_a_model_that_cannot_be_taught_words_says_so(tmp_path: Path) -> None:
+def test_what_a_model_has_not_is_said_instead_of_planned(tmp_path: Path) -> None:
     model = {"path": "owner/name", "family": "z_image", "offline": True}
-    with pytest.raises(UserError, match="cannot be taught words"):
-        plan_run(run_of(tmp_path, tmp_path, METHODS["word"], model=model), card_named("4090"))
+    method = LORA | {"text_encoders": {}}
+    with pytest.raises(UserError, match="has no CLIP"):
+        plan_run(run_of(tmp_path, tmp_path, method, model=model), card_named("4090"))
+
+
+def test_a_tokenizer_that_does_not_come_with_burnish_is_read_from_the_model(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    config = run_of(tiny_folder("cogview4"), tmp_path, METHODS["word"])
+    traced = RunTraces(config, cuda=False).profile(Shape(64, 64), "native", "keep")
+    width = 32
+    assert traced.trained_outside == pytest.approx(
+        3 * 4 * width * 4, abs=8
+    )  # vectors and two averages; a counter
+    nowhere = family_named("cogview4").skeleton(parts=frozenset({"text_encoders"}))
+    with pytest.raises(ModelError, match=r"tokenizer of CogView4's text_encoder .* the model is not here"):
+        nowhere.encode_prompts(["a dog"])

@@ -79,6 +79,9 @@ def test_inspect_tells_what_a_word_is(tmp_path: Path) -> None:
     assert "2 x 768, lengths 0 to 5" in text
     t5 = files.saved(tmp_path / "t5.safetensors", {"t5xxl": torch.ones(1, 4096)})
     assert "A1111" not in run("inspect", t5).stdout
+    assert "embedding:t5" in run("inspect", t5).stdout
+    umt5 = files.saved(tmp_path / "umt5.safetensors", {"umt5xxl": torch.ones(1, 4096)})
+    assert "ComfyUI" not in run("inspect", umt5).stdout  # whose tokenizer for it is not told of the folder
     assert "new word" in run("scale", path, 0.5, "-o", tmp_path / "b.safetensors", code=2).stderr
 
 

@@ -28,6 +28,7 @@ from burnish.errors import MachineError
 _log = logging.getLogger(__name__)
 _FORMAT = 1  # of what is kept on disk
 _GAIN = 0.03  # what a kernel must be faster than torch's own to take its place
+_NO_ROOM = "out of memory"  # in what CUDA says
 _PATIENCE_S = 300.0  # for one process; cuDNN and Triton compile a kernel per shape
 
 
@@ -132,6 +133,8 @@ def measure(
         measured = list(measure_apart(pairs, device))
     else:
         measured = [measure_one(call, name, device) for call, name in pairs]
+    if any(_NO_ROOM in one.trouble for one in measured):
+        return measured  # another time there may be room: not to be remembered
     rows: Any = [{**asdict(one), "kind": calls_index(calls, one.kind)} for one in measured]
     place.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_json(place, rows)

@@ -1,14 +1,15 @@
 """The file of a new word, as A1111, ComfyUI and diffusers read it, read back and compared bit by bit.
 
 Of a model with one CLIP alone that is one tensor, `emb_params`; of others, one by each encoder's name: `clip_l`,
-`clip_g`, `t5xxl`. A1111 and ComfyUI call a word by the file's name (`modules/textual_inversion/textual_inversion.py`;
-`load_embed` in `comfy/sd1_clip.py`); diffusers is told the word (`load_textual_inversion`).
+`clip_g`, `t5xxl`, `qwen3_4b`. A1111 and ComfyUI call a word by the file's name
+(`modules/textual_inversion/textual_inversion.py`; `load_embed` in `comfy/sd1_clip.py`); diffusers is told the word
+(`load_textual_inversion`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,11 @@ from burnish.atomic import atomic_write_bytes, cannot_write
 from burnish.errors import ExportError, NonFiniteLoss
 
 ALONE = "emb_params"
-_ENCODER = re.compile(r"clip_[lgh]|t5xxl")
+# As ComfyUI calls them (`embedding_key` of its tokenizers in `comfy/text_encoders`): those for which it looks into
+# models/embeddings, and others, of which `glm` and `chatglm3` are not in it at all.
+_IN_COMFYUI = r"clip_[lgh]|t5xxl|qwen3_06b|qwen3_[48]b|qwen3vl_[48]b|llama|mistral3_24b|ministral3_3b"
+_ELSEWHERE = r"umt5xxl|pile_t5xl|qwen25_[37]b|gemma2_2b|gemma3_12b|glm|chatglm3"
+_ENCODER = re.compile(f"{_IN_COMFYUI}|{_ELSEWHERE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,11 @@ def is_word(path: Path) -> bool:
     except (OSError, SafetensorError):
         return False  # said by who reads it as an adapter
     return bool(names) and all(name == ALONE or _ENCODER.fullmatch(name) for name in names)
+
+
+def read_by_comfyui(encoders: Collection[str]) -> bool:
+    """Whether a prompt can say `embedding:NAME` there: it looks for such files in all of these text encoders."""
+    return all(name == ALONE or re.fullmatch(_IN_COMFYUI, name) for name in encoders)
 
 
 def read_word(path: Path) -> dict[str, Tensor]:

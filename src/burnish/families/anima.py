@@ -36,6 +36,7 @@ from burnish.families.anima_names import (
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_slot
 from burnish.families.slots import Config, Slot
+from burnish.families.token_words import left_blank, written_out
 from burnish.families.video_vae import wan_vae_slot
 from burnish.family import LatentShape, Part, SamplerDefaults, TargetSet
 
@@ -79,6 +80,7 @@ class Anima(PipelineFamily):
         base_model_version="anima",
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
+        words={"text_encoder": "qwen3_06b"},
     )
     latents = LatentShape(channels=16, compression=8, patch=PATCH)
     defaults = SamplerDefaults(steps=50, guidance=4.0, size=(1024, 1024), negative_prompt=True)
@@ -100,15 +102,16 @@ class Anima(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         """Of the tokenizer that makes more of the prompt: either cuts what is too long."""
         readers = [self.tokenizer(folder) for folder in ("text_encoder", "text_conditioner")]
-        return max(len(reader(prompt).input_ids) for reader in readers)
+        texts = (written_out(readers[0], prompt), self._for_conditioner(prompt))
+        return max(len(reader(text).input_ids) for reader, text in zip(readers, texts, strict=True))
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
         conditioner = self.module("text_conditioner")
         states_BQD, mask_BQ = self._states(prompts)
-        numbers = _tokens(self.tokenizer("text_conditioner"), prompts)
+        told = [self._for_conditioner(prompt) for prompt in prompts]
+        numbers = _tokens(self.tokenizer("text_conditioner"), told)
         tokens_BSD: Tensor = conditioner(
             source_hidden_states=states_BQD.to(conditioner.dtype),
             target_input_ids=numbers.input_ids.to(conditioner.device),
@@ -117,6 +120,13 @@ class Anima(PipelineFamily):
         )
         return Conditioning({"tokens_BSD": tokens_BSD})
 
+    def _for_conditioner(self, prompt: str) -> str:
+        """The prompt with padding in place of each vector of a new word, of which T5's numbers know nothing; ComfyUI
+        does the same (`AnimaTEModel`)."""
+        return left_blank(
+            self.tokenizer("text_encoder"), prompt, self.tokenizer("text_conditioner").pad_token
+        )
+
     def _states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Qwen3's last hidden states, zero where there is no token, and which of them the conditioner reads.
 
@@ -124,7 +134,8 @@ class Anima(PipelineFamily):
         without any would be undefined in some attention kernels.
         """
         encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
-        tokens = _tokens(tokenizer, [prompt or tokenizer.pad_token for prompt in prompts])
+        texts = [written_out(tokenizer, prompt) or tokenizer.pad_token for prompt in prompts]
+        tokens = _tokens(tokenizer, texts)
         mask_BQ = tokens.attention_mask.bool().to(encoder.device)
         states_BQD = encoder(
             input_ids=tokens.input_ids.to(encoder.device), attention_mask=mask_BQ

@@ -21,6 +21,7 @@ from burnish.export_keys import ExportKeys
 from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
+from burnish.families.token_words import written_out
 from burnish.families.umt5 import umt5_slot
 from burnish.families.weights import Layout
 from burnish.family import LatentShape, SamplerDefaults, TargetSet
@@ -137,6 +138,7 @@ class AuraFlow(PipelineFamily):
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
         tensors=NAMES.tensors,
+        words={"text_encoder": "pile_t5xl"},
     )
     latents = LatentShape(channels=4, compression=8, patch=2)
     defaults = SamplerDefaults(steps=50, guidance=3.5, size=(1024, 1024), negative_prompt=True)
@@ -153,13 +155,12 @@ class AuraFlow(PipelineFamily):
         width = self.denoiser.config.joint_attention_dim
         return Conditioning({"tokens_BSD": torch.randn(batch, PROMPT_TOKENS, width, generator=generator)})
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
-        encoder = self.module("text_encoder")
-        encoded = self.tokenizer("text_encoder")(
-            [str(prompt) for prompt in prompts],
+        encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
+        encoded = tokenizer(
+            [written_out(tokenizer, str(prompt)) for prompt in prompts],
             padding="max_length",
             max_length=PROMPT_TOKENS,
             truncation=True,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from burnish.families.slots import Slot
 from burnish.families.text_slots import settings_of
+from burnish.families.token_words import written_out
 
 
 def chatglm_slot(folder: str, tokenizer: str) -> Slot:
@@ -31,9 +31,14 @@ def chatglm_slot(folder: str, tokenizer: str) -> Slot:
     )
 
 
+class _ChatGLM(ChatGLMModel):  # type: ignore[misc]
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embedding.word_embeddings = value
+
+
 def _make(config: dict[str, Any]) -> nn.Module:
     # Memory that is left as it was found would hide missing weights.
-    model: nn.Module = ChatGLMModel(ChatGLMConfig(**settings_of(config)), empty_init=False)
+    model: nn.Module = _ChatGLM(ChatGLMConfig(**settings_of(config)), empty_init=False)
     return model
 
 
@@ -42,7 +47,6 @@ def _tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@torch.no_grad()
 def last_states(
     encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], length: int
 ) -> tuple[Tensor, Tensor]:
@@ -50,7 +54,11 @@ def last_states(
     (B, D).
     """
     encoded = tokenizer(
-        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        [written_out(tokenizer, prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
     ).to(next(encoder.parameters()).device)
     answer = encoder(
         input_ids=encoded["input_ids"],

@@ -29,6 +29,7 @@ from burnish.families.rows import by_kind
 from burnish.families.shifts import RootShift
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.text_slots import language_model_slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import LatentShape, PictureInfo, SamplerDefaults, Schedule, TargetSet
 
@@ -106,6 +107,7 @@ class CogView4(PipelineFamily):
         base_model_version="cogview4",
         prefix={"diffusers": "transformer."},
         comfyui=False,
+        words={"text_encoder": "glm"},
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     defaults = SamplerDefaults(steps=50, guidance=5.0, size=(1024, 1024), negative_prompt=True)
@@ -133,14 +135,14 @@ class CogView4(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         return clip.count_tokens(self.tokenizer("text_encoder"), prompt)
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
         encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
         rows = []
         for prompt in prompts:
-            ids = tokenizer(prompt, truncation=True, max_length=LONGEST_PROMPT).input_ids
+            text = written_out(tokenizer, prompt)
+            ids = tokenizer(text, truncation=True, max_length=LONGEST_PROMPT).input_ids
             ids = [tokenizer.pad_token_id] * (-len(ids) % MULTIPLE) + ids
             ids_BS = torch.tensor([ids], device=encoder.device)
             tokens_BSD = encoder(ids_BS, output_hidden_states=True).hidden_states[READ_STATE]

@@ -22,6 +22,7 @@ from burnish.families.mistral import mistral_slot
 from burnish.families.native import depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import LatentShape, SamplerDefaults, TargetSet
 
@@ -85,6 +86,7 @@ class ErnieImage(PipelineFamily):
         modelspec="ernie-image",
         base_model_version="ernie_image",
         prefix={"diffusers": "transformer."},
+        words={"text_encoder": "ministral3_3b"},
     )
     latents = LatentShape(channels=flux2_vae.CHANNELS, compression=flux2_vae.COMPRESSION)
     defaults = SamplerDefaults(steps=50, guidance=4.0, size=(1024, 1024), negative_prompt=True)
@@ -105,14 +107,14 @@ class ErnieImage(PipelineFamily):
         """Nothing at all is read as one mark."""
         return max(1, clip.count_tokens(self.tokenizer("text_encoder"), prompt))
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
         encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
         rows = []
         for prompt in prompts:
-            ids = tokenizer(prompt, truncation=True, max_length=LONGEST_PROMPT).input_ids
+            text = written_out(tokenizer, prompt)
+            ids = tokenizer(text, truncation=True, max_length=LONGEST_PROMPT).input_ids
             ids_BS = torch.tensor([ids or [tokenizer.bos_token_id or 0]], device=encoder.device)
             tokens_BSD = encoder(input_ids=ids_BS, output_hidden_states=True).hidden_states[READ_STATE]
             mask_BS = torch.ones(ids_BS.shape, dtype=torch.bool, device=encoder.device)

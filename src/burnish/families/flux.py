@@ -89,7 +89,6 @@ class Flux(PipelineFamily):
     export = replace(
         flux_transformer.export_keys("flux-1-dev", "flux1"),
         text_encoders={"text_encoder": "clip_l"},
-        words={"text_encoder_2": "t5xxl"},
     )
     latents = flux_transformer.LATENTS
     variants: ClassVar[Mapping[str, Mapping[str, Config]]] = {

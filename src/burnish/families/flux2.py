@@ -30,6 +30,7 @@ from burnish.families.rows import by_kind
 from burnish.families.shifts import EmpiricalShift
 from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import first_layers
+from burnish.families.token_words import written_out
 from burnish.family import (
     Capabilities,
     LatentShape,
@@ -49,6 +50,7 @@ SYSTEM = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
 )
+WIDTH_OF_4B = 3 * 2560  # that klein 4B is told of a token: three states of Qwen3 4B
 REFERENCES = 10
 REFERENCE_AREA = 1024 * 1024  # pixels; larger references are scaled down to it
 
@@ -57,7 +59,7 @@ _KLEIN_4B: Mapping[str, Config] = {
         "num_layers": 5,
         "num_single_layers": 20,
         "num_attention_heads": 24,
-        "joint_attention_dim": 7680,
+        "joint_attention_dim": WIDTH_OF_4B,
         "guidance_embeds": False,
     },
     "model_index": {"text_encoder": ["transformers", "Qwen3ForCausalLM"]},
@@ -119,6 +121,7 @@ class Flux2(PipelineFamily):
             "comfy": ("norm_out.linear",),
             "kohya": ("norm_out.linear", "*_stream_modulation*", "time_guidance_embed.*"),
         },
+        words={"text_encoder": "mistral3_24b"},
         lokr="lycoris_",
     )
     latents = LatentShape(channels=flux2_vae.CHANNELS, compression=flux2_vae.COMPRESSION)
@@ -151,7 +154,8 @@ class Flux2(PipelineFamily):
         if self.configs["transformer"].get("guidance_embeds", True):
             return
         self.capabilities = replace(self.capabilities, guidance_embedding=False)
-        self.export = replace(self.export, modelspec="flux-2-klein")
+        qwen = "qwen3_8b" if self.configs["transformer"]["joint_attention_dim"] > WIDTH_OF_4B else "qwen3_4b"
+        self.export = replace(self.export, modelspec="flux-2-klein", words={"text_encoder": qwen})
         if self.configs["model_index"].get("is_distilled"):
             self.defaults = replace(self.defaults, steps=4, guidance=1.0)
         else:
@@ -172,8 +176,9 @@ class Flux2(PipelineFamily):
         return bool(self.module("text_encoder").config.model_type == "qwen3")
 
     def _qwen_text(self, prompt: str) -> str:
-        text: str = self.tokenizer("text_encoder").apply_chat_template(
-            [{"role": "user", "content": prompt}],
+        tokenizer = self.tokenizer("text_encoder")
+        text: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": written_out(tokenizer, prompt)}],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
@@ -184,10 +189,9 @@ class Flux2(PipelineFamily):
         tokenizer = self.tokenizer("text_encoder")
         if self._reads_qwen:
             return len(tokenizer(self._qwen_text(prompt)).input_ids)
-        chat = mistral.conversation(prompt, SYSTEM)
+        chat = mistral.conversation(written_out(tokenizer, prompt), SYSTEM)
         return len(tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"])
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
@@ -202,7 +206,8 @@ class Flux2(PipelineFamily):
             )
             ids_BS, mask_BS, layers = encoded.input_ids, encoded.attention_mask, LAYERS_OF_QWEN
         else:
-            ids_BS, mask_BS = mistral.chat_ids(tokenizer, prompts, SYSTEM, PROMPT_TOKENS)
+            texts = [written_out(tokenizer, prompt) for prompt in prompts]
+            ids_BS, mask_BS = mistral.chat_ids(tokenizer, texts, SYSTEM, PROMPT_TOKENS)
             layers = LAYERS_OF_MISTRAL
         tokens_BSD = mistral.stacked_states(
             encoder, ids_BS.to(encoder.device), mask_BS.to(encoder.device), layers

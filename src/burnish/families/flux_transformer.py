@@ -75,6 +75,7 @@ def export_keys(modelspec: str, version: str) -> ExportKeys:
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
         unreadable={"kohya": LOST_IN_KOHYA},
+        words={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
     )
 
 

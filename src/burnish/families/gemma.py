@@ -21,6 +21,7 @@ from burnish.families.native import depth, refuse_scaled
 from burnish.families.sentencepiece import Kind, merges_of, pieces_of
 from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import language_model_slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout, below
 
 # As ComfyUI saves it, with the name of the module before it or not.
@@ -111,7 +112,7 @@ def token_ids(
     """Token numbers (B, S) with S = `length`, and where they are no padding (B, S): begin mark, the caption cut where
     it is too long, padding."""
     encoded = tokenizer(
-        list(prompts),
+        [written_out(tokenizer, prompt) for prompt in prompts],
         padding="max_length",
         max_length=length,
         truncation=True,
@@ -123,4 +124,5 @@ def token_ids(
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
     """Tokens of a prompt with its begin mark, uncut."""
-    return len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+    text = written_out(tokenizer, prompt)
+    return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])

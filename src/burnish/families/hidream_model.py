@@ -26,6 +26,7 @@ from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import LatentShape, TargetSet
 
@@ -67,6 +68,12 @@ def export_keys(modelspec: str) -> ExportKeys:
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         readers={"comfy": ("ComfyUI", "diffusers")},
         tensors=NAMES.tensors,
+        words={
+            "text_encoder": "clip_l",
+            "text_encoder_2": "clip_g",
+            "text_encoder_3": "t5xxl",
+            "text_encoder_4": "llama",
+        },
     )
 
 
@@ -139,7 +146,6 @@ def example_conditioning(denoiser: Any, batch: int, generator: torch.Generator) 
     return Conditioning({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
 
 
-@torch.no_grad()
 def encode_prompts(family: PipelineFamily, prompts: Sequence[str]) -> Conditioning:
     """Each of the four encoders reads the first 128 tokens of its own."""
     pooled = []
@@ -166,7 +172,7 @@ def _tokens(family: PipelineFamily, folder: str, prompts: Sequence[str]) -> tupl
     if folder == "text_encoder_4":
         tokenizer.pad_token = tokenizer.eos_token
     encoded = tokenizer(
-        [str(prompt) for prompt in prompts],
+        [written_out(tokenizer, str(prompt)) for prompt in prompts],
         padding="max_length",
         max_length=PROMPT_TOKENS,
         truncation=True,

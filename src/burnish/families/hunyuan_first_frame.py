@@ -17,6 +17,7 @@ from torch import Tensor
 
 from burnish.conditioning import Conditioning
 from burnish.families import llava
+from burnish.families.token_words import written_out
 from burnish.family import NegativePrompt
 
 FIRST_FRAME = "first_frame_BC1HW"
@@ -40,7 +41,6 @@ EVERY = {"token_replace": 4, "latent_concat": 2}  # of so many patches one is re
 CLEAN_SHARE = 1e-3  # of the picture in what drawing begins with
 
 
-@torch.no_grad()
 def prompt_states(
     encoder: Any,
     tokenizer: Any,
@@ -60,7 +60,7 @@ def prompt_states(
         every: of so many patches one is read.
     """
     encoded = tokenizer(
-        [TEMPLATE.format(prompt) for prompt in prompts],
+        [TEMPLATE.format(written_out(tokenizer, prompt)) for prompt in prompts],
         padding="max_length",
         max_length=INSTRUCTION_TOKENS + length,
         truncation=True,

@@ -29,6 +29,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
 from burnish.families.slots import Config, Slot
 from burnish.families.sources import locate, read_json
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import Capabilities, Guide, LatentShape, SamplerDefaults, TargetSet
 
@@ -107,6 +108,7 @@ class HunyuanImage(PipelineFamily):
         native=NAMES.native_module,
         readers={"comfy": ("ComfyUI",), "diffusers": ("transformer.load_lora_adapter of diffusers",)},
         tensors=NAMES.tensors,
+        words={"text_encoder": "qwen25_7b"},
         # ComfyUI respells the blocks of Tencent's names alone.
         unreadable={"comfy": ("context_embedder*", "time_guidance_embed.*")},
     )
@@ -161,7 +163,6 @@ class HunyuanImage(PipelineFamily):
         asked = TEMPLATE.format(prompt)
         return clip.count_tokens(self.tokenizer("text_encoder"), asked) - INSTRUCTION_TOKENS
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
@@ -169,8 +170,9 @@ class HunyuanImage(PipelineFamily):
 
     def _encoded(self, prompt: str) -> Conditioning:
         encoder, byt5 = self.module("text_encoder"), self.module("text_encoder_2")
-        asked = self.tokenizer("text_encoder")(
-            TEMPLATE.format(prompt),
+        tokenizer = self.tokenizer("text_encoder")
+        asked = tokenizer(
+            TEMPLATE.format(written_out(tokenizer, prompt)),
             max_length=INSTRUCTION_TOKENS + TOKENS,
             truncation=True,
             return_tensors="pt",

@@ -34,6 +34,7 @@ from burnish.families.masked import trimmed
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.text_slots import clip_slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
 
@@ -88,6 +89,7 @@ class HunyuanVideo(PipelineFamily):
         prefix={"comfy": "transformer.", "diffusers": "transformer."},
         native=NAMES.native_module,
         tensors=NAMES.tensors,
+        words={"text_encoder": "llama", "text_encoder_2": "clip_l"},
         unreadable={"comfy": ("context_embedder.*",)},
         complete=(f"{TWO_STREAMS}.0.attn.to_[qkv]",),
     )
@@ -149,7 +151,6 @@ class HunyuanVideo(PipelineFamily):
             template, before = hunyuan_first_frame.TEMPLATE, hunyuan_first_frame.INSTRUCTION_TOKENS
         return clip.count_tokens(self.tokenizer("text_encoder"), template.format(prompt)) - before
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
@@ -167,8 +168,9 @@ class HunyuanVideo(PipelineFamily):
     def _read(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Llama's states of captions, (B, 256, 4096), and the mask of what is no padding."""
         encoder = self.module("text_encoder")
-        encoded = self.tokenizer("text_encoder")(
-            [TEMPLATE.format(prompt) for prompt in prompts],
+        tokenizer = self.tokenizer("text_encoder")
+        encoded = tokenizer(
+            [TEMPLATE.format(written_out(tokenizer, prompt)) for prompt in prompts],
             padding="max_length",
             max_length=INSTRUCTION_TOKENS + LLAMA_TOKENS,
             truncation=True,

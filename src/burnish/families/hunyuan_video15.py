@@ -26,6 +26,7 @@ from burnish.families.masked import trimmed
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.text_slots import t5_slot
+from burnish.families.token_words import written_out
 from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
 
 QWEN_TOKENS = 1000
@@ -105,6 +106,7 @@ class HunyuanVideo15(PipelineFamily):
         prefix={"diffusers": "transformer."},
         comfyui=False,
         readers={"diffusers": ("transformer.load_lora_adapter of diffusers",)},
+        words={"text_encoder": "qwen25_7b"},
     )
     latents = LatentShape(channels=32, compression=16, frame_compression=4)
     defaults = SamplerDefaults(
@@ -141,18 +143,18 @@ class HunyuanVideo15(PipelineFamily):
 
     def count_tokens(self, prompt: str) -> int:
         """Of the caption and what closes it, as Qwen reads them."""
-        chat = self.tokenizer("text_encoder").apply_chat_template(
-            _chat(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
+        tokenizer = self.tokenizer("text_encoder")
+        chat = tokenizer.apply_chat_template(
+            _chat(written_out(tokenizer, prompt)), add_generation_prompt=True, tokenize=True, return_dict=True
         )
         return len(chat["input_ids"]) - INSTRUCTION_TOKENS
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
-        encoder = self.module("text_encoder")
-        encoded = self.tokenizer("text_encoder").apply_chat_template(
-            [_chat(prompt) for prompt in prompts],
+        encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
+        encoded = tokenizer.apply_chat_template(
+            [_chat(written_out(tokenizer, prompt)) for prompt in prompts],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

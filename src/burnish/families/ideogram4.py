@@ -29,6 +29,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_vl_slot
 from burnish.families.rows import by_kind
 from burnish.families.slots import Config, Slot
+from burnish.families.token_words import written_out
 from burnish.family import LatentShape, NegativePrompt, SamplerDefaults, Schedule, TargetSet
 
 TRANSFORMER, BLIND = "transformer", "unconditional_transformer"
@@ -100,6 +101,7 @@ class Ideogram4(PipelineFamily):
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
         tensors=NAMES.tensors,
+        words={"text_encoder": "qwen3vl_8b"},
         # diffusers refuses a file in native names with any layer outside the blocks.
         unreadable={"comfy": ("input_proj", "llm_cond_proj", "t_embedding.*", "adaln_proj", "final_layer.*")},
     )
@@ -139,7 +141,6 @@ class Ideogram4(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         return clip.count_tokens(self.tokenizer("text_encoder"), _asked(prompt))
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
@@ -149,7 +150,8 @@ class Ideogram4(PipelineFamily):
     def _encoded(self, prompt: str) -> Conditioning:
         encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
         blind = isinstance(prompt, NegativePrompt)
-        ids = tokenizer(_asked(prompt), truncation=True, max_length=LONGEST_PROMPT).input_ids
+        text = written_out(tokenizer, _asked(prompt))
+        ids = tokenizer(text, truncation=True, max_length=LONGEST_PROMPT).input_ids
         ids_BS = torch.tensor([ids], device=encoder.device)
         states = encoder(input_ids=ids_BS, output_hidden_states=True).hidden_states
         tokens_BSD = torch.stack([states[layer + 1] for layer in READ_LAYERS], dim=-1).flatten(2)

@@ -52,6 +52,7 @@ class Kolors(PipelineFamily):
         # diffusers 0.42 takes `lora_unet_add_embedding_linear_1` for `add.embedding.linear` (`_convert_unet_lora_key`).
         unreadable={"kohya": ("add_embedding.*",)},
         comfyui=False,
+        words={"text_encoder": "chatglm3"},
     )
     latents = LatentShape(channels=4, compression=8)
     defaults = SamplerDefaults(steps=50, guidance=5.0, size=(1024, 1024), negative_prompt=True)

@@ -25,6 +25,7 @@ from burnish.families.packing import pack, patch_positions, unpack
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_vl_slot
 from burnish.families.slots import Slot
+from burnish.families.token_words import written_out
 from burnish.families.video_vae import wan_vae_slot
 from burnish.families.weights import Layout
 from burnish.family import Capabilities, LatentShape, ResolutionShift, SamplerDefaults, TargetSet
@@ -47,12 +48,12 @@ READ_LAYERS = (
 DISTILLED_SHIFT = 1.15  # mu of the distilled release, whatever the size
 
 # As released: what stands before and after a caption. The first has 34 tokens, which are not kept.
-_BEFORE = (
+BEFORE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n"
-_BEFORE_TOKENS, _AFTER_TOKENS = 34, 5
+BEFORE_TOKENS, _AFTER_TOKENS = 34, 5
 
 _ATTENTION = tuple(f"transformer_blocks.*.attn.{name}" for name in ("to_[qkv]", "to_gate", "to_out.0"))
 _FEED_FORWARD = tuple(f"transformer_blocks.*.ff.{name}" for name in ("gate", "up", "down"))
@@ -99,6 +100,7 @@ class Krea2(PipelineFamily):
         modelspec="krea-2",
         base_model_version="krea2",
         prefix={"diffusers": "transformer."},
+        words={"text_encoder": "qwen3vl_4b"},
     )
     capabilities = Capabilities()
     latents = LatentShape(channels=16, compression=8, patch=2)
@@ -135,39 +137,42 @@ class Krea2(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         """Of the caption and what closes it, as Qwen reads them."""
         tokenizer = self.tokenizer("text_encoder")
-        asked = clip.count_tokens(tokenizer, _BEFORE + prompt) - _BEFORE_TOKENS
+        asked = clip.count_tokens(tokenizer, BEFORE + prompt) - BEFORE_TOKENS
         return asked + clip.count_tokens(tokenizer, _AFTER)
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
         encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
         asked = tokenizer(
-            [_BEFORE + prompt for prompt in prompts],
+            [BEFORE + written_out(tokenizer, prompt) for prompt in prompts],
             truncation=True,
             padding="max_length",
-            max_length=TOKENS + _BEFORE_TOKENS - _AFTER_TOKENS,
+            max_length=TOKENS + BEFORE_TOKENS - _AFTER_TOKENS,
             return_tensors="pt",
         )
         closing = tokenizer([_AFTER] * len(prompts), return_tensors="pt")
         ids_BS = torch.cat([asked.input_ids, closing.input_ids], dim=1).to(encoder.device)
-        mask_BS = torch.cat([asked.attention_mask, closing.attention_mask], dim=1).bool().to(encoder.device)
+        mask_BS = torch.cat([asked.attention_mask, closing.attention_mask], dim=1).bool()
         # What closes the prompt stands after the padding and is counted as if there were none.
         positions_BS = (mask_BS.long().cumsum(dim=-1) - 1).clamp(min=0)
         states = encoder(
             input_ids=ids_BS,
-            attention_mask=mask_BS,
-            position_ids=positions_BS.expand(3, -1, -1),
+            attention_mask=mask_BS.to(encoder.device),
+            position_ids=positions_BS.expand(3, -1, -1).to(encoder.device),
             output_hidden_states=True,
         ).hidden_states
         tokens_BSLD = torch.stack([states[number] for number in self.read_layers], dim=2)
-        kept = [
-            Conditioning({"tokens_BSLD": tokens_SLD[mask_S][None], "mask_BS": mask_S[mask_S][None]})
-            for tokens_SLD, mask_S in zip(
-                tokens_BSLD[:, _BEFORE_TOKENS:], mask_BS[:, _BEFORE_TOKENS:], strict=True
-            )
-        ]
+        kept = []
+        for tokens_SLD, mask_S in zip(
+            tokens_BSLD[:, BEFORE_TOKENS:], mask_BS[:, BEFORE_TOKENS:], strict=True
+        ):
+            read_BSLD = tokens_SLD[mask_S.nonzero()[:, 0].to(encoder.device)][None]
+            told = {
+                "tokens_BSLD": read_BSLD,
+                "mask_BS": read_BSLD.new_ones(read_BSLD.shape[:2], dtype=torch.bool),
+            }
+            kept.append(Conditioning(told))
         return Conditioning.collate(kept)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -65,7 +65,6 @@ def _in_library_names(layout: Layout) -> Layout:
     return renamed
 
 
-@torch.no_grad()
 def hidden_states(
     encoder: Any, ids_BS: Tensor, mask_BS: Tensor, pixels_B3HW: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -30,6 +30,7 @@ from burnish.families.ltx2_names import find_connectors, find_vae
 from burnish.families.native import NativeNames
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
 
@@ -155,6 +156,7 @@ class LTX2(PipelineFamily):
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
         tensors=NAMES.tensors,
+        words={"text_encoder": "gemma3_12b"},
         unreadable={"comfy": ("time_embed.*", "audio_time_embed.*")},
     )
     latents = LatentShape(channels=128, compression=32, frame_compression=8)
@@ -191,16 +193,17 @@ class LTX2(PipelineFamily):
         return config.cross_attention_dim, config.audio_cross_attention_dim
 
     def count_tokens(self, prompt: str) -> int:
-        return len(self.tokenizer("text_encoder")(prompt.strip()).input_ids)
+        tokenizer = self.tokenizer("text_encoder")
+        return len(tokenizer(written_out(tokenizer, prompt.strip())).input_ids)
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
         """Padding stands on the left, as in the release."""
         encoder, connectors = self.module("text_encoder"), self.module("connectors")
-        encoded = self.tokenizer("text_encoder")(
-            [prompt.strip() for prompt in prompts],
+        tokenizer = self.tokenizer("text_encoder")
+        encoded = tokenizer(
+            [written_out(tokenizer, prompt.strip()) for prompt in prompts],
             padding="max_length",
             padding_side="left",
             max_length=GEMMA_TOKENS,

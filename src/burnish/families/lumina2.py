@@ -160,6 +160,7 @@ class Lumina2(PipelineFamily):
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         native=NAMES.native_module,
         tensors=NAMES.tensors,
+        words={"text_encoder": "gemma2_2b"},
         # diffusers takes a native file only if it has every layer of every block, and no other.
         complete=(*_ATTENTION, *_FEED_FORWARD, _MODULATION),
         unreadable={"comfy": _OUTSIDE},
@@ -184,7 +185,6 @@ class Lumina2(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         return gemma.count_tokens(self.tokenizer("text_encoder"), _with_system_prompt(prompt))
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:

@@ -27,6 +27,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
 from burnish.families.reference_sizes import shrunk
 from burnish.families.slots import Config, Slot, vae_slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout, below
 from burnish.family import Capabilities, LatentShape, NegativePrompt, SamplerDefaults, Schedule, TargetSet
 
@@ -115,6 +116,7 @@ class OmniGen2(PipelineFamily):
         # ComfyUI's, and those of the release's own pipeline.
         prefix={"comfy": "diffusion_model.", "diffusers": "transformer."},
         readers={"comfy": ("ComfyUI",), "diffusers": ("OmniGen2's own pipeline",)},
+        words={"mllm": "qwen25_3b"},
     )
     latents = LatentShape(channels=16, compression=8, patch=2)
     capabilities = Capabilities(references=MAX_REFERENCES)
@@ -144,7 +146,6 @@ class OmniGen2(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         return clip.count_tokens(self.tokenizer("mllm"), _instructed(prompt))
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
@@ -152,7 +153,8 @@ class OmniGen2(PipelineFamily):
         encoder, tokenizer = self.module("mllm"), self.tokenizer("mllm")
         rows = []
         for prompt in prompts:
-            ids = tokenizer(_instructed(prompt), truncation=True, max_length=LONGEST_PROMPT).input_ids
+            text = written_out(tokenizer, _instructed(prompt))
+            ids = tokenizer(text, truncation=True, max_length=LONGEST_PROMPT).input_ids
             ids_BS = torch.tensor([ids], device=encoder.device)
             tokens_BSD = encoder(input_ids=ids_BS, output_hidden_states=True).hidden_states[-1]
             follows_B = torch.tensor([not isinstance(prompt, NegativePrompt)], device=encoder.device)

@@ -22,7 +22,7 @@ from burnish.export_keys import ExportKeys
 from burnish.families import autoencoder
 from burnish.families.slots import Config, PipelineSource, Slot, layout_of_file, shipped_configs
 from burnish.families.sources import index_file, locate, read_json
-from burnish.families.token_words import TokenVocabulary
+from burnish.families.token_words import TokenVocabulary, written_out
 from burnish.families.weights import Layout, read_tensor
 from burnish.family import (
     DENOISER,
@@ -255,7 +255,9 @@ class PipelineFamily(ABC):
                 if any(fnmatch(name, rule) for rule in slot.keep_float32(dtype)):
                     parameter.data = parameter.data.float()
             family.modules[slot.folder] = module.requires_grad_(False).eval()
-            if slot.ship_tokenizer is not None:
+            if found is not None and slot.tokenizer is not None:
+                family._unread[slot.folder] = partial(found.tokenizer, slot)
+            elif slot.ship_tokenizer is not None:
                 family._unread[slot.folder] = slot.ship_tokenizer
         return family
 
@@ -352,6 +354,11 @@ class PipelineFamily(ABC):
         self.module(folder)
         if folder in self._unread:
             self.tokenizers[folder] = self._unread.pop(folder)()
+        if folder not in self.tokenizers:
+            raise ModelError(
+                f"The tokenizer of {self.title}'s {folder} does not come with Burnish, and the model is not here.",
+                remedy="Download the model, and name its folder.",
+            )
         return self.tokenizers[folder]
 
     def config(self, part: str) -> Mapping[str, Any]:
@@ -390,7 +397,8 @@ class PipelineFamily(ABC):
 
     def count_tokens(self, prompt: str) -> int:
         slot = [slot for slot in self.slots if slot.tokenizer is not None][-1]
-        return len(self.tokenizer(slot.folder)(prompt).input_ids)
+        tokenizer = self.tokenizer(slot.folder)
+        return len(tokenizer(written_out(tokenizer, prompt)).input_ids)
 
     def describe_pictures(self, pictures: Sequence[PictureInfo]) -> Conditioning:
         return Conditioning({})

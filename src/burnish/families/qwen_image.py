@@ -19,6 +19,7 @@ from burnish.families import qwen_image_model, video_vae
 from burnish.families.masked import trimmed
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import TargetSet
 
@@ -56,16 +57,16 @@ class QwenImage(PipelineFamily):
         return qwen_image_model.example_conditioning(self.denoiser, batch, generator)
 
     def count_tokens(self, prompt: str) -> int:
-        ids = self.tokenizer("text_encoder")(TEMPLATE.format(prompt)).input_ids
+        tokenizer = self.tokenizer("text_encoder")
+        ids = tokenizer(TEMPLATE.format(written_out(tokenizer, prompt))).input_ids
         return len(ids) - INSTRUCTION_TOKENS
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
-        encoder = self.module("text_encoder")
-        encoded = self.tokenizer("text_encoder")(
-            [TEMPLATE.format(prompt) for prompt in prompts],
+        encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
+        encoded = tokenizer(
+            [TEMPLATE.format(written_out(tokenizer, prompt)) for prompt in prompts],
             padding=True,
             max_length=INSTRUCTION_TOKENS + self.prompt_limit,
             truncation=True,

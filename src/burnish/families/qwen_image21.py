@@ -29,6 +29,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_vl_slot
 from burnish.families.rows import by_kind
 from burnish.families.slots import Config, Slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
 
@@ -121,6 +122,7 @@ class QwenImage21(PipelineFamily):
         prefix={"diffusers": "transformer.", "comfy": "diffusion_model."},
         native=NAMES.native_module,
         tensors=NAMES.tensors,
+        words={"text_encoder": "qwen3vl_8b"},
     )
     latents = LatentShape(channels=64, compression=16, token_multiple=2)
     capabilities = Capabilities(references=REFERENCES, prompts_see_references=True)
@@ -159,11 +161,11 @@ class QwenImage21(PipelineFamily):
         """Without pictures, which have no part in the limit."""
         tokenizer = self.tokenizer("text_encoder")
         read, instruction = (
-            tokenizer(text).input_ids for text in (TEMPLATE.format(prompt or " "), INSTRUCTION)
+            tokenizer(text).input_ids
+            for text in (TEMPLATE.format(written_out(tokenizer, prompt) or " "), INSTRUCTION)
         )
         return len(read) - len(instruction)
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
@@ -186,7 +188,7 @@ class QwenImage21(PipelineFamily):
             told = {"pixel_values": patches_ND, "image_grid_thw": grids_K3}
         instruction = len(tokenizer(INSTRUCTION).input_ids)
         ids_BS = tokenizer(
-            TEMPLATE.format(before + (prompt or " ")),
+            TEMPLATE.format(before + (written_out(tokenizer, prompt) or " ")),
             truncation=True,
             max_length=instruction + len(tokenizer(before).input_ids) + self.prompt_limit,
             return_tensors="pt",

@@ -26,6 +26,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
 from burnish.families.slots import Config
 from burnish.families.sources import locate
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout, layout_of
 from burnish.family import Capabilities, ModelSource, TargetSet
 
@@ -97,9 +98,10 @@ class QwenImageEdit(PipelineFamily):
 
     def count_tokens(self, prompt: str) -> int:
         """Without pictures, which have no part in the limit."""
-        return len(self.tokenizer("text_encoder")(TEMPLATE.format(prompt)).input_ids) - INSTRUCTION_TOKENS
+        tokenizer = self.tokenizer("text_encoder")
+        ids = tokenizer(TEMPLATE.format(written_out(tokenizer, prompt))).input_ids
+        return len(ids) - INSTRUCTION_TOKENS
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:
@@ -123,7 +125,7 @@ class QwenImageEdit(PipelineFamily):
                 "image_grid_thw": grids_K3.to(encoder.device),
             }
         ids_BS = tokenizer(
-            TEMPLATE.format(before + prompt),
+            TEMPLATE.format(before + written_out(tokenizer, prompt)),
             truncation=True,
             max_length=INSTRUCTION_TOKENS + len(tokenizer(before).input_ids) + self.prompt_limit,
             return_tensors="pt",

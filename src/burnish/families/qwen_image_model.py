@@ -66,6 +66,7 @@ def export_keys(modelspec: str) -> ExportKeys:
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
+        words={"text_encoder": "qwen25_7b"},
     )
 
 

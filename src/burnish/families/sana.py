@@ -85,6 +85,7 @@ class Sana(PipelineFamily):
         base_model_version="sana",
         prefix={"diffusers": "transformer."},
         comfyui=False,
+        words={"text_encoder": "gemma2_2b"},
     )
     latents = LatentShape(channels=32, compression=32)
     defaults = SamplerDefaults(steps=20, guidance=4.5, size=(1024, 1024), negative_prompt=True)
@@ -114,7 +115,6 @@ class Sana(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         return gemma.count_tokens(self.tokenizer("text_encoder"), _read(prompt))
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:

@@ -25,6 +25,7 @@ from burnish.families import first_frame, video_vae
 from burnish.families.native import NativeNames
 from burnish.families.slots import Slot
 from burnish.families.sources import locate
+from burnish.families.token_words import written_out
 from burnish.families.umt5 import umt5_slot
 from burnish.families.video_vae import wan_vae_slot
 from burnish.families.wan_names import NAMES, config_from_shapes, find_transformer
@@ -50,6 +51,7 @@ def keys(
         native_kohya=("ComfyUI", "diffusers"),
         tensors=names.tensors,
         labels=labels or {},
+        words={"text_encoder": "umt5xxl"},
     )
 
 
@@ -93,11 +95,10 @@ def tidy_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", mended.strip()).strip()
 
 
-@torch.no_grad()
 def encode_prompts(prompts: Sequence[str], encoder: Any, tokenizer: Any) -> Conditioning:
     """UMT5's last hidden states as `tokens_BSD` (B, 512, 4096), zeros after the prompt's end, which are read."""
     encoded = tokenizer(
-        [tidy_prompt(prompt) for prompt in prompts],
+        [written_out(tokenizer, tidy_prompt(prompt)) for prompt in prompts],
         padding="max_length",
         max_length=PROMPT_TOKENS,
         truncation=True,

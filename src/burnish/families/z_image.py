@@ -26,6 +26,7 @@ from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_slot
 from burnish.families.slots import Config, Slot, vae_slot
+from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
 from burnish.family import LatentShape, SamplerDefaults, Schedule, TargetSet
 
@@ -121,6 +122,7 @@ class ZImage(PipelineFamily):
         native=NAMES.native_module,
         native_kohya=("ComfyUI", "diffusers"),
         tensors=NAMES.tensors,
+        words={"text_encoder": "qwen3_4b"},
         lokr="diffusion_model.",
         # In 0.42 diffusers takes the underscores of these names for dots.
         unreadable={"kohya": ("all_x_embedder.*", "all_final_layer.*")},
@@ -164,8 +166,9 @@ class ZImage(PipelineFamily):
         )
 
     def _chat(self, prompt: str) -> str:
-        text: str = self.tokenizer("text_encoder").apply_chat_template(
-            [{"role": "user", "content": prompt}],
+        tokenizer = self.tokenizer("text_encoder")
+        text: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": written_out(tokenizer, prompt)}],
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=True,
@@ -175,7 +178,6 @@ class ZImage(PipelineFamily):
     def count_tokens(self, prompt: str) -> int:
         return len(self.tokenizer("text_encoder")(self._chat(prompt)).input_ids)
 
-    @torch.no_grad()
     def encode_prompts(
         self, prompts: Sequence[str], references: Sequence[Sequence[Tensor]] = ()
     ) -> Conditioning:

@@ -225,6 +225,7 @@ def _in_portions(product: Callable[[Tensor], Tensor], rows: Tensor, width: int) 
 
     Compiled code has no such tensors and takes all rows at once.
     """
+    rows = rows.contiguous()  # cuBLAS takes the first factor of 8-bit products by rows alone
     parts = 1
     if not torch.compiler.is_compiling():
         parts = -(-len(rows) * max(width, rows.shape[1]) // NUMBERS_AT_ONCE)

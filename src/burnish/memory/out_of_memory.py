@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 
 import torch
 
@@ -13,6 +14,16 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # The CPU allocator has no exception class of its own.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def release_memory_of(error: BaseException) -> None:
+    """Let go of what failed, while its error is being handled: the frames it names hold their tensors until it is gone,
+    and what is done about it would have to do with what they leave."""
+    told: BaseException | None = error
+    while told is not None:
+        traceback.clear_frames(told.__traceback__)
+        told = told.__context__
+    release_cached_memory()
 
 
 def release_cached_memory() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import mmap
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,7 +117,15 @@ def pinned(size: int) -> Tensor:
         pages.address = room.data_ptr()
     else:
         _log.warning("the driver does not lock %d MiB of host memory (error %d)", size >> 20, int(status))
+        _forget_error()
     return room
+
+
+def _forget_error() -> None:
+    """CUDA tells the next kernel's launch of an error that was answered for already: torch would raise it there, and
+    forgets it as it does."""
+    with suppress(RuntimeError):
+        torch.ones((), device="cuda")
 
 
 def _runtime() -> Any:

@@ -38,7 +38,9 @@ def measured_rates(
 
 
 def _measured(device: torch.device, side: int) -> Rates:
-    dtype = torch.bfloat16
+    # A GPU before sm_80 takes bf16, too, and makes it of float32.
+    slow = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float16 if slow else torch.bfloat16
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = 2.0 * side**3
     heads = torch.randn(1, 8, side, 128, device=device, dtype=dtype, requires_grad=True)
@@ -61,17 +63,21 @@ def _measured(device: torch.device, side: int) -> Rates:
 
 
 def _eight_bit(name: str, a: torch.Tensor, b: torch.Tensor, product: float) -> float | None:
-    """Rate of the format's products, rounding not included; None where there is no kernel."""
+    """Rate of the format's products; None where there is no kernel."""
     if a.device.type == "cpu" or not has_kernel(name, a.device):
         return None
+    return product / _seconds(_eight_bit_product(name, a, b), a.device)
+
+
+def _eight_bit_product(name: str, a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """a (M, K) times b (K, N), rounding not included; the second factor lies by columns, as cuBLAS wants it."""
+    by_columns = b.t().contiguous()
     if name == "int8":
-        left, right = (one.mul(30).to(torch.int8) for one in (a, b.t()))
-        return product / _seconds(lambda: torch._int_mm(left, right.t()), a.device)
-    left, right = (one.to(torch.float8_e4m3fn) for one in (a, b.t()))
-    ones = torch.ones(len(a), 1, device=a.device)
-    return product / _seconds(
-        lambda: torch._scaled_mm(left, right.t(), ones, ones.t(), out_dtype=torch.bfloat16), a.device
-    )
+        left, right = (one.mul(30).to(torch.int8) for one in (a, by_columns))
+        return lambda: torch._int_mm(left, right.t())
+    left, right = (one.to(torch.float8_e4m3fn) for one in (a, by_columns))
+    rows, columns = (torch.ones(len(one), 1, device=a.device) for one in (left, right))
+    return lambda: torch._scaled_mm(left, right.t(), rows, columns.t(), out_dtype=torch.bfloat16)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from burnish.export.adapter_file import read_metadata
-from burnish.export.word_file import ALONE, read_word
+from burnish.export.word_file import ALONE, read_by_comfyui, read_word
 
 A1111_READS = frozenset({ALONE, "clip_l", "clip_g"})  # modules/textual_inversion/textual_inversion.py
 
@@ -51,7 +51,9 @@ def inspect_word(path: Path) -> WordInspection:
                 name, len(vectors_ND), vectors_ND.shape[-1], float(lengths.min()), float(lengths.max())
             )
         )
-    spelled = {"burnish generate": word or path.stem.lower(), "ComfyUI": f"embedding:{path.stem}"}
+    spelled = {"burnish generate": word or path.stem.lower()}
+    if read_by_comfyui(tensors):
+        spelled["ComfyUI"] = f"embedding:{path.stem}"
     if tensors.keys() <= A1111_READS:
         spelled["A1111, Forge"] = path.stem
     return WordInspection(
