@@ -26,6 +26,7 @@ _ACROSS = ("_to_copy", "copy_", "index", "index_put", "index_put_", "_index_put_
 
 # What a GPU answers only when all before it is done; besides, an index of bools is turned into places.
 _READ = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "histc")
+_READ += ("_linalg_check_errors",)
 _READ_BEGINNINGS = ("_unique", "unique", "repeat_interleave")
 _seen: list[list[str]] = []
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from burnish.config.method import Full, Vae, trains_whole_text
 from burnish.config.schema import RunConfig
-from burnish.errors import BurnishError, UserError
+from burnish.errors import BurnishError
 from burnish.family import Part
 from burnish.memory.activations import ORDER, Mode, activation_modes
 from burnish.optim.build import check_optimizer, state_bytes
@@ -32,15 +32,13 @@ from burnish.planner.phases import (
 from burnish.planner.profile import Profile
 from burnish.planner.rates import GIB, Card, Rates
 from burnish.planner.recipe import Shape
-from burnish.planning_rows import frozen_adapters, sample_rows, size_in_words, training_rows
+from burnish.planning_rows import frozen_adapters, nothing_fits, sample_rows, size_in_words, training_rows
 from burnish.planning_shapes import drawn_shape, numbers_in, shapes_of, tokens_of
 from burnish.planning_traces import RunTraces
-from burnish.run_plan import Row, RunPlan, Timed
+from burnish.planning_vae import plan_vae
+from burnish.run_plan import Row, RunPlan, Timed, for_torch
 from burnish.trained import own_weights
 
-# Outside of what torch counts: CUDA's context and its libraries' workspaces, and what the allocator cannot hand out.
-CONTEXT = int(0.5 * GIB)
-FRAGMENTED = int(0.4 * GIB)
 WORTH_COMPILING = 300  # micro-steps
 REFERENCE_TOKENS = 1369  # of a picture that a text encoder sees: a megapixel in patches of 28 x 28
 HOST_ELSEWHERE = 32  # GiB of host memory, or twice the card's, where the card is not here
@@ -62,14 +60,12 @@ def plan_run(
 
     Raises:
         ModelError: no such weights, and the config names no family whose released sizes could stand in.
-        UserError: nothing fits, or the method is not planned.
+        UserError: nothing fits, or a VAE is to be trained that is of a kind that is not.
         MissingPackage: the optimizer's library is not here.
     """
     if isinstance(config.method, Vae):
-        raise UserError(
-            "training a VAE is not planned: its steps hold neither denoiser nor text encoders",
-            remedy="Start with method.crop: 256 and train.batch_size: 1; memory.activations: recompute takes less.",
-        )
+        check_optimizer(config.train.optimizer)
+        return plan_vae(config, card, budget, cuda=cuda)
     return _Planner(config, card, budget, cuda, can_compile).plan()
 
 
@@ -81,20 +77,13 @@ class _Planner:
         # Before anything is traced: what a library makes of numbers when it is first used must have values.
         check_optimizer(config.train.optimizer)
         self.rates: Rates = card.rates
-        self.budget = (int(card.gib * GIB) if budget is None else budget) - CONTEXT - FRAGMENTED
+        self.budget = for_torch(card, budget)
         self.traced = RunTraces(config, cuda=cuda)
         self.known, self.of = self.traced.known, self.traced.of
         wanted = config.memory.compile
         self.compiled = (can_compile and self._is_long()) if wanted == "auto" else wanted
-        self.notes: list[str] = []
+        self.notes = self.traced.stands_in()
         self.texts = "native"  # format of text encoders that a step holds
-        if not self.traced.is_here:
-            count = sum(one.numel() for part in self.known.denoisers.values() for one in part.parameters())
-            self.notes.append(
-                f"{config.model.path} is not here: sizes are those of a released {self.known.title} of "
-                f"{count / 1e9:.1f} billion parameters"
-            )
-
         if config.memory.offload_optimizer:
             self.notes.append(self._moved())
 
@@ -334,12 +323,11 @@ class _Planner:
         least = smallest(profiles, self.rates, limits, compiled=self.compiled)
         most = max((least.peak, "training"), *((peak, what) for what, peak in before))
         largest = shapes_of(self.config, self.of)[0]
-        return UserError(
-            f"nothing fits into {(self.budget + CONTEXT + FRAGMENTED) / GIB:.1f} GiB on {self.card.title}: {most[1]} "
-            f"take at least {(most[0] + CONTEXT + FRAGMENTED) / GIB:.1f} GiB at {size_in_words(largest)}",
-            remedy="A smaller number in data.resolutions, train.batch_size: 1, fewer frames; "
-            "or leave more of the memory section to `auto`.",
+        remedy = (
+            "A smaller number in data.resolutions, train.batch_size: 1, fewer frames; "
+            "or leave more of the memory section to `auto`."
         )
+        return nothing_fits(self.card, self.budget, most, largest, remedy)
 
 
 def _caption_rows(captions: tuple[str, Phase] | None) -> tuple[Row, ...]:

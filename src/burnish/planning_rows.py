@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from burnish.config.method import Full, TextualInversion, word_of
+from burnish.config.method import Full, TextualInversion, Vae, word_of
 from burnish.config.schema import RunConfig
-from burnish.planner.choose import Beside, Choice, Profiles, evaluate_settings, with_offload
+from burnish.errors import UserError
+from burnish.planner.choose import NOTHING, Beside, Choice, Profiles, evaluate_settings, with_offload
 from burnish.planner.lesson import passes_in_words
 from burnish.planner.profile import step_of
-from burnish.planner.rates import GIB, Rates
+from burnish.planner.rates import GIB, Card, Rates
 from burnish.planner.recipe import Shape
-from burnish.run_plan import Row
+from burnish.run_plan import CONTEXT, FRAGMENTED, Row
 
 
 def training_rows(
@@ -20,9 +21,9 @@ def training_rows(
     best: Choice,
     rates: Rates,
     largest: Shape,
-    beside: Beside,
-    held: tuple[str, ...],
-    texts: str | None,
+    beside: Beside = NOTHING,
+    held: tuple[str, ...] = (),
+    texts: str | None = None,
 ) -> tuple[Row, ...]:
     """The step, and what it is made of.
 
@@ -34,6 +35,8 @@ def training_rows(
     used = profiles[settings.weights][settings.modes[0]]
     step = evaluate_settings(profiles[settings.weights], settings, rates, beside=Beside(always=beside.always))
     kept = ", ".join(f"{count} x {mode}" for mode, count in settings.kept.items())
+    if isinstance(config.method, Vae):
+        kept = settings.modes[0]  # as a whole
     if best.waiting:
         kept += f", {best.waiting / GIB:.1f} GiB of it in host memory until backward"
     weights = sum(used.weights) + used.weights_outside
@@ -56,7 +59,7 @@ def training_rows(
 
 def trained_in_words(config: RunConfig) -> str:
     memory = config.memory
-    what = "weights" if isinstance(config.method, Full) else "adapter"
+    what = "weights" if isinstance(config.method, Full | Vae) else "adapter"
     if word_of(config.method) is not None:
         what = (
             "a word's vectors" if isinstance(config.method, TextualInversion) else "adapter, a word's vectors"
@@ -78,6 +81,19 @@ def sample_rows(
     streamed = step_of([table[mode] for mode in settings.modes]).peak - alone.peak
     level = used.resident + beside.between_steps + beside.always - streamed
     return (Row("samples", level, f"weights, the VAE and one of {size_in_words(shape)}"),)
+
+
+def nothing_fits(card: Card, budget: int, most: tuple[int, str], largest: Shape, remedy: str) -> UserError:
+    """Args:
+    budget: what torch may allocate.
+    most: the bytes that are taken at the least, and by what.
+    """
+    beside = CONTEXT + FRAGMENTED
+    return UserError(
+        f"nothing fits into {(budget + beside) / GIB:.1f} GiB on {card.title}: {most[1]} "
+        f"take at least {(most[0] + beside) / GIB:.1f} GiB at {size_in_words(largest)}",
+        remedy=remedy,
+    )
 
 
 def frozen_adapters(config: RunConfig) -> list[tuple[Path, str]]:

@@ -11,10 +11,11 @@ from safetensors import safe_open
 
 from burnish.config.contrasts import PictureSlider, TextSlider
 from burnish.config.data import DataSource, Folder, Generated
+from burnish.config.method import Vae
 from burnish.config.schema import RunConfig, SamplePrompt
 from burnish.data.buckets import buckets_for
 from burnish.family import Family
-from burnish.planner.lesson import Lesson
+from burnish.planner.lesson import PICTURES, Lesson
 from burnish.planner.recipe import Shape
 
 
@@ -34,6 +35,15 @@ def shapes_of(config: RunConfig, family: Family) -> list[Shape]:
                     Shape(*size, batch, *_references(source, frames, family), lesson_of(config, source))
                 )
     return sorted(found, key=partial(_weight, family), reverse=True)
+
+
+def pictures_of(config: RunConfig, method: Vae, family: Family) -> list[Shape]:
+    """The same of what a VAE learns: pictures, or the squares that are cut from them; those of most pixels first."""
+    whole = [replace(one, lesson=PICTURES) for one in shapes_of(config, family)]
+    if method.crop is not None:
+        cut = method.crop
+        whole = [replace(one, height=min(cut, one.height), width=min(cut, one.width)) for one in whole]
+    return sorted(dict.fromkeys(whole), key=lambda one: one.height * one.width, reverse=True)
 
 
 def _weight(family: Family, shape: Shape) -> tuple[int, int, bool, str]:

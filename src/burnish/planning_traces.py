@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from burnish.conditioning import Conditioning
 from burnish.config.method import Full, TextualInversion, Vae, trains_text, word_of
 from burnish.config.schema import RunConfig
 from burnish.family import DENOISER, Family, Part
-from burnish.memory.activations import activation_modes, set_activations
+from burnish.memory.activations import Mode, activation_modes, set_activations
 from burnish.model import DTYPES, known_model
 from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer
@@ -24,8 +25,11 @@ from burnish.planner.profile import Profile
 from burnish.planner.recipe import Recipe, Shape
 from burnish.planner.references import shown
 from burnish.planner.store import ProfileStore
+from burnish.planner.vae_step import trace_vae_step
+from burnish.reconstruction import Reconstruction, autoencoder_of
+from burnish.refusals import refuse_unreadable
 from burnish.run_plan import cache_of
-from burnish.trained import chosen, chosen_texts
+from burnish.trained import chosen, chosen_of_vae, chosen_texts
 
 WITH_TEXTS: frozenset[Part] = DENOISER | {"text_encoders"}
 
@@ -36,14 +40,19 @@ class RunTraces:
 
     Raises:
         ModelError: no such weights, and the config names no family whose released sizes could stand in.
+        AdapterError, UserError: the family cannot do what the method asks.
     """
 
     def __init__(self, config: RunConfig, *, cuda: bool) -> None:
         self.config, self.cuda = config, cuda
-        self.dtype = DTYPES[config.train.precision]
+        # A VAE's weights are float32 whatever it computes in.
+        self.dtype = torch.float32 if isinstance(config.method, Vae) else DTYPES[config.train.precision]
         self.kind, self.of, self.is_here = known_model(config.model, self.dtype)
+        refuse_unreadable(config, self.of)
         self.in_step = trains_text(config.method)
         self.parts: frozenset[Part] = WITH_TEXTS if self.in_step else DENOISER  # that a step holds
+        if isinstance(config.method, Vae):
+            self.parts = VAE
         self.known = self.skeleton(parts=self.parts)
         self._measure = Measure(partial(self.skeleton, parts=self.parts), self._choose)
         self._store = ProfileStore(cache_of(config.memory))
@@ -51,6 +60,16 @@ class RunTraces:
 
     def skeleton(self, depth: int | None = None, parts: frozenset[Part] = DENOISER) -> Family:
         return self.kind.skeleton(depth, of=self.of, dtype=self.dtype, parts=parts)
+
+    def stands_in(self) -> list[str]:
+        """Whose sizes are counted where the weights are not here, in words."""
+        if self.is_here:
+            return []
+        parts = self.known.denoisers or self.known.loaded
+        count = sum(one.numel() for part in parts.values() for one in part.parameters())
+        size = f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.0f} million"
+        released = f"those of a released {self.known.title} of {size} parameters"
+        return [f"{self.config.model.path} is not here: sizes are {released}"]
 
     def told(self, shape: Shape) -> Conditioning:
         if shape not in self._shown:
@@ -119,6 +138,35 @@ class RunTraces:
             }
             facts["texts"] = [texts, tensors_of(encoders)]
         return self._store.profile(facts, lambda: self._measure.profile(shape, recipe, cuda=self.cuda))
+
+    def vae_profile(self, shape: Shape, mode: Mode) -> Profile:
+        """A step that trains the VAE, of one block."""
+        train, method = self.config.train, self.config.method
+        assert isinstance(method, Vae)
+        objective = Reconstruction.of(method, DTYPES[train.precision])
+        facts = {
+            "vae": tensors_of(self.known.loaded),
+            "method": method.model_dump(mode="json"),
+            "optimizer": train.optimizer.model_dump(mode="json"),
+            "recipe": [self.cuda, mode, train.accumulate > 1, train.ema is not None, train.precision],
+            "shape": [shape.height, shape.width, shape.batch],
+        }
+
+        def trace() -> Profile:
+            family = self.skeleton(parts=VAE)
+            return trace_vae_step(
+                family,
+                shape,
+                chosen_of_vae(method, autoencoder_of(family)),
+                objective,
+                partial(build_optimizer, train.optimizer),
+                mode,
+                accumulates=train.accumulate > 1,
+                averages=train.ema is not None,
+                cuda=self.cuda,
+            )
+
+        return self._store.profile(facts, trace)
 
     def _caption(self) -> str:
         """As long as any that is read."""

@@ -15,6 +15,10 @@ from burnish.planner.choose import Choice
 from burnish.planner.rates import GIB, Card, card_called, card_named
 from burnish.planner.recipe import Shape
 
+# Outside of what torch counts: CUDA's context and its libraries' workspaces, and what the allocator cannot hand out.
+CONTEXT = int(0.5 * GIB)
+FRAGMENTED = int(0.4 * GIB)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -69,6 +73,11 @@ class RunPlan:
 def budget_of(option: str) -> int | None:
     """Bytes of `memory.budget`; None for `auto`."""
     return None if option == "auto" else int(float(option.removesuffix("GiB")) * GIB)
+
+
+def for_torch(card: Card, budget: int | None) -> int:
+    """Of a budget in bytes, or of the card's memory, what torch's allocator may take."""
+    return (int(card.gib * GIB) if budget is None else budget) - CONTEXT - FRAGMENTED
 
 
 def card_for(name: str | None) -> Card:

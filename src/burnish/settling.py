@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._triton import has_triton
 
 from burnish.atomic import atomic_write_text
-from burnish.config.method import Vae
 from burnish.config.schema import Memory, RunConfig
 from burnish.events import Listener
 from burnish.loop import Training
@@ -32,6 +31,7 @@ from burnish.planner.choose import Choice
 from burnish.planner.probe import measured_rates
 from burnish.planner.rates import GIB, Card
 from burnish.planning import plan_run
+from burnish.reconstruction import autoencoder_of, set_recomputing
 from burnish.run_folder import RunFolder
 from burnish.run_plan import RunPlan, budget_of, cache_of, card_for
 
@@ -69,8 +69,6 @@ def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: L
         UserError: nothing fits.
     """
     memory = pinned(config.memory, folder)
-    if isinstance(config.method, Vae):
-        return Settled(with_memory(config, memory, UNPLANNED), None)
     if device.type != "cuda" and memory.budget == "auto":
         return Settled(with_memory(config, memory, UNPLANNED), None)
     events.phase("planning", 0, 0)
@@ -201,6 +199,9 @@ class Compared:
 
 def put_in_force(choice: Choice, run: Training) -> None:
     """Of an assembled training: what blocks keep, and which of them are streamed."""
+    if not run.family.denoisers:
+        set_recomputing(autoencoder_of(run.family), choice.settings.modes[0] == "recompute")
+        return
     blocks = run.family.blocks()
     set_activations(blocks, choice.settings.modes)
     if choice.settings.stream:

@@ -13,7 +13,7 @@ from torch import nn
 from burnish.adapters.attached import AdapterSet
 from burnish.adapters.casting import cast_once
 from burnish.adapters.layer import adaptable_modules
-from burnish.adapters.own_weights import OwnWeights, choose_weights
+from burnish.adapters.own_weights import OwnWeights, Rates, choose_weights
 from burnish.adapters.targeting import choose_modules
 from burnish.adapters.words import NewWord, teach
 from burnish.config.method import (
@@ -78,9 +78,7 @@ def trained_parts(
                 "save.format: comfy, and no single file can tell this VAE's groups of channels, which are not 32",
                 remedy="Set save.format: auto or diffusers.",
             )
-        sides = ("decoder.", "post_quant_conv.") if not config.method.encoder else ("",)
-        chosen_names = [name for name, _ in vae.named_parameters() if name.startswith(sides)]
-        return {"vae": OwnWeights.unfreeze(vae, dict.fromkeys(chosen_names))}
+        return {"vae": OwnWeights.unfreeze(vae, chosen_of_vae(config.method, vae))}
     if isinstance(config.method, Full):
         if config.save.format == "comfy" and family.export.tensors is None:
             raise ConfigError(
@@ -155,6 +153,11 @@ def chosen_texts(method: AdapterMethod | Full, family: Family) -> dict[str, Mapp
         }
         for part in parts
     }
+
+
+def chosen_of_vae(method: Vae, vae: nn.Module) -> Rates:
+    sides = ("",) if method.encoder else ("decoder.", "post_quant_conv.")
+    return dict.fromkeys(name for name, _ in vae.named_parameters() if name.startswith(sides))
 
 
 def chosen(method: AdapterMethod | Full, family: Family, denoiser: nn.Module) -> Mapping[str, Any]:

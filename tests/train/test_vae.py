@@ -25,8 +25,6 @@ from burnish.data.prepare import pixels_of
 from burnish.errors import ConfigError, Interrupted, UserError
 from burnish.events import Listener
 from burnish.model import choose_model
-from burnish.planner.rates import card_named
-from burnish.planning import plan_run
 from burnish.reconstruction import Reconstruction, edges_of
 from burnish.run import check_run, train_run
 from burnish.run_folder import RunFolder
@@ -211,9 +209,7 @@ def test_what_does_not_go_with_it_says_so(
     assert said.replace(".0.", "[0].") in str(raised.value) or said in str(raised.value)
 
 
-def test_other_kinds_of_vae_and_plans_are_refused(tiny_folder: Any, pictures: Path, tmp_path: Path) -> None:
+def test_other_kinds_of_vae_are_refused(tiny_folder: Any, pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is a AutoencoderKLWan; only AutoencoderKL is trained"):
         check_run(vae_config(tiny_folder("wan21"), pictures, tmp_path), Listener())
     check_run(vae_config(tiny_folder("sd15"), pictures, tmp_path), Listener())
-    with pytest.raises(UserError, match="is not planned"):
-        plan_run(vae_config(tiny_folder("sd15"), pictures, tmp_path), card_named("4090"))

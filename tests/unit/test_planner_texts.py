@@ -14,14 +14,16 @@ from burnish.assembly import with_prompts
 from burnish.conditioning import Conditioning
 from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
-from burnish.errors import ModelError
+from burnish.errors import ModelError, UserError
 from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource, Part
 from burnish.memory.activations import Mode
 from burnish.model import DTYPES
 from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer
+from burnish.planner.rates import card_named
 from burnish.planner.recipe import Shape
+from burnish.planning import plan_run
 from burnish.planning_traces import RunTraces
 from burnish.trained import trained_parts
 
@@ -37,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_of(model: Path, folder: Path, method: dict[str, Any], **sections: Any) -> RunConfig:
+def run_of(model: Path, folder: Path, method: dict[str, Any], /, **sections: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": "tiny",
@@ -83,9 +85,9 @@ def real_step(config: RunConfig, family: Family, shape: Shape, mode: Mode) -> Ca
     ("name", "method", "mode"),
     [
         ("sd3", "adapters", "recompute"),
-        ("sdxl", "whole", "keep"),
+        ("sd15", "whole", "keep"),
         ("flux", "word", "keep"),
-        ("sdxl", "pivotal", "keep"),
+        ("flux", "pivotal", "keep"),
     ],
 )
 def test_a_step_that_encodes_captions_takes_what_a_real_one_does(
@@ -109,6 +111,30 @@ def test_a_step_that_encodes_captions_takes_what_a_real_one_does(
     assert sum(traced.trained) + traced.trained_outside == pytest.approx(
         3 * own, rel=0.01
     )  # counters of steps
+
+
+def test_text_encoders_become_smaller_where_a_word_would_not_fit(tmp_path: Path) -> None:
+    """Of FLUX.1: 9.2 GiB of text encoders as they come, beside a denoiser that can be streamed."""
+    sections = {
+        "model": {"path": "owner/name", "family": "flux", "offline": True},
+        "data": [{"path": str(tmp_path), "resolutions": [256]}],
+        "train": {"steps": 10},
+        "memory": {"cache_folder": tmp_path, "weights": "int8", "activations": "recompute"},
+    }
+    config = run_of(tmp_path, tmp_path, METHODS["word"], **sections)
+    plan = plan_run(config, card_named("12GiB"))
+    assert plan.text_encoder_weights == "int8"
+    assert plan.peak <= plan.budget
+    assert [row.what.strip() for row in plan.rows][:3] == ["pictures", "weights", "trained"]
+    assert plan.rows[1].why.endswith("and text encoders, int8")
+    assert plan.rows[2].why == "a word's vectors, the optimizer's state"
+
+
+def test_what_a_model_has_not_is_said_instead_of_planned(tmp_path: Path) -> None:
+    model = {"path": "owner/name", "family": "z_image", "offline": True}
+    method = LORA | {"text_encoders": {}}
+    with pytest.raises(UserError, match="has no CLIP"):
+        plan_run(run_of(tmp_path, tmp_path, method, model=model), card_named("4090"))
 
 
 def test_a_tokenizer_that_does_not_come_with_burnish_is_read_from_the_model(

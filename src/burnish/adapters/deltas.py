@@ -116,11 +116,12 @@ def split_width(width: int, factor: int) -> tuple[int, int]:
 def turns_less_one(blocks: Tensor) -> Tensor:
     """R - I of turns by Cayley's transform, R = (I + Q)(I - Q)^-1 with Q = blocks - blocks^T; all (..., b, b).
 
-    That difference is (I - Q)^-1 2 Q, which keeps its digits where a turn is small.
+    That difference is (I - Q)^-1 2 Q, which keeps its digits where a turn is small. I - Q can always be inverted: the
+    eigenvalues of Q are imaginary. So nobody need ask the device whether that worked.
     """
     skew = blocks - blocks.transpose(-1, -2)
     one = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    moved: Tensor = torch.linalg.solve(one - skew, 2 * skew)
+    moved: Tensor = torch.linalg.solve_ex(one - skew, 2 * skew).result
     return moved
 
 

@@ -16,6 +16,7 @@ from burnish.errors import ConfigError
 from burnish.family import Family, Vocabulary
 from burnish.randomness import torch_generator
 
+COLUMNS = 256  # of a vocabulary that are in float32 at one time
 INNER = (0.01, 0.99)  # between these shares of the vocabulary by length lies what a vector may be long
 
 
@@ -44,8 +45,9 @@ class NewWord:
                 remedy=f"Take a word that the model does not know, such as <{asked.token.strip('<>')}-1>.",
             )
         start_ND = first_vectors(vocabulary, asked, name, seed)
-        lengths_V = torch.linalg.vector_norm(vocabulary.vectors, dim=1, dtype=torch.float32)
-        shortest, longest = lengths_V.quantile(torch.tensor(INNER).to(start_ND.device)).tolist()
+        # A language model's vocabulary in float32 would be gigabytes: it is summed in it and no more.
+        lengths_V = torch.linalg.vector_norm(vocabulary.vectors, dim=1, dtype=torch.float32).cpu()
+        shortest, longest = lengths_V.quantile(torch.tensor(INNER)).tolist()
         rate = asked.learning_rate if isinstance(asked, PivotalWord) else None
         word = cls(nn.Parameter(start_ND), (shortest, longest), rate)
         vocabulary.add(asked.token, word.vectors_ND)
@@ -88,7 +90,8 @@ def first_vectors(vocabulary: Vocabulary, asked: Word, name: str, seed: int) -> 
         drawn_ND = torch.randn(
             asked.vectors, known_VD.shape[1], generator=torch_generator(seed, "new word", name)
         )
-        spread_D, mean_D = torch.std_mean(known_VD.float(), dim=0)
+        told = [torch.std_mean(some_V.float(), dim=0) for some_V in torch.split(known_VD, COLUMNS, dim=1)]
+        spread_D, mean_D = (torch.cat(parts) for parts in zip(*told, strict=True))
         return drawn_ND.to(known_VD.device) * spread_D + mean_D
     numbers = vocabulary.numbers(asked.initial)
     if not numbers:

@@ -146,12 +146,11 @@ def _of_vae(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
         ("attention", ("auto", "torch")),
         ("gradient_release", (False,)),
         ("offload_optimizer", (False,)),
-        ("budget", ("auto",)),
     ):
         if getattr(memory, name) not in usual:
             yield (
                 ("memory", name),
-                f"{vae}, which is small and not planned; take it out",
+                f"{vae}, and this is for denoisers; take it out",
             )
     for index, source in enumerate(config.data):
         if not isinstance(source, Folder):

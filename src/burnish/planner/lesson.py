@@ -58,11 +58,15 @@ def like(told: Conditioning) -> Conditioning:
 
 
 class Asked:
-    """Answers an objective's questions: the family's own answer to the first without gradients, and to all of the last
-    turn; to the others, which take what those take, one of the same shape."""
+    """Answers an objective's questions: with what the family says to those without gradients and to the last turn's; to
+    others, which take what those take, with something of the same shape.
 
-    def __init__(self, predict: Predict, turns: int) -> None:
-        self._predict, self._turns = predict, turns
+    Args:
+        alike: the first answer without gradients stands for all.
+    """
+
+    def __init__(self, predict: Predict, turns: int, *, alike: bool) -> None:
+        self._predict, self._turns, self._alike = predict, turns, alike
         self._dtype: torch.dtype | None = None
         self.turn = 1  # that is asked for now
         self.skipped = 0  # without gradients
@@ -76,7 +80,7 @@ class Asked:
             if self.is_last:
                 return self._predict(noisy, t_B, conditioning)
             return torch.empty_like(noisy, dtype=self._dtype).requires_grad_()
-        if self._dtype is not None:
+        if self._alike and self._dtype is not None:
             self.skipped += 1
             return torch.empty_like(noisy, dtype=self._dtype)
         said = self._predict(noisy, t_B, conditioning)

@@ -2,7 +2,7 @@
 
 Fake tensors have to say that they are on the CPU: a CPU build of torch has no fake CUDA. Two operations are lowered
 differently there and keep other tensors for backward: attention and RMS norm. Here they go to CUDA's own operators,
-whose meta kernels save what CUDA saves.
+whose meta kernels save what CUDA saves. A third, group norm, is on another list of autocast.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WIDEST_OF_FLASH = 256  # numbers per head
+_GROUP_NORM = F.group_norm
 
 
 @contextmanager
 def cuda_lowering() -> Iterator[None]:
-    """While it lasts, `F.scaled_dot_product_attention` and `F.rms_norm` are CUDA's.
+    """While it lasts, `F.scaled_dot_product_attention`, `F.rms_norm` and, within autocast, `F.group_norm` are CUDA's.
 
     Replaced by name: a TorchFunctionMode is off inside `torch.autograd.backward`, where blocks are recomputed.
     """
     replaced: tuple[tuple[Any, str, Any], ...] = (
+        (F, "group_norm", _group_norm),
         (F, "scaled_dot_product_attention", _attention),
         (F, "rms_norm", _rms_norm),
         (torch, "rms_norm", _rms_norm),
@@ -71,6 +73,21 @@ def _attention(
         query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
     )[0]
     return attended
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """In float32 within autocast, as CUDA's list has it (torch's aten/src/ATen/autocast_mode.h); that of a CPU leaves
+    it in the type of its input."""
+    if not torch.is_autocast_enabled("cpu"):
+        return _GROUP_NORM(input, num_groups, weight, bias, eps)
+    with torch.autocast("cpu", enabled=False):
+        return _GROUP_NORM(input.float(), num_groups, weight, bias, eps)
 
 
 def _rms_norm(

@@ -159,7 +159,8 @@ def _step(
         audio = batch.audio_BCLF
         audio_noise = None if audio is None else torch.empty_like(audio, dtype=torch.float32)
         mixed = torch.empty_like(noise) if objective.input_perturbation else None
-        asked = Asked(partial(_predicted, family, counted), turns)
+        alike = isinstance(batch.contrast, Direction)
+        asked = Asked(partial(_predicted, family, counted), turns, alike=alike)
         with closing(objective.turns_at(family, batch, noise, times_B, asked, audio_noise, mixed)) as stream:
             for turn in stream:
                 if asked.is_last:
