@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from pretend_device import DEVICE, Far, move, moved, pretended
 from tiny import cases
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from burnish.conditioning import Conditioning
 from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource, PictureInfo
+from burnish.sampling.sampler import PictureRequest, draw_pictures
 
 TinyFolder = Callable[[str], Path]
 # A clip's pipeline drawn as a still is the same pipeline.
@@ -22,6 +24,21 @@ FAMILY_OF = {
     "sdxl": "sdxl",
     **{name: case.family for name, case in cases().items() if not name.endswith("_still")},
 }
+# One of each way to draw: schedulers and their steps, guides, references and masks, first frames, sound.
+DRAWN = (
+    "sd15",
+    "sdxl",
+    "sd15_inpainting",
+    "flux",
+    "flux_kontext",
+    "flux_fill",
+    "hidream",
+    "omnigen2",
+    "wan22",
+    "wan21_i2v",
+    "ltx2",
+    "pixart_sigma",
+)
 SIDE = 128
 PROMPTS = ["a photo of a sks dog", "a chair"]
 
@@ -91,3 +108,26 @@ def test_what_a_family_makes_is_made_where_its_modules_are(tiny_folder: TinyFold
                 frames=frames,
             )
             assert isinstance(family.predict(noisy, t_B, cached(told.merged(shown))), Far)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_sample_is_drawn_there(tiny_folder: TinyFolder, name: str, tmp_path: Path) -> None:
+    family = on_the_device(tiny_folder(name), name)
+    can = family.capabilities
+    shown = tmp_path / "shown.png"
+    Image.new("RGB", (SIDE, SIDE), (200, 10, 10)).save(shown)
+    own = can.masks or can.first_frame
+    request = PictureRequest(
+        "a cat",
+        negative="ugly",
+        height=SIDE,
+        width=SIDE,
+        steps=2,
+        guidance=3.0,
+        frames=1 + (family.latents.frame_compression or 0) if can.video else 1,
+        references=(shown,) * min(2 if can.last_frame or not own else 1, can.references),
+        mask=shown if can.masks else None,
+    )
+    with pretended():
+        (drawn,) = draw_pictures(family, [request], device=DEVICE, dtype=torch.float32)
+    assert drawn
