@@ -489,7 +489,7 @@ class Family(Protocol):
     @property
     def vocabularies(self) -> Mapping[str, Vocabulary]:
         """Of the loaded text encoders that can be taught words, by the names that embedding files give them (`clip_l`);
-        `encode_prompts` then passes gradients through. Empty for most families.
+        `encode_prompts` then passes gradients through. Empty for a family that takes no words.
         """
         ...
 

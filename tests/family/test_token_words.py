@@ -18,7 +18,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from burnish.families import hunyuan_image, krea2, qwen, qwen_image, qwen_image_edit, umt5
+from burnish.families import hunyuan_image, hunyuan_video15, krea2, qwen, qwen_image, qwen_image_edit, umt5
 from burnish.families.token_words import TokenVocabulary, written_out
 
 WORD = "<it>"
@@ -36,11 +36,18 @@ def taught() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def in_chat(prompt: str) -> str:
+    """As Qwen's chat template writes HunyuanVideo 1.5's messages."""
+    messages = hunyuan_video15.conversation(prompt)
+    return "".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in messages)
+
+
 TEMPLATES: dict[str, tuple[Callable[[str], str], int]] = {
     "qwen_image": (qwen_image.TEMPLATE.format, qwen_image.INSTRUCTION_TOKENS),
     "qwen_image_edit": (qwen_image_edit.TEMPLATE.format, qwen_image_edit.INSTRUCTION_TOKENS),
     "hunyuan_image": (hunyuan_image.TEMPLATE.format, hunyuan_image.INSTRUCTION_TOKENS),
     "krea2": (f"{krea2.BEFORE}{{}}".format, krea2.BEFORE_TOKENS),
+    "hunyuan_video15": (in_chat, hunyuan_video15.INSTRUCTION_TOKENS),
 }
 
 

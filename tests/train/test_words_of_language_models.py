@@ -11,9 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_families_learn import load, ours, pictures, theirs
+from test_textual_inversion import CASES as CLIP_AND_T5
 from test_textual_inversion import SAID, WORD, Losses, hold_still, word_config
 from tiny import cases
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from burnish.conditioning import Conditioning
 from burnish.errors import DataError, UserError
@@ -48,6 +50,7 @@ ENCODERS = {
     "kolors": ["chatglm3"],
     "ltx2_guided_still": ["gemma3_12b"],
     "hunyuan_video": ["clip_l", "llama"],
+    "hunyuan_video_i2v": ["clip_l", "llama"],
     "hunyuan_video15": ["qwen25_7b"],
     "hunyuan_image": ["qwen25_7b"],
     "ideogram4": ["qwen3vl_8b"],
@@ -142,13 +145,14 @@ def test_what_a_prompt_with_the_word_says_comes_from_its_vectors(
     for key, one in family.encode_prompts([plain]).items():
         assert torch.equal(one, before[key]), key
 
-    told = floats(family.encode_prompts([SAID]))
-    sum(
-        ((one * torch.randn(one.shape, generator=draw)).sum() for one in told.values()), start=torch.zeros(())
-    ).backward()
-    for encoder, vectors_ND in taught.items():
-        assert vectors_ND.grad is not None, encoder
-        assert (vectors_ND.grad.abs().amax(dim=1) > 0).all(), encoder
+    pixels_3HW = torch.rand(3, 56, 84, generator=draw) * 2 - 1
+    for shown in [(), [[pixels_3HW]]] if family.capabilities.prompts_see_references else [()]:
+        told = floats(family.encode_prompts([SAID], shown)).values()
+        sum((one * torch.randn(one.shape, generator=draw)).sum() for one in told).backward()
+        for encoder, vectors_ND in taught.items():
+            assert vectors_ND.grad is not None, encoder
+            assert (vectors_ND.grad.abs().amax(dim=1) > 0).all(), encoder
+            vectors_ND.grad = None
     more = family.count_tokens(SAID) - family.count_tokens(SAID.replace(f" {WORD}", ""))
     assert 1 <= more <= 3
 
@@ -157,9 +161,26 @@ def test_what_a_prompt_with_the_word_says_comes_from_its_vectors(
     assert is_word(path)
 
 
+def test_animas_other_reader_is_given_padding_for_the_word(tiny_folder: TinyFolder) -> None:
+    """As `AnimaTEModel` of ComfyUI gives it, whose T5 numbers have no vectors."""
+    family = only_texts("anima", tiny_folder("anima"))
+    vocabulary = family.vocabularies["qwen3_06b"]
+    vocabulary.add(WORD, nn.Parameter(vocabulary.vectors[:2].clone()))
+    given: list[Tensor] = []
+
+    def watch(module: nn.Module, arguments: object, told: dict[str, Tensor]) -> None:
+        given.append(told["target_input_ids"])
+
+    family.loaded["text_conditioner"].register_forward_pre_hook(watch, with_kwargs=True)
+    family.encode_prompts([SAID])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder("anima") / "t5_tokenizer")
+    before, after = tokenizer("a photo of").input_ids[:-1], tokenizer("on a red chair").input_ids
+    assert given[0].tolist() == [[*before, *[tokenizer.pad_token_id] * 2, *after]]
+
+
 def test_every_family_can_be_taught_words() -> None:
-    for name in family_names():
-        assert family_named(name).export.vocabularies, name
+    here = {CASES[name].family for name in (*TRAINED, *ENCODERS)}
+    assert here | {case.family for case in CLIP_AND_T5.values()} == set(family_names())
 
 
 def test_what_cannot_be_is_said_before_the_first_step(

@@ -67,8 +67,8 @@ class Word(Section):
         1,
         ge=1,
         le=64,
-        description="Vectors of the word; a prompt has room for 75 in all. More hold more, and bend less to the rest "
-        "of the prompt.",
+        description="Vectors of the word; a prompt of CLIP has room for 75 in all. More hold more, and bend less to "
+        "the rest of the prompt.",
     )
     initial: str | None = Field(
         None,

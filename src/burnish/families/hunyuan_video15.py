@@ -61,7 +61,7 @@ _FEED_FORWARD = (
 )
 
 
-def _chat(prompt: str) -> list[dict[str, str]]:
+def conversation(prompt: str) -> list[dict[str, str]]:
     """A caption in the conversation that Qwen reads; what is empty is a blank."""
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": prompt or " "}]
 
@@ -145,7 +145,10 @@ class HunyuanVideo15(PipelineFamily):
         """Of the caption and what closes it, as Qwen reads them."""
         tokenizer = self.tokenizer("text_encoder")
         chat = tokenizer.apply_chat_template(
-            _chat(written_out(tokenizer, prompt)), add_generation_prompt=True, tokenize=True, return_dict=True
+            conversation(written_out(tokenizer, prompt)),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
         )
         return len(chat["input_ids"]) - INSTRUCTION_TOKENS
 
@@ -154,7 +157,7 @@ class HunyuanVideo15(PipelineFamily):
     ) -> Conditioning:
         encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
         encoded = tokenizer.apply_chat_template(
-            [_chat(written_out(tokenizer, prompt)) for prompt in prompts],
+            [conversation(written_out(tokenizer, prompt)) for prompt in prompts],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
