@@ -46,9 +46,11 @@ def pictures_of(config: RunConfig, method: Vae, family: Family) -> list[Shape]:
     return sorted(dict.fromkeys(whole), key=lambda one: one.height * one.width, reverse=True)
 
 
-def _weight(family: Family, shape: Shape) -> tuple[int, int, bool, str]:
+def _weight(family: Family, shape: Shape) -> tuple[int, int, bool, bool, str]:
+    """What a step takes, roughly; ends of a slider add their gradients up."""
     lesson = shape.lesson
-    return shape.batch * tokens_of(shape, family), shape.references, lesson.kept, lesson.teaches
+    both = lesson.teaches in ("direction", "opposites")
+    return shape.batch * tokens_of(shape, family), shape.references, both, lesson.kept, lesson.teaches
 
 
 def lesson_of(config: RunConfig, source: DataSource) -> Lesson:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from typer.testing import CliRunner
 
+from burnish import planning
 from burnish.cli.main import app
 
 TinyFolder = Callable[[str], Path]
@@ -111,6 +113,16 @@ def test_other_weights_are_planned_anew(config: Path, tiny_folder: TinyFolder) -
     file.touch()
     invoke(str(config), "--gpu", "16GiB")
     assert len(set(answers.iterdir()) - before) == 1
+
+
+def test_a_model_that_cannot_be_traced_is_said_so(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asks_for_numbers(*_: object, **__: object) -> None:
+        raise DataDependentOutputException("aten._local_scalar_dense.default")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(planning, "plan_run", asks_for_numbers)
+    code, text = invoke(str(config), "--gpu", "20GiB")
+    assert code == 2
+    assert "cannot be planned" in text
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,7 @@ def test_sound_and_single_denoisers_are_there_where_they_are_asked_for() -> None
         ("qwen_image_edit", "owner/name", "tokens_reference_BND", None),
         ("flux2", "owner/name", "tokens_reference_BND", 256),
         ("qwen_image21", "owner/name", "tokens_reference_BNC", 4096),
+        ("wan21", "owner/name", "clip_BSD", 257),  # as CLIP sees the first frame, on the host
     ],
 )
 def test_references_are_as_many_tokens_as_the_family_makes_of_them(

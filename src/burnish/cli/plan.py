@@ -118,11 +118,19 @@ def _planned(loaded: LoadedConfig, gpu: str | None) -> dict[str, Any]:
             told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
             return told
     from burnish.atomic import atomic_write_text
+    from burnish.errors import UserError
     from burnish.planning import plan_run
     from burnish.run_plan import budget_of, card_for
+    from burnish.settling import UNTRACEABLE
 
     config = loaded.config
-    told = _as_json(plan_run(config, card_for(gpu), budget=budget_of(config.memory.budget)))
+    try:
+        told = _as_json(plan_run(config, card_for(gpu), budget=budget_of(config.memory.budget)))
+    except UNTRACEABLE as error:
+        raise UserError(
+            f"a step of this model asks for numbers that only weights have, so it cannot be planned ({error})",
+            remedy="The run itself goes on with recomputed activations; memory.activations: keep is for what fits.",
+        ) from error
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(kept, json.dumps(told))

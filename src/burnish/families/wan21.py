@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from burnish.conditioning import Conditioning
 from burnish.families import clip_vision, video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
-from burnish.families.slots import Config
+from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout
 from burnish.family import Capabilities, LatentShape, ModelSource, Part, SamplerDefaults
 
@@ -80,6 +80,10 @@ class Wan21(PipelineFamily):
             self.capabilities = replace(self.capabilities, references=2, last_frame=True)
         if not self.goes_on:
             self.capabilities = Capabilities(video=True)
+
+    def _is_released_with(self, slot: Slot) -> bool:
+        """Going on from a frame takes CLIP's picture encoder, which text to video comes without."""
+        return self.goes_on if slot.folder == "image_encoder" else super()._is_released_with(slot)
 
     def identity(self, part: Part) -> str:
         # CLIP's picture encoder works in the VAE's stage, and can lie among the text encoders' files.
