@@ -30,6 +30,7 @@ from burnish.events import Listener
 from burnish.families import qwen_eyes, qwen_image_edit, reference_sizes
 from burnish.families.qwen import shipped_tokenizer
 from burnish.families.registry import detect_family, family_named
+from burnish.families.seen_pictures import picture_of
 from burnish.family import ModelSource
 from burnish.generate import attach_adapter
 from burnish.run import train_run
@@ -245,7 +246,7 @@ def test_sizes_are_those_of_transformers(size: tuple[int, int]) -> None:
 
 def test_a_picture_of_8_bits_comes_back_whole() -> None:
     values = picture(3, 40, 50)
-    assert qwen_eyes.picture_of(pixels_of(values)).tobytes() == values.tobytes()
+    assert picture_of(pixels_of(values)).tobytes() == values.tobytes()
 
 
 def test_the_instruction_has_as_many_tokens_as_are_left_out() -> None:

@@ -5,6 +5,7 @@ Shape letters: B batch, S tokens, D width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from burnish.families.native import depth
+from burnish.families.seen_pictures import through_pillow
 from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import settings_of
 from burnish.families.weights import Layout, below
@@ -74,14 +76,10 @@ def prepared(pixels_B3HW: Tensor, side: int = SIDE) -> Tensor:
 
     As transformers' CLIPImageProcessor with Pillow: bicubic on 8-bit values.
     """
-    return torch.stack([_prepared(pixels_3HW, side) for pixels_3HW in pixels_B3HW.float().cpu()]).to(
-        pixels_B3HW.device
-    )
+    return through_pillow(pixels_B3HW, side, partial(_prepared, square_side=side))
 
 
-def _prepared(pixels_3HW: Tensor, square_side: int) -> Tensor:
-    bytes_HW3 = ((pixels_3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(bytes_HW3)
+def _prepared(picture: Image.Image, square_side: int) -> Tensor:
     short = min(picture.size)
     width, height = (side * square_side // short for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)

@@ -43,12 +43,6 @@ QWEN25 = Eyes(
 QWEN3 = Eyes(patch=16, fewest=65_536, most=16_777_216, mean=(0.5, 0.5, 0.5), deviation=(0.5, 0.5, 0.5))
 
 
-def picture_of(pixels_3HW: Tensor) -> Image.Image:
-    """Pixels in [-1, 1] as an RGB picture of 8 bits."""
-    values_3HW = ((pixels_3HW.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(values_3HW.permute(1, 2, 0).numpy())
-
-
 def patches(pictures: Sequence[Image.Image], eyes: Eyes = QWEN25) -> tuple[Tensor, Tensor]:
     """What the vision transformer reads, (N, D) float32, and for each picture (frames, rows, columns), (K, 3)."""
     seen, grids = [], []

@@ -28,6 +28,7 @@ from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen3_vl_slot
 from burnish.families.rows import by_kind
+from burnish.families.seen_pictures import picture_of
 from burnish.families.slots import Config, Slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
@@ -179,7 +180,7 @@ class QwenImage21(PipelineFamily):
         encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
         before, told = "", dict[str, Tensor]()
         if references:
-            pictures = [qwen_eyes.picture_of(pixels_3HW) for pixels_3HW in references]
+            pictures = [picture_of(pixels_3HW) for pixels_3HW in references]
             patches_ND, grids_K3 = qwen_eyes.patches(pictures, EYES)
             before = " ".join(
                 f"<image{number}>{BEFORE_PICTURE}{PICTURE * count}{AFTER_PICTURE}"

@@ -24,6 +24,7 @@ from burnish.conditioning import Conditioning
 from burnish.families import qwen_eyes, qwen_image_model, reference_sizes, video_vae
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.qwen import qwen25_vl_slot
+from burnish.families.seen_pictures import picture_of
 from burnish.families.slots import Config
 from burnish.families.sources import locate
 from burnish.families.token_words import written_out
@@ -113,7 +114,7 @@ class QwenImageEdit(PipelineFamily):
 
     def _encode(self, prompt: str, references: Sequence[Tensor]) -> Conditioning:
         encoder, tokenizer = self.module("text_encoder"), self.tokenizer("text_encoder")
-        pictures = [self._for_prompt(qwen_eyes.picture_of(pixels_3HW)) for pixels_3HW in references]
+        pictures = [self._for_prompt(picture_of(pixels_3HW)) for pixels_3HW in references]
         before, told = "", {}
         counts: list[int] = []
         if pictures:

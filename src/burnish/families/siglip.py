@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from burnish.families.seen_pictures import through_pillow
 from burnish.families.slots import Slot
 from burnish.families.text_slots import settings_of
 from burnish.families.weights import below
@@ -37,14 +38,12 @@ def prepared(pixels_B3HW: Tensor, side: int) -> Tensor:
 
     As transformers' SiglipImageProcessor with Pillow: bicubic on 8-bit values.
     """
-    pictures = [_resized(pixels_3HW, side) for pixels_3HW in pixels_B3HW.float().cpu()]
-    return torch.stack(pictures).to(pixels_B3HW.device)
 
+    def see(picture: Image.Image) -> Tensor:
+        square = picture.resize((side, side), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.asarray(square, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
 
-def _resized(pixels_3HW: Tensor, side: int) -> Tensor:
-    bytes_HW3 = ((pixels_3HW + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(bytes_HW3).resize((side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)
+    return through_pillow(pixels_B3HW, side, see)
 
 
 @torch.no_grad()
