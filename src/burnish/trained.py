@@ -69,6 +69,8 @@ def trained_parts(
         AdapterError: targets that match nothing, or that the export format cannot hold.
         ConfigError: patterns that match no weight, or a format of whole models that the family has not.
     """
+    for denoiser in family.denoisers.values():
+        choose_products(denoiser, device)
     if isinstance(config.method, TextualInversion):
         return {**teach(family, config.method, config.seed)}
     if isinstance(config.method, Vae):
@@ -91,7 +93,6 @@ def trained_parts(
         } | whole_text_encoders(config.method, family)
     adapters: dict[str, Trained] = {}
     for part, denoiser in family.denoisers.items():
-        choose_products(denoiser, device)
         choices = chosen(config.method, family, denoiser)
         format = resolve_format(config.save.format, family.export, choices)  # now, and not at the first save
         adapter = AdapterSet.attach(denoiser, choices, seed=config.seed)

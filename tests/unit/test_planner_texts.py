@@ -18,6 +18,8 @@ from burnish.errors import ModelError, UserError
 from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource, Part
 from burnish.memory.activations import Mode
+from burnish.memory.formats import has_kernel
+from burnish.memory.quantized import replace_linears
 from burnish.model import DTYPES
 from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer
@@ -128,6 +130,18 @@ def test_text_encoders_become_smaller_where_a_word_would_not_fit(tmp_path: Path)
     assert [row.what.strip() for row in plan.rows][:3] == ["pictures", "weights", "trained"]
     assert plan.rows[1].why.endswith("and text encoders, int8")
     assert plan.rows[2].why == "a word's vectors, the optimizer's state"
+
+
+def test_layers_that_were_streamed_from_the_host_multiply_as_planned_where_a_word_trains(
+    tiny_folder: TinyFolder, tmp_path: Path
+) -> None:
+    model = tiny_folder("flux")
+    family = family_named("flux").load(ModelSource(str(model)), PARTS, dtype=torch.float32, device="cpu")
+    denoiser = family.denoisers["transformer"]
+    name, linear = next((n, m) for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear))
+    made = replace_linears(denoiser, {name: linear}, "int8", eight_bit=False)  # as of one loaded elsewhere
+    trained_parts(run_of(model, tmp_path, METHODS["word"]), family, torch.device("cpu"), torch.float32)
+    assert made[name].eight_bit is has_kernel("int8", torch.device("cpu")) is True
 
 
 def test_what_a_model_has_not_is_said_instead_of_planned(tmp_path: Path) -> None:

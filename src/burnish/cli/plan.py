@@ -121,12 +121,11 @@ def _planned(loaded: LoadedConfig, gpu: str | None) -> dict[str, Any]:
     from burnish.errors import UserError
     from burnish.planning import plan_run
     from burnish.run_plan import budget_of, card_for
-    from burnish.settling import UNTRACEABLE
 
     config = loaded.config
     try:
         told = _as_json(plan_run(config, card_for(gpu), budget=budget_of(config.memory.budget)))
-    except UNTRACEABLE as error:
+    except RuntimeError as error:  # as in settling.py: torch has many words for it
         raise UserError(
             f"a step of this model asks for numbers that only weights have, so it cannot be planned ({error})",
             remedy="The run itself goes on with recomputed activations; memory.activations: keep is for what fits.",

@@ -22,7 +22,8 @@ def keep_texts(family: Family, kept_as: str) -> None:
     """The same of the text encoders' layers."""
     encoders = {part: one for part, one in family.loaded.items() if part not in family.denoisers}
     for encoder in encoders.values():
-        replace_linears(encoder, large_linears(encoder, repeated_parts(encoder), kept_as), kept_as)
+        layers = large_linears(encoder, repeated_parts(encoder), kept_as)
+        replace_linears(encoder, layers, kept_as, eight_bit=True)
 
 
 def without_data(module: nn.Module) -> None:
