@@ -25,8 +25,8 @@ RUNS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "adapter": ("sd15", {"train.ema": {"decay": 0.9}, "train.accumulate": 2}),
     "in 8 bits": ("flux", {"memory.weights": "int8", "memory.activations": 0.5}),
     "clips": ("wan21", {"method.dora": True}),
-    "word and adapter": ("sdxl", {"method.word": {"token": "<it>"}, **SAYING}),
-    "whole": ("sd15", {"method": {"kind": "full", "text_encoders": {}}}),
+    "word and adapter": ("sd3", {"method.word": {"token": "<it>"}, **SAYING}),
+    "whole": ("pixart_sigma", {"method": {"kind": "full"}}),
 }
 CUDA: Mapping[str, Callable[..., object]] = {
     "is_available": lambda: True,
@@ -79,6 +79,10 @@ def test_a_run(tiny_folder: TinyFolder, tmp_path: Path, kind: str) -> None:
         {
             "memory.device": "cuda",
             "memory.attention": "torch",
+            "memory.weights": "native",
+            "memory.activations": "keep",
+            "memory.stream": 0.0,
+            "memory.offload_activations": False,
             "train.steps": 2,
             "train.schedule": {"kind": "constant"},
             "train.validation": {"every": 1, "pictures": 2},
