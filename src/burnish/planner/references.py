@@ -36,10 +36,9 @@ def shown(family: Family, shape: Shape, *, cuda: bool = True) -> Conditioning:
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in modules:
             without_data(module)
+        dtype = next(modules[0].parameters()).dtype
+        pictures = [torch.empty(shape.batch, 3, *size, dtype=dtype) for size in sizes]
         mask = torch.empty(shape.batch, 1, *target) if shape.masked else None
-    # Black pictures, and not none: eyes read pixels on the host, where they bring them to their own size.
-    dtype = next(modules[0].parameters()).dtype
-    pictures = [torch.zeros(shape.batch, 3, *size, dtype=dtype) for size in sizes]
     with cuda_lowering() if cuda else nullcontext(), torch.no_grad():
         told = family.encode_references(pictures, mask_B1HW=mask, frames=shape.frames)
     return Conditioning({name: _told(tensor) for name, tensor in told.items()})
