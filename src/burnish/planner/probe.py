@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from burnish.atomic import atomic_write_text
 from burnish.memory.formats import has_kernel
 from burnish.planner.rates import Rates
+from burnish.planner.version import PLANNER_VERSION
 
 REPEATS = 5
 
@@ -21,13 +22,14 @@ REPEATS = 5
 def measured_rates(
     device: torch.device, folder: Path | None, *, unified: bool = False, side: int = 4096
 ) -> Rates:
-    """The rates of a device, kept in `folder` by its name and torch's version.
+    """The rates of a device, kept in `folder` by its name and the versions of torch and the planner.
 
     Args:
         side: of the square matrix products; attention is over as many tokens in 8 heads of 128.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    path = folder / f"rates-{name}-{torch.__version__}-{side}.json".replace(" ", "-") if folder else None
+    known = f"rates-{name}-{torch.__version__}-{side}-{PLANNER_VERSION}.json".replace(" ", "-")
+    path = folder / known if folder else None
     if path is not None and path.is_file():
         return Rates(**json.loads(path.read_text(encoding="utf-8")))
     rates = replace(_measured(device, side), unified=unified)
