@@ -1,4 +1,4 @@
-"""What a model family answers, and the types at its border.
+"""What a model family answers. The types at its border that say more than one line have modules of their own.
 
 A family answers questions. It never draws noise, never computes a loss, never writes a file of the user's.
 
@@ -12,196 +12,19 @@ or v.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from burnish.conditioning import Conditioning
 from burnish.export_keys import ExportKeys
-
-Prediction = Literal["velocity", "epsilon", "v"]
-Part = Literal["denoiser", "vae", "text_encoders"]
-DENOISER: frozenset[Part] = frozenset({"denoiser"})
-Device = torch.device | str
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """A denoiser on a device but for some of its blocks, which stay in host memory as soon as they are read."""
-
-    device: Device
-    away: Callable[[Sequence[int]], Sequence[int]]  # bytes of each block -> numbers of those that stay
-
-
-Place = Device | Split
-Places = Place | Mapping[Part, Place]  # one for all parts, or one for each that is loaded
-
-
-def place_of(part: Part, places: Places) -> Place:
-    return places[part] if isinstance(places, Mapping) else places
-
-
-def device_of(place: Place) -> Device:
-    return place.device if isinstance(place, Split) else place
-
-
-@dataclass(frozen=True, slots=True)
-class PictureInfo:
-    """How a training picture came about, in pixels as (height, width); SDXL is told these."""
-
-    original: tuple[int, int]
-    crop: tuple[int, int]  # top and left of the crop, in the resized picture
-    target: tuple[int, int]  # what the VAE saw
-
-    @classmethod
-    def whole(cls, height: int, width: int) -> PictureInfo:
-        """For generation: as if the picture had this size from the start."""
-        return cls((height, width), (0, 0), (height, width))
-
-
-@dataclass(frozen=True, slots=True)
-class LatentShape:
-    """How pixels become latents."""
-
-    channels: int
-    compression: int  # pixels per latent, each way
-    patch: int = 1  # latents per token, each way
-    frame_compression: int | None = None  # frames per latent frame after the first; None: no time axis
-    noise_last: bool = False  # the released sampler draws noise place by place, channels innermost
-    token_multiple: int = 1  # a height and a width must be so many tokens, or a multiple
-
-    @property
-    def pixel_multiple(self) -> int:
-        """Heights and widths must be multiples of this."""
-        return self.compression * self.patch * self.token_multiple
-
-    def of(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
-        """(C, H, W) of the latents of a picture, (C, T, H, W) where the family has a time axis.
-
-        Raises:
-            ValueError: so many frames are not wholly encoded, or there is no time axis for them.
-        """
-        size = (height // self.compression, width // self.compression)
-        if self.frame_compression is None:
-            if frames != 1:
-                raise ValueError(f"{frames} frames for a family of still pictures")
-            return self.channels, *size
-        if frames < 1 or (frames - 1) % self.frame_compression:
-            raise ValueError(
-                f"{frames} frames; the VAE takes 1 and then multiples of {self.frame_compression}"
-            )
-        return self.channels, (frames - 1) // self.frame_compression + 1, *size
-
-    def tokens(self, latents: Sequence[int]) -> int:
-        """Tokens that the denoiser makes of latents of this shape, (..., H, W) or (..., T, H, W)."""
-        *_, height, width = latents
-        frames = 1 if self.frame_compression is None else latents[-3]
-        return frames * (height // self.patch) * (width // self.patch)
-
-
-@dataclass(frozen=True, slots=True)
-class AudioShape:
-    """How the sound of a clip, a stereo waveform, becomes latents (C, L, F): channels, moments, bands of frequency."""
-
-    channels: int
-    bands: int
-    per_second: float  # moments
-    sample_rate: int  # of the waveform that is encoded, per second
-    decoded_rate: int  # of the waveform that comes back
-
-    def of(self, seconds: float) -> tuple[int, int, int]:
-        """(C, L, F) of a clip that is shown for so long."""
-        return self.channels, round(seconds * self.per_second), self.bands
-
-
-class TokenShift(Protocol):
-    """A timestep shift that depends on the number of tokens, and for some models on the number of steps."""
-
-    def mu(self, tokens: int, steps: int) -> float:
-        """What diffusers' scheduler calls mu."""
-        ...
-
-    def factor(self, tokens: int, steps: int) -> float:
-        """The shift s of t -> s t / (1 + (s - 1) t) that this comes to."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ResolutionShift:
-    """Timestep shift that grows with the number of tokens: mu linear in tokens, the shift exp(mu) or mu itself.
-
-    Stable Diffusion 3 paper (arXiv 2403.03206), section 5.3.2; constants as released with each model.
-    """
-
-    base_tokens: int = 256
-    max_tokens: int = 4096
-    base_shift: float = 0.5
-    max_shift: float = 1.15
-    exponential: bool = True
-
-    def mu(self, tokens: int, steps: int = 0) -> float:
-        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
-        return self.base_shift + slope * (tokens - self.base_tokens)
-
-    def factor(self, tokens: int, steps: int = 0) -> float:
-        mu = self.mu(tokens, steps)
-        return exp(mu) if self.exponential else mu
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How noise is mixed in, what the denoiser predicts, and how the released model samples."""
-
-    prediction: Prediction
-    scheduler: Mapping[str, Any]  # diffusers scheduler config, `_class_name` included
-    alphas_cumprod: Tensor | None = None  # (steps,) float64 for epsilon and v; None for a flow
-    shift: float | TokenShift = 1.0  # timestep shift of a flow, as released
-    # Sigmas of a flow before the shift: 1 to 1/steps; 1 to 1/1000 in whole thousandths; or the scheduler's own.
-    spacing: Literal["linear", "thousandths", "scheduler"] = "linear"
-    # In place of both in sampling: tokens and steps -> sigmas as they come after the shift.
-    sigmas: Callable[[int, int], Sequence[float]] | None = None
-    times: tuple[float, float] = (0.0, 1.0)  # those that the loaded denoisers are for; training keeps to them
-
-    @property
-    def is_flow(self) -> bool:
-        return self.alphas_cumprod is None
-
-    @property
-    def steps(self) -> int:
-        """Steps of the noise schedule: what a scheduler's timestep is divided by to give t."""
-        return 1000 if self.alphas_cumprod is None else len(self.alphas_cumprod)
-
-
-Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def classifier_free_guidance(with_prompt: Tensor, without: Tensor, scale: Tensor) -> Tensor:
-    """arXiv 2207.12598, as diffusers writes it: a scale of 1 is no guidance. `scale` broadcasts over the batch."""
-    return without + scale * (with_prompt - without)
-
-
-@dataclass(frozen=True, slots=True)
-class SamplerDefaults:
-    steps: int
-    guidance: float  # classifier-free guidance, or the embedded guidance where the model has one
-    size: tuple[int, int]
-    negative_prompt: bool  # classifier-free guidance is how this model is meant to run
-    frames: int = 1
-    fps: float = 0.0  # of clips; 0 for still pictures
-    guide: Guide = classifier_free_guidance
-    guides_above: float = 1.0  # scales up to this one take no second pass
-    # In place of `guide`: what the prompts say -> the rule of one run, which may remember its steps.
-    guide_of: Callable[[Conditioning], Guide] | None = None
-    # In place of plain noise: noise (B, C, ...) and what the denoiser is told -> the latents that drawing begins with.
-    begin: Callable[[Tensor, Conditioning], Tensor] | None = None
-    # With guidance and references: by how much these guide, too, counted by the usual rule from a third pass with the
-    # prompt and without them. None: there is no such pass.
-    reference_guidance: float | None = None
+from burnish.latent_shape import AudioShape, LatentShape, PictureInfo
+from burnish.noise_schedule import Prediction, SamplerDefaults, Schedule
+from burnish.placement import DENOISER, Part, Places, Shrink
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,59 +136,6 @@ class Vocabulary(Protocol):
 
         Raises:
             ValueError: it is a word already.
-        """
-        ...
-
-
-class Shrinking(Protocol):
-    """One module while it loads, some of its layers in a smaller format."""
-
-    @property
-    def weights(self) -> Collection[str]:
-        """Names of the weights that it took over, as in the module's state before."""
-        ...
-
-    @property
-    def waiting(self) -> Collection[str]:
-        """Those that are to be given to `take`; the others are there already."""
-        ...
-
-    def take(self, weight_name: str, weight: Tensor, scales: Tensor | None = None) -> None:
-        """Keep a weight, which is on the device, in the smaller format. Several threads may do so at a time.
-
-        `scales` are what the numbers of one in 8 bits are to be multiplied with, in its shape.
-        """
-        ...
-
-
-class Shrink(Protocol):
-    """How the large linear layers of a part are kept in fewer bits (`memory/shrinking.py`)."""
-
-    @property
-    def name(self) -> str:
-        """Changes with the numbers that come out."""
-        ...
-
-    def begin(
-        self,
-        module: nn.Module,
-        blocks: Sequence[nn.Module] | None,
-        content: Callable[[Collection[str]], str],
-        *,
-        spared: Sequence[str],
-        dtype: torch.dtype,
-        device: Device,
-        away: tuple[str, ...],
-    ) -> Shrinking:
-        """Replace layers of a module that has no weights yet (meta device).
-
-        Args:
-            blocks: where the layers are; None of a module whose blocks no family names.
-            content: names of weights -> hash of what they are made from.
-            spared: patterns of weights that are to stay as they are.
-            dtype: the number type of the run.
-            device: where weights arrive.
-            away: beginnings of the names of those that then stay in host memory.
         """
         ...
 

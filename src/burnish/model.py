@@ -14,9 +14,16 @@ from burnish.errors import MachineError, ModelError, UserError
 from burnish.families.noise_schedule import with_zero_terminal_snr
 from burnish.families.registry import detect_family, family_named
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family, ModelSource, Part, Places, Prediction, Shrink, Split
+from burnish.family import Family, ModelSource
 from burnish.memory.shrinking import shrink_of
 from burnish.memory.streaming import streamed_blocks
+from burnish.noise_schedule import Prediction
+from burnish.placement import (
+    Part,
+    Places,
+    Shrink,
+    Split,
+)
 
 EMBEDDED = "demo"  # `model.path` of the model inside the package
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -32,8 +32,9 @@ from burnish.diffusion.mixing import noisy_and_target
 from burnish.diffusion.noise import noise_of
 from burnish.diffusion.times import Timesteps
 from burnish.diffusion.weights import weight_at
-from burnish.family import Family, ResolutionShift, Schedule, TokenShift
+from burnish.family import Family
 from burnish.hardware import sent
+from burnish.noise_schedule import ResolutionShift, Schedule, TokenShift
 from burnish.randomness import torch_generator
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]

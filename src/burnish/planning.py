@@ -7,9 +7,9 @@ from functools import partial
 from burnish.config.method import Full, Vae, trains_whole_text
 from burnish.config.schema import RunConfig
 from burnish.errors import BurnishError
-from burnish.family import Part
 from burnish.memory.activations import ORDER, Mode, activation_modes
 from burnish.optim.build import check_optimizer, state_bytes
+from burnish.placement import Part
 from burnish.planner.choose import (
     Beside,
     Choice,

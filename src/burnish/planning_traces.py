@@ -13,11 +13,12 @@ from torch import nn
 from burnish.conditioning import Conditioning
 from burnish.config.method import Full, TextualInversion, Vae, trains_text, word_of
 from burnish.config.schema import RunConfig
-from burnish.family import DENOISER, Family, Part
+from burnish.family import Family
 from burnish.memory.activations import Mode, activation_modes, set_activations
 from burnish.model import DTYPES, known_model
 from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer
+from burnish.placement import DENOISER, Part
 from burnish.planner.lesson import PICTURES
 from burnish.planner.measure import Measure
 from burnish.planner.phases import VAE, Phase

@@ -26,8 +26,9 @@ from burnish.data.prepare import EncodeCounts, encode_captions, encode_latents, 
 from burnish.data.samples import Sample, all_captions, hold_out
 from burnish.events import Listener
 from burnish.families.sources import user_cache_folder
-from burnish.family import Family, Part
+from burnish.family import Family
 from burnish.model import ChosenModel, choose_model
+from burnish.placement import Part
 from burnish.prior import drawn_folder, missing_count, own_folder
 from burnish.refusals import refuse_unreadable, refuse_unsaid_word, refuse_unseen_references
 from burnish.run_folder import RunFolder

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from burnish.conditioning import Conditioning
 from burnish.families.registry import family_named
-from burnish.family import Family, ModelSource, PictureInfo
+from burnish.family import Family, ModelSource
+from burnish.latent_shape import PictureInfo
 from burnish.sampling.sampler import PictureRequest, draw_pictures
 
 TinyFolder = Callable[[str], Path]

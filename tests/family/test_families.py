@@ -23,7 +23,9 @@ from torch import nn
 from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families.registry import detect_family, families, family_named
-from burnish.family import Family, ModelSource, Part, PictureInfo
+from burnish.family import Family, ModelSource
+from burnish.latent_shape import PictureInfo
+from burnish.placement import Part
 
 FAMILY_OF = {
     "sd15": "sd15",

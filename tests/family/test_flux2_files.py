@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from burnish.errors import ModelError
 from burnish.families.registry import family_named
 from burnish.families.sources import weight_files
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
+from burnish.placement import Part
 
 TinyFolder = Callable[[str], Path]
 LAYERS_READ = {"flux2": 30, "flux2_klein": 27}

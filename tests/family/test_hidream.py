@@ -15,7 +15,8 @@ from tiny.hidream import hidream
 from burnish.errors import ModelError
 from burnish.families.hidream import HiDream
 from burnish.families.hidream_transformer import RoutedExperts
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
+from burnish.placement import Part
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
 
 TinyFolder = Callable[[str], Path]

@@ -16,7 +16,8 @@ from burnish.conditioning import Conditioning
 from burnish.config.objective import MinSnr
 from burnish.data.batch import Batch
 from burnish.events import Events
-from burnish.family import Family, PictureInfo
+from burnish.family import Family
+from burnish.latent_shape import PictureInfo
 from burnish.loop import Training, train
 from burnish.objective import Denoising
 

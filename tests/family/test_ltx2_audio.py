@@ -21,8 +21,9 @@ from burnish.config.schema import Model
 from burnish.errors import ModelError, UserError
 from burnish.families.ltx2 import LTX2
 from burnish.families.ltx2_audio import WINDOW, log_mel, mel_filters
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
 from burnish.model import choose_model
+from burnish.placement import Part
 
 RATE, HOP, BANDS = 16000, 160, 64
 

@@ -37,7 +37,8 @@ from burnish.config.objective import (
 )
 from burnish.data.batch import Batch, Direction, Opposites, Preference
 from burnish.diffusion.times import Timesteps
-from burnish.family import Family, PictureInfo
+from burnish.family import Family
+from burnish.latent_shape import PictureInfo
 from burnish.objective import Denoising
 from burnish.optim.ema import Ema
 from burnish.reconstruction import Reconstruction, autoencoder_of

@@ -37,7 +37,9 @@ from burnish.families.sd15 import LAYOUTS as SD15_LAYOUTS
 from burnish.families.sd15 import StableDiffusion15
 from burnish.families.sdxl import LAYOUTS as SDXL_LAYOUTS
 from burnish.families.sdxl import StableDiffusionXL
-from burnish.family import Family, ModelSource, Part, PictureInfo
+from burnish.family import Family, ModelSource
+from burnish.latent_shape import PictureInfo
+from burnish.placement import Part
 
 PARTS: frozenset[Part] = frozenset(("denoiser", "vae", "text_encoders"))
 PROMPTS = ["a photo of a cat", "Don't  stop: 2024!"]

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families.registry import family_named
-from burnish.family import Family, ModelSource, Part
+from burnish.family import Family, ModelSource
 from burnish.memory import shrinking
 from burnish.memory.formats import Int8
 from burnish.memory.quantized import QuantizedLinear
 from burnish.memory.shrinking import Shrink
+from burnish.placement import Part
 
 TinyFolder = Callable[[str], Path]
 FAMILY_OF = {

@@ -19,7 +19,8 @@ from test_single_files import CASES, Weights, assert_same, family_of, folder_wei
 from burnish.errors import ModelError
 from burnish.families.slots import PipelineSource, Slot, shipped_configs
 from burnish.families.weights import load_module
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
+from burnish.placement import Part
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "family"))
 from original_layout import vae_in_original_names

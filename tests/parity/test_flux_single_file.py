@@ -19,7 +19,8 @@ from burnish.conditioning import Conditioning
 from burnish.errors import ModelError
 from burnish.families.flux import Flux
 from burnish.families.registry import detect_family
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
+from burnish.placement import Part
 
 Model = TypeVar("Model", bound=nn.Module)
 PREFIX = "model.diffusion_model."

@@ -19,9 +19,10 @@ from burnish.families.flux import Flux
 from burnish.families.gguf_files import open_gguf
 from burnish.families.registry import detect_family
 from burnish.families.sources import read_header
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
 from burnish.memory.quantized import QuantizedLinear
 from burnish.memory.shrinking import Shrink
+from burnish.placement import Part
 
 gguf = pytest.importorskip("gguf")
 Kind = gguf.GGMLQuantizationType

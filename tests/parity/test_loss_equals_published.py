@@ -23,7 +23,9 @@ from burnish.diffusion.mixing import noisy_and_target
 from burnish.diffusion.times import Timesteps, shift_time
 from burnish.diffusion.weights import weight_at
 from burnish.families.registry import detect_family
-from burnish.family import Family, ModelSource, PictureInfo, Prediction, Schedule
+from burnish.family import Family, ModelSource
+from burnish.latent_shape import PictureInfo
+from burnish.noise_schedule import Prediction, Schedule
 from burnish.objective import Denoising
 
 TOLERANCE = 1e-6

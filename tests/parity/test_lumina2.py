@@ -21,7 +21,8 @@ from burnish.export.adapter_file import write_adapter
 from burnish.families import pipeline
 from burnish.families.lumina2 import NAMES, Lumina2
 from burnish.families.sources import read_json
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
+from burnish.placement import Part
 
 TinyFolder = Callable[[str], Path]
 

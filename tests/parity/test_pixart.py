@@ -19,7 +19,8 @@ from burnish.config.method import Lora
 from burnish.export.adapter_file import write_adapter
 from burnish.export.verify import verify_adapter
 from burnish.families.pixart import PixArt
-from burnish.family import ModelSource, PictureInfo
+from burnish.family import ModelSource
+from burnish.latent_shape import PictureInfo
 
 TinyFolder = Callable[[str], Path]
 

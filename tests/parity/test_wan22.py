@@ -21,8 +21,9 @@ from burnish.conditioning import Conditioning
 from burnish.errors import ModelError, UserError
 from burnish.families.registry import detect_family, families, family_named
 from burnish.families.wan_names import NAMES
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
 from burnish.model import ChosenModel
+from burnish.placement import Part
 from burnish.sampling.sampler import PictureRequest, draw_latents, encode_requests
 
 TinyFolder = Callable[[str], Path]

@@ -21,8 +21,9 @@ from burnish.data.batch import Batch
 from burnish.data.prepare import pixels_of
 from burnish.events import Listener
 from burnish.families.registry import family_named
-from burnish.family import Family, ModelSource, PictureInfo
+from burnish.family import Family, ModelSource
 from burnish.generate import attach_adapter
+from burnish.latent_shape import PictureInfo
 from burnish.objective import Denoising
 from burnish.run import train_run
 from burnish.sampling.sampler import EncodedRequest, PictureRequest, draw_latents, encode_requests

@@ -234,9 +234,12 @@ def test_what_cannot_be_learned_is_said_before_the_first_step(
         train_run(word_config(tiny_folder("sd15"), tmp_path), progress=Listener())
     for text in (tmp_path / "pictures").glob("*.txt"):
         text.write_text("a chair")
-    known = word_config(tiny_folder("sd15"), tmp_path, **{"method.token": "chair"})
-    with pytest.raises(ConfigError, match="'chair' is in the vocabulary of clip_l already"):
-        train_run(known, progress=Listener())
+    for budget in ("auto", "2GiB"):  # which is planned first
+        known = word_config(
+            tiny_folder("sd15"), tmp_path, **{"method.token": "chair", "memory.budget": budget}
+        )
+        with pytest.raises(ConfigError, match="'chair' is in the vocabulary of clip_l already"):
+            train_run(known, progress=Listener())
 
 
 def test_options_without_sense_for_a_word_are_named(tmp_path: Path) -> None:

@@ -36,7 +36,9 @@ from burnish.data.preflight import PreparedData, prepare_samples
 from burnish.data.prepare import LATENTS
 from burnish.diffusion.weights import weight_at
 from burnish.errors import ConfigError, DataError
-from burnish.family import Capabilities, LatentShape, PictureInfo, Schedule
+from burnish.family import Capabilities
+from burnish.latent_shape import LatentShape, PictureInfo
+from burnish.noise_schedule import Schedule
 from burnish.objective import Denoising
 
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)

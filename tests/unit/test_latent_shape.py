@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from burnish.family import LatentShape
+from burnish.latent_shape import LatentShape
 
 
 @pytest.mark.parametrize(("token_multiple", "pixels"), [(1, 32), (2, 64)])

@@ -31,7 +31,9 @@ from burnish.data.prepare import LATENTS, load_pixels
 from burnish.data.samples import Counts, Sample, hold_out
 from burnish.errors import ConfigError, DataError
 from burnish.families.registry import detect_family
-from burnish.family import Capabilities, LatentShape, ModelSource, Schedule
+from burnish.family import Capabilities, ModelSource
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import Schedule
 from burnish.objective import Denoising
 
 LATENT = LatentShape(4, 8)

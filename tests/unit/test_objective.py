@@ -40,7 +40,9 @@ from burnish.diffusion.distance import delta_at, mean_distance
 from burnish.diffusion.noise import noise_of
 from burnish.diffusion.times import Timesteps
 from burnish.diffusion.weights import weight_at
-from burnish.family import Capabilities, LatentShape, Schedule
+from burnish.family import Capabilities
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import Schedule
 from burnish.objective import Denoising
 from burnish.randomness import torch_generator
 

@@ -16,13 +16,14 @@ from burnish.config.schema import RunConfig
 from burnish.data.batch import Batch
 from burnish.errors import ModelError, UserError
 from burnish.families.registry import family_named
-from burnish.family import Family, ModelSource, Part
+from burnish.family import Family, ModelSource
 from burnish.memory.activations import Mode
 from burnish.memory.formats import has_kernel
 from burnish.memory.quantized import replace_linears
 from burnish.model import DTYPES
 from burnish.objective import Denoising
 from burnish.optim.build import build_optimizer
+from burnish.placement import Part
 from burnish.planner.rates import card_named
 from burnish.planner.recipe import Shape
 from burnish.planning import plan_run

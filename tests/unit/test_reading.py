@@ -143,6 +143,24 @@ def test_the_whole_file_reader_reads_the_same(files: list[Path]) -> None:
         assert found[name].untyped_storage().nbytes() == tensor.nbytes  # not all of the file
 
 
+def test_the_whole_file_reader_is_told_which_gpu(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hands the name to `torch.cuda.set_device`, which refuses one without a number."""
+    package = pytest.importorskip("fastsafetensors")
+    asked = []
+
+    class Noting(package.SafeTensorsFileLoader):  # type: ignore[misc, name-defined]
+        def __init__(self, group: object, device: str, **options: object) -> None:
+            asked.append(device)
+            super().__init__(group, "cpu", **options)
+
+    monkeypatch.setattr(package, "SafeTensorsFileLoader", Noting)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for device in ("cuda", "cuda:2", "cpu"):
+        with opened_whole(files[0], torch.device(device)):
+            pass
+    assert asked == ["cuda:1", "cuda:2", "cpu"]
+
+
 def test_what_fastsafetensors_cannot_read_is_mapped(
     files: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

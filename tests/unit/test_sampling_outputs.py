@@ -11,7 +11,8 @@ from PIL import Image
 from burnish.conditioning import Conditioning
 from burnish.errors import DiskFull, ModelError, UserError
 from burnish.families.registry import family_named
-from burnish.family import Family, ModelSource, Schedule
+from burnish.family import Family, ModelSource
+from burnish.noise_schedule import Schedule
 from burnish.sampling import stream
 from burnish.sampling.decoding import decode_pictures
 from burnish.sampling.outputs import next_number, write_picture

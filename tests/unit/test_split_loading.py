@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from burnish.families.weights import layout_of, load_module
-from burnish.family import Split, device_of, place_of
 from burnish.memory import shrinking
 from burnish.memory.shrinking import Shrink
 from burnish.memory.streaming import streamed_blocks, tensors_by_block
+from burnish.placement import Split, device_of, place_of
 
 WIDTH, DEPTH = 32, 4
 

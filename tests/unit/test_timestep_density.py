@@ -17,7 +17,7 @@ from burnish.cli.main import app
 from burnish.config.load import load_config
 from burnish.errors import UserError
 from burnish.families.noise_schedule import schedule_of, with_zero_terminal_snr
-from burnish.family import ResolutionShift, Schedule
+from burnish.noise_schedule import ResolutionShift, Schedule
 from burnish.sampling.stream import make_scheduler
 from burnish.timestep_density import densities
 

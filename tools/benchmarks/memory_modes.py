@@ -26,12 +26,13 @@ from burnish.adapters.layer import ModuleChoice
 from burnish.adapters.targeting import choose_modules
 from burnish.config.method import Lora
 from burnish.families.registry import detect_family, family_named
-from burnish.family import DENOISER, Family, ModelSource
+from burnish.family import Family, ModelSource
 from burnish.memory.activation_offload import offload_activations
 from burnish.memory.activations import Mode, activation_modes, set_activations
 from burnish.memory.streaming import stream_weights
 from burnish.memory.transfer import transfer_to
 from burnish.model import DTYPES
+from burnish.placement import DENOISER
 
 
 @dataclass(frozen=True, slots=True)

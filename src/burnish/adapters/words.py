@@ -37,13 +37,7 @@ class NewWord:
         Raises:
             ConfigError: the word is one already, or the initial text has no words.
         """
-        words = [asked.token, *(f"{asked.token}_{number}" for number in range(1, asked.vectors))]
-        known = next((word for word in words if vocabulary.knows(word)), None)
-        if known is not None:
-            raise ConfigError(
-                f"{place_of_word(asked)}.token: {known!r} is in the vocabulary of {name} already, as another word",
-                remedy=f"Take a word that the model does not know, such as <{asked.token.strip('<>')}-1>.",
-            )
+        refuse_known(vocabulary, asked, name)
         start_ND = first_vectors(vocabulary, asked, name, seed)
         # A language model's vocabulary in float32 would be gigabytes: it is summed in it and no more.
         lengths_V = torch.linalg.vector_norm(vocabulary.vectors, dim=1, dtype=torch.float32).cpu()
@@ -68,6 +62,19 @@ class NewWord:
         wanted_N1 = length_N1.clamp(shortest, longest)
         self.vectors_ND.copy_(
             torch.where(wanted_N1 == length_N1, self.vectors_ND, self.vectors_ND * (wanted_N1 / length_N1))
+        )
+
+
+def refuse_known(vocabulary: Vocabulary, asked: Word, name: str) -> None:
+    """Raises:
+    ConfigError: the word is one already.
+    """
+    words = [asked.token, *(f"{asked.token}_{number}" for number in range(1, asked.vectors))]
+    known = next((word for word in words if vocabulary.knows(word)), None)
+    if known is not None:
+        raise ConfigError(
+            f"{place_of_word(asked)}.token: {known!r} is in the vocabulary of {name} already, as another word",
+            remedy=f"Take a word that the model does not know, such as <{asked.token.strip('<>')}-1>.",
         )
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from PIL import Image
 
-from burnish.family import PictureInfo
+from burnish.latent_shape import PictureInfo
 
 LEAST_AREA = 0.7  # of a bucket, as a share of resolution squared
 

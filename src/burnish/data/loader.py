@@ -29,7 +29,8 @@ from burnish.data.loss_masks import MASK, loss_weights
 from burnish.data.plan import BatchPlan, Draw
 from burnish.data.prepare import AUDIO, LATENTS, conditioning_of, load_pixels
 from burnish.errors import DataError, MachineError
-from burnish.family import Family, PictureInfo
+from burnish.family import Family
+from burnish.latent_shape import PictureInfo
 from burnish.randomness import python_random
 
 T = TypeVar("T")

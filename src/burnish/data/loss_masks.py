@@ -21,7 +21,7 @@ from burnish.data.pictures import BadPicture, decode_picture, opacity
 from burnish.data.prepare import flips, unchanged_bytes
 from burnish.data.probe import Facts
 from burnish.data.samples import Counts, Sample
-from burnish.family import LatentShape
+from burnish.latent_shape import LatentShape
 
 MASK = "mask"  # its name in an entry
 

@@ -18,8 +18,8 @@ from burnish.config.objective import (
     Squared,
 )
 from burnish.diffusion.mixing import signal_to_noise
-from burnish.family import Schedule
 from burnish.hardware import sent
+from burnish.noise_schedule import Schedule
 
 
 def squared_error(predicted: Tensor, target: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from burnish.family import Schedule
 from burnish.hardware import sent
+from burnish.noise_schedule import Schedule
 
 
 def noisy_and_target(

@@ -20,7 +20,7 @@ from burnish.config.objective import (
     SigmoidTimesteps,
     UniformTimesteps,
 )
-from burnish.family import Schedule
+from burnish.noise_schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from burnish.config.objective import P2, AnyWeighting, Bell, Debiased, MinSnr, SoftMinSnr
 from burnish.diffusion.mixing import signal_to_noise
-from burnish.family import Schedule
+from burnish.noise_schedule import Schedule
 
 
 def weight_at(weighting: AnyWeighting, schedule: Schedule, t_B: Tensor) -> Tensor:

@@ -38,7 +38,10 @@ from burnish.families.qwen import qwen3_slot
 from burnish.families.slots import Config, Slot
 from burnish.families.token_words import left_blank, written_out
 from burnish.families.video_vae import wan_vae_slot
-from burnish.family import LatentShape, Part, SamplerDefaults, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
+from burnish.placement import Part
 
 PROMPT_TOKENS = 512  # of either tokenizer
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from burnish.errors import ModelError
 from burnish.families.sources import STEMS, SUFFIXES, has_weights, locate, locate_parts, weight_files
-from burnish.family import ModelSource, Part
+from burnish.family import ModelSource
+from burnish.placement import Part
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -24,7 +24,9 @@ from burnish.families.slots import Slot, vae_slot
 from burnish.families.token_words import written_out
 from burnish.families.umt5 import umt5_slot
 from burnish.families.weights import Layout
-from burnish.family import LatentShape, SamplerDefaults, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 PROMPT_TOKENS = 256
 VOCABULARY = 32_128  # rows of Pile-T5's embedding

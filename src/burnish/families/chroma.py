@@ -30,7 +30,9 @@ from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import t5_slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import LatentShape, SamplerDefaults, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 _GUIDANCE = "distilled_guidance_layer"
 NAMES = NativeNames(

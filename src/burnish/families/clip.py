@@ -26,7 +26,7 @@ from burnish.errors import ModelError
 from burnish.families.sources import read_json, weight_files
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout, below, layout_of, load_module
-from burnish.family import Shrink
+from burnish.placement import Shrink
 
 TOKENS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -31,7 +31,9 @@ from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.text_slots import language_model_slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import LatentShape, PictureInfo, SamplerDefaults, Schedule, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape, PictureInfo
+from burnish.noise_schedule import SamplerDefaults, Schedule
 
 LONGEST_PROMPT = 1024
 MULTIPLE = 16  # of tokens

@@ -24,7 +24,9 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import LatentShape, SamplerDefaults, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 READ_STATE = -2  # of the text encoder: before its last layer
 EPSILON = (

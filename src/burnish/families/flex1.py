@@ -21,7 +21,8 @@ from burnish.families.packing import unpack
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.noise_schedule import SamplerDefaults
 
 
 class Flex1(PipelineFamily):

@@ -22,7 +22,8 @@ from burnish.families.packing import unpack
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.noise_schedule import SamplerDefaults
 
 CHANNELS = 16  # of the latents of each picture
 

@@ -30,7 +30,8 @@ from burnish.families.rows import by_kind
 from burnish.families.slots import Config
 from burnish.families.sources import read_json
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, SamplerDefaults, Schedule, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.noise_schedule import SamplerDefaults, Schedule
 
 LONGEST_PROMPT = 512  # T5 tokens FLUX.1-dev was released with
 LONGEST_PROMPT_DISTILLED = 256  # FLUX.1-schnell, which has no guidance embedding

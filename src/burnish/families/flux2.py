@@ -31,18 +31,10 @@ from burnish.families.shifts import EmpiricalShift
 from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import first_layers
 from burnish.families.token_words import written_out
-from burnish.family import (
-    Capabilities,
-    LatentShape,
-    ModelSource,
-    Part,
-    Places,
-    Prediction,
-    SamplerDefaults,
-    Schedule,
-    Shrink,
-    TargetSet,
-)
+from burnish.family import Capabilities, ModelSource, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import Prediction, SamplerDefaults, Schedule
+from burnish.placement import Part, Places, Shrink
 
 PROMPT_TOKENS = 512  # always so many: padding is part of what the model was trained on
 LAYERS_OF_MISTRAL, LAYERS_OF_QWEN = (10, 20, 30), (9, 18, 27)  # whose states are read; 0 is the embedding

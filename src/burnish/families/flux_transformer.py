@@ -27,7 +27,7 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout
-from burnish.family import LatentShape
+from burnish.latent_shape import LatentShape
 
 LATENTS = LatentShape(channels=16, compression=8, patch=2)
 HEAD_DIM = 128  # of every released FLUX.1 and of those pruned from it

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from burnish.families.packing import pack, unpack
-from burnish.family import classifier_free_guidance
+from burnish.noise_schedule import classifier_free_guidance
 
 
 def beyond_the_prompt(with_prompt: Tensor, without: Tensor, scale: Tensor) -> Tensor:

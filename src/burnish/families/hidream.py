@@ -20,7 +20,9 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.sources import locate
 from burnish.families.weights import Layout
-from burnish.family import ModelSource, Part, Places, Prediction, SamplerDefaults, Shrink, TargetSet
+from burnish.family import ModelSource, TargetSet
+from burnish.noise_schedule import Prediction, SamplerDefaults
+from burnish.placement import Part, Places, Shrink
 
 DEV_SHIFT = 6.0  # fast has 3, as full
 _DISTILLED = "FlowMatchLCMScheduler"  # that of dev and fast; full comes with UniPC

@@ -30,16 +30,9 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.sources import index_file, locate, read_json
 from burnish.families.weights import Layout, layout_of
-from burnish.family import (
-    Capabilities,
-    ModelSource,
-    Part,
-    Places,
-    Prediction,
-    SamplerDefaults,
-    Shrink,
-    TargetSet,
-)
+from burnish.family import Capabilities, ModelSource, TargetSet
+from burnish.noise_schedule import Prediction, SamplerDefaults
+from burnish.placement import Part, Places, Shrink
 
 # Rows and columns of latents of two pictures side by side, for which the releases fill up what is not square.
 FULL, E1_1 = (96, 192), (128, 256)

@@ -28,7 +28,8 @@ from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import LatentShape, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape
 
 PROMPT_TOKENS = 128  # of each encoder
 HEAD_DIM = 128

@@ -31,7 +31,9 @@ from burnish.families.slots import Config, Slot
 from burnish.families.sources import locate, read_json
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, Guide, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import Guide, SamplerDefaults
 
 TOKENS, LETTERS = 1000, 128
 READ_STATE = -3  # of Qwen2.5-VL, which has a norm after its last

@@ -36,7 +36,9 @@ from burnish.families.slots import Config
 from burnish.families.text_slots import clip_slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 LLAMA_TOKENS = 256
 READ_STATE = -3  # of Llama: two layers are left out

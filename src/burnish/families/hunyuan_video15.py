@@ -27,7 +27,9 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
 from burnish.families.text_slots import t5_slot
 from burnish.families.token_words import written_out
-from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 QWEN_TOKENS = 1000
 GLYPH_TOKENS = 256

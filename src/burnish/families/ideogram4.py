@@ -30,7 +30,9 @@ from burnish.families.qwen import qwen3_vl_slot
 from burnish.families.rows import by_kind
 from burnish.families.slots import Config, Slot
 from burnish.families.token_words import written_out
-from burnish.family import LatentShape, NegativePrompt, SamplerDefaults, Schedule, TargetSet
+from burnish.family import NegativePrompt, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults, Schedule
 
 TRANSFORMER, BLIND = "transformer", "unconditional_transformer"
 LONGEST_PROMPT = 2048

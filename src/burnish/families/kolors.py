@@ -25,7 +25,9 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.size_embedding import pooled_example, size_and_pooled, size_conditioning
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.unet import TARGETS, native_module, repeated_blocks, with_depth
-from burnish.family import LatentShape, PictureInfo, SamplerDefaults, Schedule, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape, PictureInfo
+from burnish.noise_schedule import SamplerDefaults, Schedule
 
 PROMPT_TOKENS = 256
 

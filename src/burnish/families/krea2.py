@@ -28,7 +28,9 @@ from burnish.families.slots import Slot
 from burnish.families.token_words import written_out
 from burnish.families.video_vae import wan_vae_slot
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, LatentShape, ResolutionShift, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import ResolutionShift, SamplerDefaults
 
 TOKENS = 512  # of the prompt and what closes it
 READ_LAYERS = (

@@ -27,7 +27,16 @@ from burnish.families.fingerprints import fingerprint
 from burnish.families.noise_schedule import schedule_of
 from burnish.families.sources import locate, locate_parts, read_header, read_json, weight_files
 from burnish.families.weights import Layout, below, layout_of
-from burnish.family import ModelSource, Part, Place, Places, Prediction, Schedule, Shrink, device_of, place_of
+from burnish.family import ModelSource
+from burnish.noise_schedule import Prediction, Schedule
+from burnish.placement import (
+    Part,
+    Place,
+    Places,
+    Shrink,
+    device_of,
+    place_of,
+)
 
 UNET_PREFIX, VAE_PREFIX = unet.PREFIX, "first_stage_model."
 PLAIN, INPAINTING = (

@@ -25,7 +25,9 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
 from burnish.families.text_slots import t5_slot
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 HEADS = 32  # of both sizes
 T5_TOKENS = 128

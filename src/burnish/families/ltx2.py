@@ -32,7 +32,9 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 GEMMA_TOKENS = 1024
 

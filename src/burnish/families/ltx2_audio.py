@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from burnish.conditioning import Conditioning
 from burnish.families.ltx2_names import find_audio_vae, find_vocoder
 from burnish.families.slots import Config, Slot
-from burnish.family import AudioShape
+from burnish.latent_shape import AudioShape
 
 Streams = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -25,7 +25,9 @@ from burnish.families.native import NativeNames, depth
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.weights import Layout
-from burnish.family import LatentShape, NegativePrompt, SamplerDefaults, TargetSet
+from burnish.family import NegativePrompt, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 PROMPT_TOKENS = 256
 # What the model was trained with, for pictures from captions (README of the release).

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from burnish.errors import ModelError, UserError
-from burnish.family import Prediction, Schedule
+from burnish.noise_schedule import Prediction, Schedule
 
 _PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
 

@@ -29,7 +29,9 @@ from burnish.families.reference_sizes import shrunk
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout, below
-from burnish.family import Capabilities, LatentShape, NegativePrompt, SamplerDefaults, Schedule, TargetSet
+from burnish.family import Capabilities, NegativePrompt, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults, Schedule
 
 LONGEST_PROMPT = 1024
 SYSTEM = "You are a helpful assistant that generates high-quality images based on user instructions."

@@ -25,21 +25,24 @@ from burnish.families.sources import index_file, locate, read_json
 from burnish.families.token_words import TokenVocabulary, written_out
 from burnish.families.weights import Layout, read_tensor
 from burnish.family import (
-    DENOISER,
     Audio,
     Capabilities,
-    LatentShape,
     ModelSource,
-    Part,
-    PictureInfo,
-    Places,
+    TargetSet,
+    Vocabulary,
+)
+from burnish.latent_shape import LatentShape, PictureInfo
+from burnish.noise_schedule import (
     Prediction,
     ResolutionShift,
     SamplerDefaults,
     Schedule,
+)
+from burnish.placement import (
+    DENOISER,
+    Part,
+    Places,
     Shrink,
-    TargetSet,
-    Vocabulary,
     place_of,
 )
 from burnish.randomness import torch_generator

@@ -25,7 +25,9 @@ from burnish.families.noise_schedule import schedule_of
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.text_slots import t5_slot
-from burnish.family import LatentShape, PictureInfo, SamplerDefaults, Schedule, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape, PictureInfo
+from burnish.noise_schedule import SamplerDefaults, Schedule
 
 ALPHA_TOKENS, SIGMA_TOKENS = 120, 300
 _ALPHA = "PixArtAlphaPipeline"

@@ -32,7 +32,9 @@ from burnish.families.seen_pictures import picture_of
 from burnish.families.slots import Config, Slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, LatentShape, SamplerDefaults, TargetSet
+from burnish.family import Capabilities, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 INSTRUCTION = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 TEMPLATE = INSTRUCTION + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

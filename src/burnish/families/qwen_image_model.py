@@ -25,7 +25,9 @@ from burnish.families.native import NativeNames, depth
 from burnish.families.rows import by_kind
 from burnish.families.slots import Slot
 from burnish.families.weights import Layout
-from burnish.family import LatentShape, SamplerDefaults, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 _Sizes = tuple[tuple[int, int], ...]  # rows and columns of patches, by reference
 

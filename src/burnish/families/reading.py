@@ -192,8 +192,12 @@ def opened_whole(file: Path, device: torch.device) -> Iterator[Stored]:
     """A file read onto a device by the package fastsafetensors (github.com/foundation-model-stack/fastsafetensors)."""
     from fastsafetensors import SafeTensorsFileLoader
 
+    # It takes no GPU without a number.
+    numbered = device
+    if device.type == "cuda" and device.index is None:
+        numbered = torch.device("cuda", torch.cuda.current_device())
     # Without GPU Direct Storage, which needs a driver of its own; its absence would be a warning per file.
-    loader = SafeTensorsFileLoader(None, str(device), nogds=True, set_numa=False)
+    loader = SafeTensorsFileLoader(None, str(numbered), nogds=True, set_numa=False)
     try:
         loader.add_filenames({0: [str(file)]})
         buffers = loader.copy_files_to_device()

@@ -23,7 +23,9 @@ from burnish.families import gemma
 from burnish.families.masked import trimmed
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
-from burnish.family import LatentShape, NegativePrompt, SamplerDefaults, TargetSet
+from burnish.family import NegativePrompt, TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 PROMPT_TOKENS = 300
 # What the model was trained with, word for word (configs/sana_app_config/Sana_1600M_app.yaml of the release).

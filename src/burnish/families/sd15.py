@@ -14,7 +14,7 @@ from burnish.families import clip
 from burnish.families.latent_diffusion import Layouts, TextEncoderPlace, plain_text_to_image, stage_count
 from burnish.families.unet import native_module, native_tensors
 from burnish.families.unet_family import UNetFamily
-from burnish.family import SamplerDefaults
+from burnish.noise_schedule import SamplerDefaults
 
 LAYOUTS = Layouts(
     config_file="sd15.json",

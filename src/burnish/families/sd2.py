@@ -26,7 +26,7 @@ from burnish.families.latent_diffusion import (
 from burnish.families.unet import native_module, native_tensors
 from burnish.families.unet_family import UNetFamily
 from burnish.families.weights import below, read_tensor
-from burnish.family import Prediction, SamplerDefaults, Schedule
+from burnish.noise_schedule import Prediction, SamplerDefaults, Schedule
 
 LAYERS_READ = 23  # of 24; diffusers' folders hold no more
 LAYOUTS = Layouts(

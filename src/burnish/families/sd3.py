@@ -26,7 +26,9 @@ from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Slot, vae_slot
 from burnish.families.text_slots import clip_slot, t5_slot
 from burnish.families.weights import Layout
-from burnish.family import LatentShape, SamplerDefaults, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 T5_TOKENS = 256  # what 3 and 3.5 were trained with; 154 positions besides come from the two CLIPs' 77
 HEAD_DIM = 64

@@ -22,7 +22,8 @@ from burnish.families.latent_diffusion import Layouts, TextEncoderPlace, plain_t
 from burnish.families.size_embedding import pooled_example, size_and_pooled, size_conditioning
 from burnish.families.unet import native_module, native_tensors
 from burnish.families.unet_family import UNetFamily
-from burnish.family import PictureInfo, SamplerDefaults
+from burnish.latent_shape import PictureInfo
+from burnish.noise_schedule import SamplerDefaults
 
 LAYOUTS = Layouts(
     config_file="sdxl.json",

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from burnish.conditioning import Conditioning
-from burnish.family import PictureInfo
+from burnish.latent_shape import PictureInfo
 from burnish.randomness import torch_generator
 
 

@@ -35,7 +35,8 @@ from burnish.families.sources import (
     weight_files,
 )
 from burnish.families.weights import Layout, layout_of, load_module
-from burnish.family import ModelSource, Part, Place, Shrink
+from burnish.family import ModelSource
+from burnish.placement import Part, Place, Shrink
 
 ENCODING_VERSION = 1  # raise when encoding gives other numbers for the same weights: caches then start anew
 

@@ -22,7 +22,8 @@ from burnish.export_keys import NativeModule, NativeTensor
 from burnish.families.sources import read_json, weight_files
 from burnish.families.tensor_info import TensorInfo
 from burnish.families.weights import Layout, layout_of, load_module
-from burnish.family import Place, Shrink, TargetSet
+from burnish.family import TargetSet
+from burnish.placement import Place, Shrink
 
 _ATTENTION = ("*.attn[12].to_[qkv]", "*.attn[12].to_out.0")
 _FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")

@@ -33,20 +33,19 @@ from burnish.families.token_words import TokenVocabulary
 from burnish.families.unet import TARGETS, repeated_blocks
 from burnish.families.weights import read_tensor
 from burnish.family import (
-    DENOISER,
     Audio,
     Capabilities,
-    LatentShape,
     ModelSource,
-    Part,
-    PictureInfo,
-    Places,
-    Prediction,
-    SamplerDefaults,
-    Schedule,
-    Shrink,
     TargetSet,
     Vocabulary,
+)
+from burnish.latent_shape import LatentShape, PictureInfo
+from burnish.noise_schedule import Prediction, SamplerDefaults, Schedule
+from burnish.placement import (
+    DENOISER,
+    Part,
+    Places,
+    Shrink,
 )
 from burnish.randomness import torch_generator
 

@@ -24,7 +24,10 @@ from burnish.families import clip_vision, video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config, Slot
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, LatentShape, ModelSource, Part, SamplerDefaults
+from burnish.family import Capabilities, ModelSource
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
+from burnish.placement import Part
 
 CHANNELS = 16
 I2V_CHANNELS = 36  # noisy latents, which frames are known, latents of the first frame

@@ -25,7 +25,9 @@ from burnish.families.rows import by_kind
 from burnish.families.slots import Config, not_in_files
 from burnish.families.sources import locate
 from burnish.families.weights import Layout
-from burnish.family import Capabilities, LatentShape, ModelSource, SamplerDefaults
+from burnish.family import Capabilities, ModelSource
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 CHANNELS, WIDE_CHANNELS = 16, 48
 I2V_CHANNELS = 36  # noisy latents, which frames are known, latents of the first frame

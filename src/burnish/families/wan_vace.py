@@ -22,7 +22,9 @@ from burnish.conditioning import Conditioning
 from burnish.families import video_vae, wan, wan_names
 from burnish.families.pipeline import PipelineFamily
 from burnish.families.slots import Config
-from burnish.family import Capabilities, LatentShape, SamplerDefaults
+from burnish.family import Capabilities
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults
 
 CONTROL = "control_BCTHW"
 SIDE = 8  # pixels per latent, each way

@@ -27,7 +27,13 @@ from burnish.families.fingerprints import fingerprint
 from burnish.families.reading import Piece, fetched, read_each
 from burnish.families.scales import moved, scales_in, widened
 from burnish.families.sources import read_header
-from burnish.family import Place, Shrink, Shrinking, Split, device_of
+from burnish.placement import (
+    Place,
+    Shrink,
+    Shrinking,
+    Split,
+    device_of,
+)
 
 _log = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)

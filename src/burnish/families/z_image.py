@@ -28,7 +28,9 @@ from burnish.families.qwen import qwen3_slot
 from burnish.families.slots import Config, Slot, vae_slot
 from burnish.families.token_words import written_out
 from burnish.families.weights import Layout
-from burnish.family import LatentShape, SamplerDefaults, Schedule, TargetSet
+from burnish.family import TargetSet
+from burnish.latent_shape import LatentShape
+from burnish.noise_schedule import SamplerDefaults, Schedule
 
 PROMPT_TOKENS = 512  # with those of the chat around the caption
 TURBO_SHIFT = 3.0  # the base model was released with 6

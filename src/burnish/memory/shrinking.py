@@ -102,7 +102,7 @@ class Shrinking:
         return {f"{name}.weight" for name in self.layers}
 
     def take(self, weight_name: str, weight: Tensor, scales: Tensor | None = None) -> None:
-        """Keep a layer's weight (N, K), which is on the device; see `family.Shrinking`."""
+        """Keep a layer's weight (N, K), which is on the device; see `placement.Shrinking`."""
         name = weight_name.removesuffix(".weight")
         layer = self.layers[name]
         packed = _as_stored(layer, weight, scales)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from burnish.adapters.attached import AdapterSet, all_at, all_disabled
 from burnish.adapters.casting import cast_once
 from burnish.adapters.own_weights import OwnWeights
-from burnish.adapters.words import NewWord
+from burnish.adapters.words import NewWord, refuse_known
 from burnish.config.method import Word
 from burnish.family import Family
 from burnish.objective import Denoising
@@ -46,9 +46,14 @@ def made_trainable(
 
 
 def _taught(family: Family, word: Word) -> list[dict[str, Any]]:
-    """The word in every vocabulary, with vectors that begin with nothing."""
+    """The word in every vocabulary, with vectors that begin with nothing.
+
+    Raises:
+        ConfigError: it is a word already.
+    """
     groups: list[dict[str, Any]] = []
-    for vocabulary in family.vocabularies.values():
+    for name, vocabulary in family.vocabularies.items():
+        refuse_known(vocabulary, word, name)
         vectors_ND = nn.Parameter(torch.empty(word.vectors, vocabulary.vectors.shape[1]))
         vocabulary.add(word.token, vectors_ND)
         groups += NewWord(vectors_ND, (0.0, 1.0)).parameter_groups(1e-4)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.conditioning import Conditioning
-from burnish.family import Family, Part
+from burnish.family import Family
+from burnish.placement import Part
 from burnish.planner.live_bytes import LiveBytes
 from burnish.planner.lowering import cuda_lowering
 from burnish.planner.recipe import Shape

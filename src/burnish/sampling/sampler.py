@@ -19,7 +19,9 @@ from torch import Tensor
 
 from burnish.conditioning import Conditioning
 from burnish.errors import UserError
-from burnish.family import Family, NegativePrompt, PictureInfo, classifier_free_guidance
+from burnish.family import Family, NegativePrompt
+from burnish.latent_shape import PictureInfo
+from burnish.noise_schedule import classifier_free_guidance
 from burnish.sampling.decoding import Drawn, Latents, decode_pictures
 from burnish.sampling.references import check_references, mask_pixels, reference_pixels
 from burnish.sampling.stream import Stream

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from burnish.errors import ModelError
-from burnish.family import Schedule
+from burnish.noise_schedule import Schedule
 
 
 class Stream:

@@ -17,7 +17,7 @@ from burnish.export.formats import key_prefix, key_start, spelled_name
 from burnish.export.kinds import SPOKEN, Kind
 from burnish.export.stacking import stacked
 from burnish.export_keys import AdapterFormat, NativeModule
-from burnish.family import DENOISER
+from burnish.placement import DENOISER
 from burnish.toolbox.models import Model, TextModule
 from burnish.toolbox.pieces import ModuleAdapter
 from burnish.toolbox.regroup import Targeted, is_plain, put_together, taken_apart
