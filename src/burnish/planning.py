@@ -161,10 +161,21 @@ class _Planner:
         if not self.traced.in_step or trains_whole_text(self.config.method):
             tried = ("native",)
         for self.texts in tried:
+            if self.texts != tried[-1] and not self._could_fit(largest, modes, beside):
+                continue
             found, profiles, limits = self._search(largest, modes, beside)
             if found:
                 break
         return found, profiles, limits
+
+    def _could_fit(self, largest: Shape, modes: tuple[Mode, ...] | None, beside: Beside) -> bool:
+        """Whether the least that a step takes fits, found by one trace: all weights elsewhere, nothing kept."""
+        stream = self._stream()
+        kept_as = self.formats()[-1 if self.rates.unified or stream == 0 else 0][-1]
+        tried = ("recompute",) if modes is None else self._tried(modes)[0]
+        profiles: Profiles = {kept_as: {mode: self._profile(largest, kept_as, mode) for mode in tried}}
+        limits = Limits((kept_as,), modes, stream, offload=self._offload()[-1], beside=beside)
+        return smallest(profiles, self.rates, limits, compiled=self.compiled).peak <= self.budget
 
     def _search(
         self, largest: Shape, modes: tuple[Mode, ...] | None, beside: Beside
@@ -194,7 +205,8 @@ class _Planner:
                 for kept_as in limits.weights
             }
             found = choices(profiles, self.rates, self.budget, limits, compiled=self.compiled)
-            if found and set(preferred(found).settings.modes) == {"keep"}:
+            # Nothing takes less than computing all of it again; nothing is faster than keeping all of it.
+            if not found or set(preferred(found).settings.modes) == {"keep"}:
                 break
         return found, profiles
 

@@ -64,8 +64,6 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
             optimizer.keeper = StatesOnHost(host, lambda: None)
         touch_state(optimizer, parameters)
         batch = shape.lesson.taught(batch_without_data(noisy, conditioning, sound_of(family, shape)))
-        if recipe.caption is not None:
-            batch = _unsaid(family, batch, recipe.caption)
     # The mode is off from here on: fake tensors bring their own, and what code makes out of nothing (positions, masks)
     # keeps its values, so that it can be read on the host as in a real step.
     with cuda_lowering() if cuda else nullcontext():
@@ -130,7 +128,9 @@ def _step(
     frozen = _by_block(family, blocks, lambda one: 0 if one.requires_grad else _size(one))
     counted.follow([list(one.parameters()) + list(one.buffers()) for one in modules_of(family)])
     counted.follow([parameter.grad for parameter in parameters if parameter.grad is not None])
-    counted.follow([batch.latents_BCHW, batch.audio_BCLF, list(batch.conditioning.values()), averages])
+    counted.follow([batch.latents_BCHW, batch.audio_BCLF, averages])
+    if recipe.caption is None:  # else what captions are encoded to is not there before
+        counted.follow(list(batch.conditioning.values()))
     counted.follow([batch.counted, batch.kept, list((batch.unprompted or {}).values())])
     if isinstance(batch.contrast, Direction):
         counted.follow([list(one.values()) for one in (batch.contrast.positive, batch.contrast.negative)])
@@ -155,6 +155,7 @@ def _step(
     with counted, _marked(counted, blocks):
         if recipe.caption is not None:
             batch = _said(family, batch, recipe.caption)
+            counted.follow(list(batch.conditioning.values()))
         noise = torch.empty_like(batch.latents_BCHW, dtype=torch.float32)
         audio = batch.audio_BCLF
         audio_noise = None if audio is None else torch.empty_like(audio, dtype=torch.float32)
@@ -185,15 +186,6 @@ def _said(family: Family, batch: Batch, caption: str) -> Batch:
     """As a run's step encodes captions where something of the text encoders trains."""
     told = family.encode_prompts([caption] * len(batch.sample_ids))
     return replace(batch, conditioning=batch.conditioning.merged(told))
-
-
-def _unsaid(family: Family, batch: Batch, caption: str) -> Batch:
-    """The batch without what captions are encoded to."""
-    with unset_fake_temporarily(), torch.no_grad():
-        told = family.encode_prompts([caption])
-    return replace(
-        batch, conditioning=Conditioning({k: v for k, v in batch.conditioning.items() if k not in told})
-    )
 
 
 def _predicted(
