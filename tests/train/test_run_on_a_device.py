@@ -17,6 +17,7 @@ import burnish.run
 from burnish import settling
 from burnish.events import Listener
 from burnish.export.word_file import is_word
+from burnish.families import reading
 from burnish.memory import quantized
 
 TinyFolder = Callable[[str], Path]
@@ -66,6 +67,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settling, "measured_rates", lambda *_, **__: None)
     monkeypatch.setattr(burnish.run, "choose_device", lambda *_: DEVICE)
     monkeypatch.setattr(quantized, "SMALLEST", 0)
+    monkeypatch.setattr(reading, "has_fastsafetensors", lambda: False)  # it looks for the driver
 
 
 @pytest.mark.usefixtures("cuda")
