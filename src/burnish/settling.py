@@ -67,9 +67,7 @@ def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: L
         plan = plan_run(
             config, card, budget=budget_of(memory.budget), cuda=on_cuda, can_compile=on_cuda and has_triton()
         )
-    except (
-        RuntimeError
-    ) as error:  # model code that asks for numbers, of which a plan has none: torch has many words for it
+    except RuntimeError as error:  # model code asks for numbers: torch has many words for it
         events.warned(
             f"this run cannot be planned ({error}); going on with recomputed activations and weights as they come"
         )

@@ -24,7 +24,7 @@ from burnish.families.registry import family_named
 from burnish.family import Family, ModelSource
 from burnish.memory.activations import ORDER, Mode, activation_modes, set_activations
 from burnish.objective import Denoising
-from burnish.planner import trace
+from burnish.planner import probe, trace
 from burnish.planner.choose import Choice, Limits, choices, preferred, smallest
 from burnish.planner.live_bytes import LiveBytes, Work
 from burnish.planner.measure import Measure
@@ -406,6 +406,15 @@ def test_rates_are_measured_once(tmp_path: Path) -> None:
     assert min(rates.matmul, rates.attention, rates.from_host) > 0
     assert rates.fp8 is None
     assert measured_rates(torch.device("cpu"), tmp_path, side=128) == rates
+
+
+def test_rates_of_another_planner_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may have kept other rates than this one reads."""
+    measured_rates(torch.device("cpu"), tmp_path, side=128)
+    (kept,) = tmp_path.iterdir()
+    kept.write_text('{"of_old": 1.0}')
+    monkeypatch.setattr(probe, "PLANNER_VERSION", 0)
+    assert measured_rates(torch.device("cpu"), tmp_path, side=128).matmul > 0
 
 
 @pytest.mark.parametrize("kept_as", ["int8", "fp8"])
