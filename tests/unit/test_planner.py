@@ -39,7 +39,7 @@ RANK = 4
 
 
 def adam(groups: object) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=1e-4, foreach=True)  # type: ignore[arg-type]
+    return torch.optim.AdamW(groups, lr=1e-4, fused=True)  # type: ignore[arg-type]
 
 
 LORA = Lora()

@@ -87,7 +87,7 @@ def bared(run: Training, rate: float) -> Bare:
                 bare = BareLora(layer)
                 denoiser.get_submodule(parent).register_module(child, bare)
                 parameters += [bare.a, bare.b]
-    return Bare(run.family, torch.optim.AdamW(parameters, lr=rate, foreach=True))
+    return Bare(run.family, torch.optim.AdamW(parameters, lr=rate, fused=True))
 
 
 def assembled_run(config: RunConfig, prepared: Prepared, folder: RunFolder, events: Events) -> Training:

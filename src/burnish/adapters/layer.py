@@ -72,7 +72,9 @@ class AdapterLayer(nn.Module):
         self.multiplier = 1.0
         self.active = True
         self.cast: tuple[Tensor, ...] | None = None  # `factors` in the type of the run, with gradients
-        innermost(base).requires_grad_(False)
+        layer = innermost(base)
+        layer.requires_grad_(False)
+        self._takes_rows = isinstance(layer, nn.Linear)
 
     @classmethod
     def fresh(cls, base: Adaptable, choice: ModuleChoice, seed: int, name: str) -> AdapterWeights:
@@ -102,6 +104,12 @@ class AdapterLayer(nn.Module):
         return {}
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() <= 2 or not self._takes_rows:
+            return self._adapted(x)
+        # Torch makes rows of tokens for each product, and tokens of its rows, forward and backward: once is enough.
+        return self._adapted(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+    def _adapted(self, x: Tensor) -> Tensor:
         output: Tensor = self.base(x)
         if not self.active:
             return output

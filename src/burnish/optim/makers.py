@@ -83,21 +83,16 @@ def library(section: AnyOptimizer) -> Any:
 
 
 def _adamw(section: AdamW, groups: Groups) -> torch.optim.Optimizer:
-    fused = _are_on_cuda(groups)
     return torch.optim.AdamW(
         groups,
         lr=section.learning_rate,
         betas=section.betas,
         eps=section.eps,
         weight_decay=section.weight_decay,
-        # An adapter is hundreds of small tensors: one kernel for many of them, or one call.
-        fused=fused,
-        foreach=not fused,
+        # One call for an adapter's hundreds of small tensors, one pass over a large one. On a CPU it wants gradients
+        # laid out as their parameters are, which autograd sees to.
+        fused=True,
     )
-
-
-def _are_on_cuda(groups: Groups) -> bool:
-    return all(parameter.is_cuda for group in groups for parameter in group["params"])
 
 
 def _adamw8bit(section: AdamW8bit, groups: Groups) -> torch.optim.Optimizer:

@@ -40,7 +40,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                     betas=section.betas,
                     eps=section.eps,
                     weight_decay=section.weight_decay,
-                    foreach=True,
+                    fused=True,
                 )
             )
         self.param_groups = [group for one in self._inner for group in one.param_groups]

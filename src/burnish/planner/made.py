@@ -61,11 +61,14 @@ def _taught(family: Family, word: Word) -> list[dict[str, Any]]:
 
 
 def step_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
-    """By one kernel, where torch's own optimizers would make copies of all that they step (optim/makers.py)."""
+    """By lists of tensors and the copies they need, where torch's own optimizers are not told how: so it is on CUDA."""
     single = optimizer.inside if isinstance(optimizer, OneByOne) else []
-    for group in (group for one in (optimizer, *single) for group in one.param_groups):
-        if "fused" in group and "foreach" in group:
-            group["fused"], group["foreach"] = True, False
+    for one in (optimizer, *single):
+        if isinstance(one, torch.optim.Adafactor):  # goes through them one by one everywhere
+            continue
+        for group in one.param_groups:
+            if group.get("foreach", False) is None and not (group.get("fused") or group.get("differentiable")):
+                group["foreach"] = True
 
 
 class Host:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from burnish import __version__
 
-PLANNER_VERSION = 7  # raise when the same step would be counted otherwise
+PLANNER_VERSION = 8  # raise when the same step would be counted otherwise
 
 
 def planner_version() -> dict[str, str]:
