@@ -142,7 +142,8 @@ def build_attention(config: RunConfig, run: Training, prepared: Prepared) -> Att
 
     def calls() -> list[Call]:
         found: dict[Kind, Call] = {}
-        batch = next(prepared.batches(prepared.plan.largest(), workers=0)).to(run.device)
+        whole = next(prepared.batches(prepared.plan.largest(), workers=0)).to(run.device)
+        batch = whole.parts(run.batch_parts)[0]
         with torch.no_grad(), recorded(found):
             for _ in run.objective.turns(run.family, run.told(batch), run.seed):
                 continue
@@ -193,6 +194,7 @@ def build_training(
         seed=config.seed,
         steps=train.steps,
         accumulate=train.accumulate,
+        batch_parts=1 if config.memory.batch_parts == "auto" else config.memory.batch_parts,
         max_grad_norm=train.max_grad_norm,
         ema=Ema(parameters, train.ema.decay or 0.99, train.ema.width) if train.ema else None,
         constants=constants,

@@ -48,6 +48,7 @@ class Training:
     seed: int
     steps: int
     accumulate: int = 1
+    batch_parts: int = 1  # of a micro-batch, learned one after the other
     max_grad_norm: float = 1.0
     ema: Ema | None = None
     # What parameters are relative to, in checkpoints.
@@ -154,11 +155,12 @@ def micro_step(run: Training, batch: Batch, samples: int) -> list[Turn]:
     """
     seed_dropout(stable_seed(run.seed, "dropout", batch.position), run.device)
     judged = []
-    with closing(run.objective.turns(run.family, run.told(batch), run.seed)) as turns:
-        for turn in turns:
-            scaled = run.scaler.scale((turn.loss_B * turn.weight_B).sum() / samples)
-            torch.autograd.backward(scaled)
-            judged.append(replace(turn, loss_B=turn.loss_B.detach()))
+    for part in batch.parts(run.batch_parts):
+        with closing(run.objective.turns(run.family, run.told(part), run.seed)) as turns:
+            for turn in turns:
+                scaled = run.scaler.scale((turn.loss_B * turn.weight_B).sum() / samples)
+                torch.autograd.backward(scaled)
+                judged.append(replace(turn, loss_B=turn.loss_B.detach()))
     return judged
 
 

@@ -50,11 +50,15 @@ def training_rows(
         Row(
             "  activations",
             max(0, step.peak - (weights - best.host) - trained - beside.always),
-            f"{kept}; batch {largest.batch} of {size_in_words(largest)}, gradients"
+            f"{kept}; {_at_once(largest)} of {size_in_words(largest)}, gradients"
             + (f"; a step is {besides}" if besides else ""),
         ),
         Row("training", step.peak, "all of these" + "".join(f" and {one}" for one in held)),
     )
+
+
+def _at_once(shape: Shape) -> str:
+    return f"batch {shape.batch}" if shape.parts == 1 else f"{shape.parts} parts of a batch, {shape.batch}"
 
 
 def trained_in_words(config: RunConfig) -> str:

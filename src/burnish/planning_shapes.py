@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil, prod
@@ -34,7 +35,28 @@ def shapes_of(config: RunConfig, family: Family) -> list[Shape]:
                 found.add(
                     Shape(*size, batch, *_references(source, frames, family), lesson_of(config, source))
                 )
-    return sorted(found, key=partial(_weight, family), reverse=True)
+    return sorted(found, key=partial(weight_of, family), reverse=True)
+
+
+def parts_of(config: RunConfig, shapes: Sequence[Shape]) -> list[int]:
+    """Into how many parts batches may be taken, fewest first; one where none can be, or where weights move in backward.
+
+    Of these the last is one picture after the other.
+    """
+    wanted, whole = config.memory.batch_parts, max(shape.batch for shape in shapes)
+    if wanted != "auto":
+        return [wanted]
+    if config.memory.gradient_release or any(shape.lesson.teaches for shape in shapes):
+        return [1]
+    return [*(2**power for power in range(whole.bit_length()) if 2**power < whole), whole]
+
+
+def in_parts(shape: Shape, parts: int) -> Shape:
+    """One of so many parts; pairs and sliders stay whole, as `Batch.parts` has it."""
+    if shape.lesson.teaches:
+        return shape
+    batch = ceil(shape.batch / parts)
+    return replace(shape, batch=batch, parts=ceil(shape.batch / batch))
 
 
 def pictures_of(config: RunConfig, method: Vae, family: Family) -> list[Shape]:
@@ -46,7 +68,7 @@ def pictures_of(config: RunConfig, method: Vae, family: Family) -> list[Shape]:
     return sorted(dict.fromkeys(whole), key=lambda one: one.height * one.width, reverse=True)
 
 
-def _weight(family: Family, shape: Shape) -> tuple[int, int, bool, bool, str]:
+def weight_of(family: Family, shape: Shape) -> tuple[int, int, bool, bool, str]:
     """What a step takes, roughly; ends of a slider add their gradients up."""
     lesson = shape.lesson
     both = lesson.teaches in ("direction", "opposites")

@@ -100,7 +100,7 @@ class RunTraces:
             optimizer=partial(build_optimizer, train.optimizer, one_by_one=memory.steps_singly),
             kept_as=None if kept_as == "native" else kept_as,
             keep_activations=keep,
-            accumulates=train.accumulate > 1,
+            accumulates=train.accumulate > 1 or shape.parts > 1,
             averages=train.ema is not None,
             dropout=0.0 if isinstance(method, Full | TextualInversion | Vae) else method.dropout,
             own_weights=isinstance(method, Full),
@@ -145,11 +145,12 @@ class RunTraces:
         train, method = self.config.train, self.config.method
         assert isinstance(method, Vae)
         objective = Reconstruction.of(method, DTYPES[train.precision])
+        accumulates = train.accumulate > 1 or shape.parts > 1
         facts = {
             "vae": tensors_of(self.known.loaded),
             "method": method.model_dump(mode="json"),
             "optimizer": train.optimizer.model_dump(mode="json"),
-            "recipe": [self.cuda, mode, train.accumulate > 1, train.ema is not None, train.precision],
+            "recipe": [self.cuda, mode, accumulates, train.ema is not None, train.precision],
             "shape": [shape.height, shape.width, shape.batch],
         }
 
@@ -162,7 +163,7 @@ class RunTraces:
                 objective,
                 partial(build_optimizer, train.optimizer),
                 mode,
-                accumulates=train.accumulate > 1,
+                accumulates=accumulates,
                 averages=train.ema is not None,
                 cuda=self.cuda,
             )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from burnish.config.method import Vae
 from burnish.config.schema import RunConfig
 from burnish.memory.activations import Mode
-from burnish.planner.choose import Choice, Limits, Profiles, choices, evaluate_settings, preferred, smallest
+from burnish.planner.choose import Limits, Profiles, choices, evaluate_settings, smallest
 from burnish.planner.rates import Card
+from burnish.planner.recipe import Shape
 from burnish.planning_rows import nothing_fits, training_rows
-from burnish.planning_shapes import pictures_of, tokens_of
+from burnish.planning_search import Found
+from burnish.planning_shapes import in_parts, parts_of, pictures_of, tokens_of
 from burnish.planning_traces import RunTraces
 from burnish.run_plan import RunPlan, Timed, for_torch
 
@@ -24,30 +28,42 @@ def plan_vae(config: RunConfig, card: Card, budget: int | None, *, cuda: bool) -
     """
     assert isinstance(config.method, Vae)
     traced, rates, room = RunTraces(config, cuda=cuda), card.rates, for_torch(card, budget)
-    shapes = pictures_of(config, config.method, traced.of)
+    whole = pictures_of(config, config.method, traced.of)
     wanted = config.memory.activations
     modes = MODES if wanted == "auto" else tuple(one for one in MODES if one == wanted)
-    # One block, and nothing of it can be elsewhere.
-    limits = Limits(("native",), stream=0.0)
 
-    def profiles_of(number: int) -> Profiles:
-        return {"native": {mode: traced.vae_profile(shapes[number], mode) for mode in modes}}
+    def profiles_of(shape: Shape) -> Profiles:
+        return {"native": {mode: traced.vae_profile(shape, mode) for mode in modes}}
 
-    profiles = profiles_of(0)
-    found = choices(profiles, rates, room, limits, compiled=False)
-    if not found:
-        least = smallest(profiles, rates, limits, compiled=False)
-        raise nothing_fits(
-            card, room, (least.peak, "training"), shapes[0], "A smaller method.crop, or train.batch_size: 1."
+    found = None
+    for parts in parts_of(config, whole):
+        part = in_parts(whole[0], parts)
+        # One block, and nothing of it can be elsewhere.
+        limits = Limits(("native",), stream=0.0, parts=part.parts)
+        profiles = profiles_of(part)
+        tried = Found(
+            choices(profiles, rates, room, limits, compiled=False), profiles, limits, part, "native"
         )
-    best = preferred(found)
-    less = tuple(one for one in found if one.peak < 0.9 * best.peak)
-    every = choices(profiles, rates, 1 << 62, limits, compiled=False)
+        if found is not None and found.choices and not tried.is_faster_than(found):
+            break
+        found = tried
+        if found.choices and found.best.settings.keeps_all:
+            break
+    assert found is not None, "there is always one part"
+    if not found.choices:
+        least = smallest(found.profiles, rates, found.limits, compiled=False)
+        raise nothing_fits(
+            card, room, (least.peak, "training"), found.part, "A smaller method.crop, or train.batch_size: 1."
+        )
+    best = found.best
+    less = tuple(one for one in found.choices if one.peak < 0.9 * best.peak)
+    every = choices(found.profiles, rates, 1 << 62, found.limits, compiled=False)
 
-    def timed(number: int) -> Timed:
-        choice: Choice = evaluate_settings(profiles_of(number)["native"], best.settings, rates)
-        seconds = choice.seconds * config.train.accumulate
-        return Timed(shapes[number], tokens_of(shapes[number], traced.of), seconds)
+    def timed(shape: Shape) -> Timed:
+        part = in_parts(shape, best.settings.parts)
+        settings = replace(best.settings, parts=part.parts)
+        choice = evaluate_settings(profiles_of(part)["native"], settings, rates)
+        return Timed(shape, tokens_of(shape, traced.of), choice.seconds * config.train.accumulate)
 
     return RunPlan(
         family=traced.known.title,
@@ -56,8 +72,8 @@ def plan_vae(config: RunConfig, card: Card, budget: int | None, *, cuda: bool) -
         choice=best,
         compiled=False,
         text_encoder_weights="native",
-        rows=training_rows(config, profiles, best, rates, shapes[0]),
-        times=tuple(timed(number) for number in range(len(shapes))),
+        rows=training_rows(config, found.profiles, best, rates, found.part),
+        times=tuple(timed(shape) for shape in whole),
         steps=config.train.steps,
         accumulate=config.train.accumulate,
         fallbacks=less,

@@ -1,7 +1,8 @@
 """Every `auto` of the config's memory section made a value, before a run loads anything.
 
 On a GPU the plan decides (planning.py); on a CPU nothing has to fit unless a budget is named. What the first start
-chose for weights holds for all that follow it, since the run's numbers depend on it: it is kept in the run folder.
+chose for weights and for parts of batches holds for all that follow, since the run's numbers depend on it: it is in the
+run folder.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ UNPLANNED: dict[str, Any] = {
     "activations": "keep",
     "stream": 0.0,
     "offload_activations": False,
+    "batch_parts": 1,
     "compile": False,
 }
 CPU = Card("CPU", 0, 0.2, None, None, 20, from_host=20, unified=True)
@@ -101,6 +103,7 @@ def values_of(choice: Choice) -> dict[str, Any]:
         "activations": next(iter(kept)) if len(kept) == 1 else kept,
         "stream": settings.stream,
         "offload_activations": settings.offload,
+        "batch_parts": settings.parts,
     }
 
 
@@ -111,11 +114,11 @@ def with_memory(config: RunConfig, memory: Memory, values: dict[str, Any]) -> Ru
 
 
 def pinned(memory: Memory, folder: RunFolder) -> Memory:
-    """The section with the weight formats of the run's first start in place of `auto`."""
+    """The section as the run's first start settled it where numbers depend on it: formats, parts of a batch."""
     if not any(folder.checkpoints.glob("step-*")):
         return memory
     before = read_plan(folder)
-    names = ("weights", "text_encoder_weights")
+    names = ("weights", "text_encoder_weights", "batch_parts")
     kept = {name: before[name] for name in names if name in before and getattr(memory, name) == "auto"}
     return memory.model_copy(update=kept)
 
@@ -205,4 +208,6 @@ def kept_in_words(choice: Choice) -> str:
         words.append("kept in host memory")
     if settings.stream:
         words.append(f"{settings.stream:.0%} of block weights streamed")
+    if settings.parts > 1:
+        words.append(f"batches in {settings.parts} parts")
     return ", ".join(words)

@@ -76,7 +76,7 @@ def test_the_demo_learns_in_8_bits_as_in_32(tmp_path: Path) -> None:
     spread = (native - other_seed).abs().mean()
     for weights in ("fp8", "int8"):
         found = losses_of(tmp_path, 7, weights)
-        assert 0 < (found - native).abs().mean() < 0.1 * spread
+        assert 0 < (found - native).abs().mean() < 0.2 * spread
         assert found[-4:].mean() < found[:4].mean()
 
 

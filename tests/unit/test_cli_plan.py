@@ -50,14 +50,20 @@ def test_phases_sizes_and_settings_are_shown(config: Path) -> None:
 
 
 def test_batch_sizes_side_by_side(config: Path) -> None:
-    code, text = invoke(str(config), "--gpu", "1.2GiB", "--batch", "4,1,400", "--json")
+    whole = ("--gpu", "1.2GiB", "--set", "memory.batch_parts=1", "--batch")
+    code, text = invoke(str(config), *whole, "4,1,400", "--json")
     assert code == 0, text
     one, four, many = json.loads(text)
     assert (one["batch"], four["batch"], many["batch"]) == (1, 4, 400)
     assert four["peak_gib"] > one["peak_gib"]
     assert four["pictures_per_second"] > one["pictures_per_second"]
     assert "nothing fits into 1.2 GiB" in many["trouble"]
-    code, text = invoke(str(config), "--gpu", "1.2GiB", "--batch", "1,4")
+    code, text = invoke(str(config), "--gpu", "1.2GiB", "--batch", "400", "--json")
+    (parted,) = json.loads(text)
+    assert parted["settings"]["batch_parts"] > 1
+    code, text = invoke(str(config), "--gpu", "1.2GiB", "--batch", "400")
+    assert f"batches in {parted['settings']['batch_parts']} parts" in " ".join(text.split())
+    code, text = invoke(str(config), *whole, "1,4")
     assert code == 0
     rows = [line.split()[:2] for line in text.splitlines()[2:]]
     assert rows == [["1", f"{one['peak_gib']:.2f}"], ["4", f"{four['peak_gib']:.2f}"]]

@@ -33,6 +33,12 @@ HEAD = "name: a\nmodel: {path: demo}\ndata: [{path: p}]\n"
             "train.accumulate: 4 adds them up",
         ),
         (
+            "memory: {gradient_release: true, batch_parts: 2}\n",
+            4,
+            "memory.batch_parts",
+            "each weight moves as soon as its gradient is there",
+        ),
+        (
             "memory: {gradient_release: true}\ntrain: {precision: fp16}\n",
             4,
             "memory.gradient_release",

@@ -125,7 +125,9 @@ def test_a_step_that_asks_more_than_once_takes_and_computes_what_a_real_one_does
     trained = sum(traced.trained) + traced.trained_outside
     assert trained == pytest.approx((4 if turns > 1 else 3) * own, rel=0.01)
     before = traced.resident - (own if turns > 1 else 0)
-    assert peak_of(traced) - before == pytest.approx(taken, rel=0.01)
+    # Torch adds up the gradients of one tensor in place, but those of fake ones into a third: one tensor too many where
+    # adapters are at a strength other than 1.
+    assert peak_of(traced) - before == pytest.approx(taken, rel=0.014 if turns > 1 else 0.001)
     work = step_of([traced] * len(traced.blocks)).work
     flop = work.matmul_flop + work.attention_flop
     assert flop == pytest.approx(computed.get_total_flops(), rel=0.01)

@@ -94,12 +94,18 @@ def test_the_plan_of_a_vae_keeps_what_fits(tiny_folder: TinyFolder, tmp_path: Pa
     assert less.settings.modes == ("recompute",)
     assert less.seconds > plan.choice.seconds
 
-    def within(torch_may: int) -> Any:
-        return plan_run(config, replace(card, gib=(torch_may + CONTEXT + FRAGMENTED) / GIB))
+    def within(torch_may: int, parts: int | str) -> Any:
+        memory = config.memory.model_copy(update={"batch_parts": parts})
+        within_it = replace(card, gib=(torch_may + CONTEXT + FRAGMENTED) / GIB)
+        return plan_run(config.model_copy(update={"memory": memory}), within_it)
 
-    assert within(plan.peak - 1).choice == less
+    assert within(plan.peak - 1, 1).choice == less
     with pytest.raises(UserError, match="training take at least"):
-        within(less.peak - 1)
+        within(less.peak - 1, 1)
+    one_by_one = within(less.peak - 1, "auto")
+    assert one_by_one.choice.settings.parts == ROWS
+    assert one_by_one.choice.peak < less.peak
+    assert one_by_one.times[0].shape.batch == ROWS
 
 
 def test_a_run_is_settled_by_the_plan_and_can_step_down(tiny_folder: TinyFolder, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class AdapterLayer(nn.Module):
         return {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() <= 2 or not self._takes_rows:
+        if not self._takes_rows or x.dim() <= 2 or not x.is_contiguous():
             return self._adapted(x)
         # Torch makes rows of tokens for each product, and tokens of its rows, forward and backward: once is enough.
         return self._adapted(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)

@@ -204,7 +204,8 @@ def _settings(choice: dict[str, Any]) -> str:
     blocks = ", ".join(mode if len(kept) == 1 else f"{count} blocks {mode}" for mode, count in kept.items())
     streamed = f", {choice['stream']:.0%} of block weights streamed" if choice["stream"] else ""
     waiting = ", kept in host memory" if choice["offload_activations"] else ""
-    return f"weights {choice['weights']}, {blocks}{waiting}{streamed}"
+    parts = f", batches in {choice['batch_parts']} parts" if choice["batch_parts"] > 1 else ""
+    return f"weights {choice['weights']}, {blocks}{waiting}{streamed}{parts}"
 
 
 def _duration(seconds: float) -> str:
@@ -223,6 +224,7 @@ def _as_json(plan: RunPlan) -> dict[str, Any]:
             "activations": settings.kept,
             "stream": settings.stream,
             "offload_activations": settings.offload,
+            "batch_parts": settings.parts,
             "peak_gib": choice.peak / GIB,
             "host_gib": (choice.host + choice.waiting) / GIB,
             "streamed_gib": choice.host / GIB,

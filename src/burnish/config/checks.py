@@ -241,6 +241,9 @@ def _of_single_steps(config: RunConfig) -> Iterator[tuple[KeyPath, str]]:
             "use a larger train.batch_size"
         )
         yield ("memory", "gradient_release"), text
+    if memory.gradient_release and memory.batch_parts not in ("auto", 1):
+        text = "each weight moves as soon as its gradient is there, and parts of a batch add theirs up; leave it out"
+        yield ("memory", "batch_parts"), text
     if memory.gradient_release and train.precision == "fp16":
         yield (
             ("memory", "gradient_release"),

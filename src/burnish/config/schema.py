@@ -202,6 +202,11 @@ class Memory(Section):
         "auto",
         description="What blocks keep for backward waits in host memory; for clips, with `recompute`.",
     )
+    batch_parts: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = Field(
+        "auto",
+        description="Parts of a batch that are learned one after the other, their gradients added up: the memory of a "
+        "smaller batch, and what is learned is the same. Pairs and sliders stay whole.",
+    )
     gradient_release: bool = Field(
         False,
         description="Each weight moves in backward, as soon as its gradient is there, which is then let go: no more "

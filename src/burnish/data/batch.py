@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -83,6 +84,15 @@ class Batch:
             contrast=None,
             unprompted=None if self.unprompted is None else self.unprompted.rows(index),
         )
+
+    def parts(self, count: int) -> list[Batch]:
+        """The rows in at most so many parts of one size, the last may be smaller; whole where rows are compared with
+        each other."""
+        rows = len(self.sample_ids)
+        if count == 1 or self.contrast is not None:
+            return [self]
+        size = ceil(rows / count)
+        return [self.rows(slice(first, first + size)) for first in range(0, rows, size)]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         return replace(

@@ -32,6 +32,12 @@ class Settings:
     streamed: tuple[bool, ...]
     stream: float = 0.0  # share of the bytes of block weights, as the option has it
     offload: bool = False  # what blocks keep for backward waits on the host
+    parts: int = 1  # of a micro-batch, one after the other
+
+    @property
+    def keeps_all(self) -> bool:
+        """Nothing is computed twice or moved: no other settings of these weights are faster."""
+        return set(self.modes) == {"keep"} and not any(self.streamed) and not self.offload
 
     @property
     def kept(self) -> dict[Mode, int]:
@@ -45,7 +51,7 @@ class Choice:
     peak: int  # bytes of the training step on the device, without what lies outside of tensors
     host: int  # bytes of streamed weights, which stay in host memory
     waiting: int  # bytes of what blocks keep that wait there between forward and backward
-    seconds: float  # per micro-step
+    seconds: float  # per micro-step, all its parts
     work: Work = field(compare=False)
 
 
@@ -66,6 +72,7 @@ class Limits:
     stream: float | None = None
     offload: bool = False  # what blocks keep waits on the host
     may_stream: bool = True
+    parts: int = 1  # of a micro-batch; profiles are of one
     host: int | None = None  # bytes that may wait in host memory; None: not known
     beside: Beside = Beside()
 
@@ -97,7 +104,7 @@ def smallest(profiles: Profiles, rates: Rates, limits: Limits, *, compiled: bool
     found = [
         evaluate(
             used, weights, modes, _away(_sizes(used), share), rates,
-            compiled=compiled, beside=limits.beside, offload=limits.offload,
+            compiled=compiled, beside=limits.beside, offload=limits.offload, parts=limits.parts,
         )
         for weights, used in _tables(profiles, limits)
         for modes in _mixtures(used, limits)
@@ -115,6 +122,7 @@ def evaluate(
     compiled: bool,
     share: float = 0.0,
     offload: bool = False,
+    parts: int = 1,
     beside: Beside = NOTHING,
 ) -> Choice:
     """Peak and time of one combination.
@@ -124,6 +132,7 @@ def evaluate(
 
     Args:
         profiles: those of `with_offload`.
+        parts: that a micro-batch is learned in; the profiles are of one.
     """
     used = [profiles[mode] for mode in modes]
     step: Step = step_of(used)
@@ -131,12 +140,16 @@ def evaluate(
     away = sum(sizes)
     ring = min(ROOMS * max(sizes, default=0), away)
     waiting = sum(profile.blocks[block].moved for block, profile in enumerate(used)) if offload else 0
+    seconds = _seconds(step, away, waiting, rates, weights, compiled=compiled)
+    if parts > 1:  # the optimizer steps once
+        once = rates.seconds(used[0].optimizer, compiled=compiled)
+        seconds = parts * (seconds - once) + once
     return Choice(
-        Settings(weights, tuple(modes), tuple(streamed), share, offload),
+        Settings(weights, tuple(modes), tuple(streamed), share, offload, parts),
         peak=max(step.peak, used[0].resident + beside.between_steps) + beside.always - away + ring,
         host=away,
         waiting=waiting,
-        seconds=_seconds(step, away, waiting, rates, weights, compiled=compiled),
+        seconds=seconds,
         work=step.work,
     )
 
@@ -159,6 +172,7 @@ def evaluate_settings(
         compiled=compiled,
         share=settings.stream,
         offload=settings.offload,
+        parts=settings.parts,
         beside=beside,
     )
 
@@ -233,6 +247,7 @@ def _streamed(
             compiled=compiled,
             share=percent / 100,
             offload=limits.offload,
+            parts=limits.parts,
             beside=limits.beside,
         )
 

@@ -67,7 +67,9 @@ def step_as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
         if isinstance(one, torch.optim.Adafactor):  # goes through them one by one everywhere
             continue
         for group in one.param_groups:
-            if group.get("foreach", False) is None and not (group.get("fused") or group.get("differentiable")):
+            if group.get("foreach", False) is None and not (
+                group.get("fused") or group.get("differentiable")
+            ):
                 group["foreach"] = True
 
 

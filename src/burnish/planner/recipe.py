@@ -19,15 +19,16 @@ Groups = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a step is given: pixels as (height, width), frames, pictures per micro-step."""
+    """What a step is given: pixels as (height, width), frames, pictures at once."""
 
     height: int
     width: int
     frames: int = 1
-    batch: int = 1
+    batch: int = 1  # of one of its parts
     references: int = 0  # pictures that the model is shown beside the caption
     masked: bool = False  # the first of them has a hole
     lesson: Lesson = PICTURES
+    parts: int = 1  # of a micro-batch, one after the other
 
 
 @dataclass(frozen=True, slots=True)
