@@ -125,6 +125,23 @@ def test_a_traced_step_takes_what_the_allocator_says(
     assert peak_of(traced) - traced.resident == pytest.approx(real, rel=tolerance)
 
 
+def optimizer_peak(made: Callable[..., torch.optim.Optimizer], *, cuda: bool = True, **told: bool) -> int:
+    kind = family_named("sd3")
+    known = kind.skeleton(1, of=kind.released(ModelSource("")))
+    recipe = Recipe(everything(known), Denoising(known.schedule), lambda groups: made(groups, lr=1e-4, **told))
+    return trace_step(lambda: known, Shape(64, 64), recipe, cuda=cuda).optimizer_peak
+
+
+def test_optimizers_that_are_not_told_how_step_as_torch_has_them_step_on_a_gpu() -> None:
+    radam, adafactor = torch.optim.RAdam, torch.optim.Adafactor
+    copies = optimizer_peak(radam, foreach=True)
+    assert optimizer_peak(radam) == copies > optimizer_peak(radam, foreach=False)
+    assert optimizer_peak(radam, cuda=False) < copies
+    assert optimizer_peak(adafactor) == optimizer_peak(adafactor, foreach=False)
+    assert optimizer_peak(adafactor) < optimizer_peak(adafactor, foreach=True)
+    assert optimizer_peak(torch.optim.AdamW, fused=True) < optimizer_peak(torch.optim.AdamW)
+
+
 KINDS: tuple[AdapterMethod, ...] = (
     Lora(dora=True),
     Loha(kind="loha"),

@@ -106,6 +106,8 @@ def test_the_plan_of_a_vae_keeps_what_fits(tiny_folder: TinyFolder, tmp_path: Pa
     assert one_by_one.choice.settings.parts == ROWS
     assert one_by_one.choice.peak < less.peak
     assert one_by_one.times[0].shape.batch == ROWS
+    pinned = config.memory.model_copy(update={"activations": "recompute"})
+    assert plan_run(config.model_copy(update={"memory": pinned}), card).choice.settings.parts == 1
 
 
 def test_a_run_is_settled_by_the_plan_and_can_step_down(tiny_folder: TinyFolder, tmp_path: Path) -> None:
