@@ -175,7 +175,8 @@ class _Planner:
         return (*vae, *(name for _, name in frozen_adapters(self.config)))
 
     def _timed(self, shape: Shape, best: Choice, texts: str) -> Timed:
-        part = in_parts(shape, best.settings.parts)
+        wanted = self.config.memory.batch_parts
+        part = in_parts(shape, best.settings.parts if wanted == "auto" else wanted)
         settings = replace(best.settings, parts=part.parts)
         profiles = {
             mode: self.traced.profile(part, settings.weights, mode, texts) for mode in set(settings.modes)
@@ -193,6 +194,9 @@ class _Planner:
             "A smaller number in data.resolutions, train.batch_size: 1, fewer frames; "
             "or leave more of the memory section to `auto`."
         )
+        if found.part.batch > 1 and self.config.memory.batch_parts != "auto":
+            # Also where it is that of the run's first start.
+            remedy = f"More parts: memory.batch_parts: {found.part.batch * found.part.parts}. " + remedy
         return nothing_fits(self.card, self.budget, most, found.part, remedy)
 
 

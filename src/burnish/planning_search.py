@@ -43,10 +43,6 @@ class Found:
     def best(self) -> Choice:
         return preferred(self.choices)
 
-    def is_faster_than(self, other: Found) -> bool:
-        """Not by a little: a small batch's kernels are slower than counted."""
-        return bool(self.choices) and self.best.seconds < other.best.seconds / AS_FAST
-
     @property
     def cheaper(self) -> tuple[Choice, ...]:
         """The fastest that takes 10 % less, and the fastest that takes 30 % less."""
@@ -55,6 +51,13 @@ class Found:
             next((one for one in self.choices if one.peak <= share * peak), None) for share in (0.9, 0.7)
         )
         return tuple(dict.fromkeys(one for one in wanted if one is not None))
+
+
+def fewest_parts(fitting: Sequence[Found]) -> Found:
+    """Of searches with more and more parts, the first about as fast as any: small batches' kernels are slower than
+    counted."""
+    fastest = min(one.best.seconds for one in fitting)
+    return next(one for one in fitting if one.best.seconds <= AS_FAST * fastest)
 
 
 class Search:
@@ -78,12 +81,12 @@ class Search:
 
         Text encoders that steps hold are made smaller where nothing fits otherwise.
         """
-        part = self._part(shapes)
         wanted = self.config.memory.text_encoder_weights
         tried = FORMATS_OF_TEXTS if wanted == "auto" else (wanted,)
         if not self.traced.in_step or trains_whole_text(self.config.method):
             tried = ("native",)
         for texts in tried:
+            part = self._part(shapes, texts)
             if texts != tried[-1] and not self._could_fit(part, texts):
                 continue
             found = self._fitting(part, texts)
@@ -117,32 +120,30 @@ class Search:
             return ()
         return tuple(dict.fromkeys([min(faster, key=lambda one: one.peak), faster[0]]))
 
-    def _part(self, shapes: Sequence[Shape]) -> Shape:
-        """Whole batches, or parts of them where those do not fit or take longer, told by a format as fast as any."""
+    def _part(self, shapes: Sequence[Shape], texts: str) -> Shape:
+        """Whole batches, or parts of them where those do not fit or take longer."""
         parts = [
             max((in_parts(one, count) for one in shapes), key=partial(weight_of, self.traced.of))
             for count in parts_of(self.config, shapes)
         ]
         if len(parts) == 1:
             return parts[0]
-        taken: Found | None = None
-        formats = (self._formats()[0][-1],)
-        for part in parts:
-            found = self._roughly(part, formats)
-            if taken is not None and not found.is_faster_than(taken):
-                break
-            if found.choices:
-                taken = found
-            if taken is not None and taken.best.settings.keeps_all:
-                break
-        return parts[-1] if taken is None else taken.part
+        for kept_as in dict.fromkeys((self._format(), "nf4" if self._may_change() else self._format())):
+            fitting: list[Found] = []
+            for part in parts:
+                found = self._roughly(part, kept_as, texts)
+                fitting += [found] if found.choices else []
+                if found.choices and found.best.settings.keeps_all:
+                    break
+            if fitting:
+                return fewest_parts(fitting).part
+        return parts[-1]
 
-    def _roughly(self, part: Shape, formats: tuple[str, ...]) -> Found:
+    def _roughly(self, part: Shape, kept_as: str, texts: str) -> Found:
         """With all kept and with nothing; settings between change little in it."""
-        texts = FORMATS_OF_TEXTS[0]
-        profiles = self._profiles(part, formats, self._tried()[0], texts)
+        profiles = self._profiles(part, (kept_as,), self._tried()[0], texts)
         for offload in self._offload():
-            limits = self._limits(formats, part, offload)
+            limits = self._limits((kept_as,), part, offload)
             found = Found(self._choices(profiles, limits), profiles, limits, part, texts)
             if found.choices:
                 break
@@ -150,20 +151,31 @@ class Search:
 
     def _could_fit(self, part: Shape, texts: str) -> bool:
         """Whether the least that a step takes fits, found by one trace: all weights elsewhere, nothing kept."""
-        formats = (self._formats()[-1 if self.rates.unified or self._stream == 0 else 0][-1],)
+        stays = self.rates.unified or self._stream == 0
+        formats = ("nf4" if stays and self._may_change() else self._format(),)
         tried = ("recompute",) if self._modes is None else self._tried()[0]
         limits = self._limits(formats, part, self._offload()[-1])
         profiles = self._profiles(part, formats, tried, texts)
         return smallest(profiles, self.rates, limits, compiled=self.compiled).peak <= self.budget
 
     def _fitting(self, part: Shape, texts: str) -> Found:
-        """All settings that fit, and what was tried last; slower ways only where those before them do not fit."""
-        for formats in self._formats():
-            for offload in self._offload():
-                found = self._in_formats(part, self._limits(formats, part, offload), texts)
-                if found.choices:
-                    break
-            if found.choices and (offload or not found.best.host):
+        """All settings that fit, and what was tried last.
+
+        Weights as they come take twice the room of 8 bits, so they are tried where those are not streamed already;
+        4 bits, which are slower, where they are, or where nothing fits.
+        """
+        first = self._format()
+        found = self._with_formats(part, (first,), texts)
+        last_resort = found.limits.offload and len(self._offload()) > 1
+        if not self._may_change() or (found.choices and last_resort):
+            return found
+        is_tight = not found.choices or (found.best.host > 0 and not found.limits.offload)
+        return self._with_formats(part, (first, "nf4") if is_tight else ("native", first), texts)
+
+    def _with_formats(self, part: Shape, formats: tuple[str, ...], texts: str) -> Found:
+        for offload in self._offload():
+            found = self._in_formats(part, self._limits(formats, part, offload), texts)
+            if found.choices:
                 break
         return found
 
@@ -195,15 +207,17 @@ class Search:
             beside=self.beside,
         )
 
-    def _formats(self) -> list[tuple[str, ...]]:
-        """What to try, and what to try besides where that streams or does not fit: 4 bits are slower."""
+    def _format(self) -> str:
+        """What to try first: as fast as any on most cards."""
         wanted = self.config.memory.weights
         if wanted != "auto":
-            return [(wanted,)]
+            return wanted
         if isinstance(self.config.method, Full):
-            return [("native",)]
-        first = ("native", "fp8" if self.rates.fp8 else "int8")
-        return [first, (*first, "nf4")]
+            return "native"
+        return "fp8" if self.rates.fp8 else "int8"
+
+    def _may_change(self) -> bool:
+        return self.config.memory.weights == "auto" and not isinstance(self.config.method, Full)
 
     def _tried(self) -> list[tuple[Mode, ...]]:
         """Settings to trace; those in the middle only where all cannot be kept."""

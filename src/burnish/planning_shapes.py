@@ -44,9 +44,11 @@ def parts_of(config: RunConfig, shapes: Sequence[Shape]) -> list[int]:
     Of these the last is one picture after the other.
     """
     wanted, whole = config.memory.batch_parts, max(shape.batch for shape in shapes)
+    if config.memory.gradient_release:
+        return [1]
     if wanted != "auto":
         return [wanted]
-    if config.memory.gradient_release or any(shape.lesson.teaches for shape in shapes):
+    if any(shape.lesson.teaches for shape in shapes):
         return [1]
     return [*(2**power for power in range(whole.bit_length()) if 2**power < whole), whole]
 

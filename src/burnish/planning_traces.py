@@ -125,6 +125,8 @@ class RunTraces:
         }
         if memory.steps_singly:
             facts["singly"] = [memory.gradient_release, memory.offload_optimizer]
+        if shape.parts > 1:
+            facts["parts"] = shape.parts
         if shape.references:
             facts["references"] = [shape.references, shape.masked]
         if shape.lesson != PICTURES:
@@ -151,7 +153,7 @@ class RunTraces:
             "method": method.model_dump(mode="json"),
             "optimizer": train.optimizer.model_dump(mode="json"),
             "recipe": [self.cuda, mode, accumulates, train.ema is not None, train.precision],
-            "shape": [shape.height, shape.width, shape.batch],
+            "shape": [shape.height, shape.width, shape.batch, shape.parts],
         }
 
         def trace() -> Profile:

@@ -11,7 +11,7 @@ from burnish.planner.choose import Limits, Profiles, choices, evaluate_settings,
 from burnish.planner.rates import Card
 from burnish.planner.recipe import Shape
 from burnish.planning_rows import nothing_fits, training_rows
-from burnish.planning_search import Found
+from burnish.planning_search import Found, fewest_parts
 from burnish.planning_shapes import in_parts, parts_of, pictures_of, tokens_of
 from burnish.planning_traces import RunTraces
 from burnish.run_plan import RunPlan, Timed, for_torch
@@ -35,21 +35,18 @@ def plan_vae(config: RunConfig, card: Card, budget: int | None, *, cuda: bool) -
     def profiles_of(shape: Shape) -> Profiles:
         return {"native": {mode: traced.vae_profile(shape, mode) for mode in modes}}
 
-    found = None
+    tried = []
     for parts in parts_of(config, whole):
         part = in_parts(whole[0], parts)
         # One block, and nothing of it can be elsewhere.
         limits = Limits(("native",), stream=0.0, parts=part.parts)
         profiles = profiles_of(part)
-        tried = Found(
-            choices(profiles, rates, room, limits, compiled=False), profiles, limits, part, "native"
-        )
-        if found is not None and found.choices and not tried.is_faster_than(found):
+        fitting = choices(profiles, rates, room, limits, compiled=False)
+        tried.append(Found(fitting, profiles, limits, part, "native"))
+        if fitting and tried[-1].best.settings.keeps_all:
             break
-        found = tried
-        if found.choices and found.best.settings.keeps_all:
-            break
-    assert found is not None, "there is always one part"
+    fits = [one for one in tried if one.choices]
+    found = fewest_parts(fits) if fits else tried[-1]
     if not found.choices:
         least = smallest(found.profiles, rates, found.limits, compiled=False)
         raise nothing_fits(

@@ -214,7 +214,8 @@ def saved_when_memory_runs_out(assembled: Assembled) -> Iterator[None]:
             f"step {run.step + 1} does not fit in memory on {run.device}; {state}",
             remedy="Most saved first: memory.activations: recompute; memory.stream: 1.0, weights in host memory; of "
             "whole models memory.offload_optimizer and memory.gradient_release; memory.batch_parts, as many as "
-            "train.batch_size; a smaller number in data.resolutions (memory grows with its square).",
+            "train.batch_size, or train.batch_size: 1 with train.accumulate to make up for it; a smaller number in "
+            "data.resolutions (memory grows with its square).",
         ) from error
 
 

@@ -58,7 +58,7 @@ def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: L
     Raises:
         UserError: nothing fits.
     """
-    memory = pinned(config.memory, folder)
+    memory = pinned(config.memory, folder, config.train.batch_size)
     if device.type != "cuda" and memory.budget == "auto":
         return Settled(with_memory(config, memory, UNPLANNED), None)
     events.phase("planning", 0, 0)
@@ -83,7 +83,7 @@ def settle(config: RunConfig, device: torch.device, folder: RunFolder, events: L
         f"weights {plan.choice.settings.weights}, {kept_in_words(plan.choice)}"
         f"; {plan.peak / GIB:.2f} GiB of {plan.budget / GIB:.2f}"
     )
-    remember(folder, settled.memory, plan)
+    remember(folder, settled, plan)
     return Settled(settled, plan)
 
 
@@ -113,18 +113,22 @@ def with_memory(config: RunConfig, memory: Memory, values: dict[str, Any]) -> Ru
     return config.model_copy(update={"memory": memory.model_copy(update=told)})
 
 
-def pinned(memory: Memory, folder: RunFolder) -> Memory:
+def pinned(memory: Memory, folder: RunFolder, batch_size: int) -> Memory:
     """The section as the run's first start settled it where numbers depend on it: formats, parts of a batch."""
     if not any(folder.checkpoints.glob("step-*")):
         return memory
     before = read_plan(folder)
-    names = ("weights", "text_encoder_weights", "batch_parts")
+    names: tuple[str, ...] = ("weights", "text_encoder_weights")
+    if before and not memory.gradient_release and before.get("batch_size", batch_size) == batch_size:
+        before, names = {"batch_parts": 1, **before}, (*names, "batch_parts")
     kept = {name: before[name] for name in names if name in before and getattr(memory, name) == "auto"}
     return memory.model_copy(update=kept)
 
 
-def remember(folder: RunFolder, memory: Memory, plan: RunPlan) -> None:
-    told = {name: getattr(memory, name) for name in UNPLANNED}
+def remember(folder: RunFolder, config: RunConfig, plan: RunPlan) -> None:
+    told = {name: getattr(config.memory, name) for name in UNPLANNED} | {
+        "batch_size": config.train.batch_size
+    }
     told |= {"predicted_bytes": plan.choice.peak, "predicted_seconds": plan.choice.seconds}
     atomic_write_text(folder.plan, json.dumps(told, indent=2))
 

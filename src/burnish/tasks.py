@@ -79,10 +79,11 @@ class Validate:
 
     def loss(self, run: Training) -> float:
         """Mean over held-out samples and times, each with noise that depends on the sample and time alone."""
-        losses = []
-        for batch in self.batches():
-            told = run.told(batch.to(run.device))
-            losses.append(run.objective.held_out(run.family, told, self.times, run.seed))
+        losses = [
+            run.objective.held_out(run.family, run.told(part), self.times, run.seed)
+            for batch in self.batches()
+            for part in batch.to(run.device).parts(run.batch_parts)  # no more rows at once than in a step
+        ]
         return float(torch.cat(losses).mean())
 
 

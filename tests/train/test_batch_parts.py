@@ -11,13 +11,14 @@ import pytest
 import torch
 from runs import last_checkpoint, picture_folder, run_config
 
-from burnish.config.schema import RunConfig
+from burnish.config.schema import Memory, RunConfig
 from burnish.data.batch import Batch
 from burnish.events import Listener, StepReport
 from burnish.families.flux import Flux
 from burnish.objective import Denoising
 from burnish.run import train_run
 from burnish.run_folder import RunFolder
+from burnish.settling import pinned
 
 TinyFolder = Callable[[str], Path]
 # Six pictures in batches of four: every second one is smaller. Steps by the gradient as it is show what differs in it.
@@ -81,15 +82,18 @@ def test_a_part_is_all_that_the_model_sees_at_once(
 ) -> None:
     predict, rows = Flux.predict, list[int]()
 
+    held_out: list[int] = []
+
     def watched(family: Flux, noisy: torch.Tensor, *told: Any) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            rows.append(len(noisy))
+        (rows if torch.is_grad_enabled() else held_out).append(len(noisy))
         return predict(family, noisy, *told)
 
     monkeypatch.setattr(Flux, "predict", watched)
-    more = {"train.steps": 2, "train.batch_size": 5, "train.accumulate": 1}
+    more = {"train.steps": 2, "train.batch_size": 3, "train.accumulate": 1}
+    more |= {"train.validation": {"every": 2, "pictures": 2, "times": [0.5]}}
     train_run(run_in(2, "adapters", tiny_folder("flux"), pictures, tmp_path, **more), progress=Listener())
-    assert rows in ([3, 2, 1], [1, 3, 2])  # of six pictures one is left over
+    assert rows in ([2, 1, 1], [1, 2, 1])  # four pictures: three, and one that is left over
+    assert set(held_out) == {1}
 
 
 def test_a_run_goes_on_in_the_parts_that_its_first_start_chose(
@@ -116,3 +120,24 @@ def test_a_run_goes_on_in_the_parts_that_its_first_start_chose(
     train_run(run_in("auto", "adapters", model, pictures, tmp_path, **more), progress=Listener())
     assert sorted(seen) == [1, 1, 2, 2]
     assert json.loads(file.read_text())["batch_parts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "section", "batch_size", "parts"),
+    [
+        ({"batch_parts": 2, "batch_size": 4}, Memory(), 4, 2),
+        ({"batch_parts": 2, "batch_size": 4}, Memory(), 8, "auto"),  # parts of another batch say nothing
+        ({"batch_parts": 2, "batch_size": 4}, Memory(batch_parts=3), 4, 3),
+        ({"batch_parts": 2, "batch_size": 4}, Memory(gradient_release=True), 4, "auto"),
+        ({"weights": "int8"}, Memory(), 4, 1),  # from before there were parts
+        ({}, Memory(), 4, "auto"),
+    ],
+)
+def test_parts_are_pinned_for_the_batch_that_they_are_of(
+    tmp_path: Path, kept: dict[str, Any], section: Memory, batch_size: int, parts: int | str
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    (folder.checkpoints / "step-00000001").mkdir(parents=True)
+    folder.plan.write_text(json.dumps(kept))
+    assert pinned(section, folder, batch_size).batch_parts == parts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from burnish.adapters.attached import AdapterSet
-from burnish.adapters.layer import ModuleChoice
+from burnish.adapters.layer import Dropout, ModuleChoice
 from burnish.adapters.lora import LoraLayer, LoraWeights
 from burnish.errors import AdapterError
 
@@ -287,3 +287,10 @@ def test_a_denoiser_without_weights_takes_adapters_for_planning() -> None:
         net = Net()
     adapter = attach(net, fill=False)
     assert all(parameter.device.type == "meta" for parameter in adapter.named_parameters().values())
+
+
+def test_inputs_without_tokens_pass() -> None:
+    """As of models that are shown a first frame, or none."""
+    layer = nn.Linear(8, 4)
+    adapted = LoraLayer(layer, LoraLayer.fresh(layer, ModuleChoice(2, 2), 0, "a"), Dropout())
+    assert adapted(torch.zeros(3, 0, 8)).shape == (3, 0, 4)

@@ -128,7 +128,9 @@ def test_a_traced_step_takes_what_the_allocator_says(
 def optimizer_peak(made: Callable[..., torch.optim.Optimizer], *, cuda: bool = True, **told: bool) -> int:
     kind = family_named("sd3")
     known = kind.skeleton(1, of=kind.released(ModelSource("")))
-    recipe = Recipe(everything(known), Denoising(known.schedule), lambda groups: made(groups, lr=1e-4, **told))
+    recipe = Recipe(
+        everything(known), Denoising(known.schedule), lambda groups: made(groups, lr=1e-4, **told)
+    )
     return trace_step(lambda: known, Shape(64, 64), recipe, cuda=cuda).optimizer_peak
 
 

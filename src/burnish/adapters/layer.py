@@ -107,7 +107,8 @@ class AdapterLayer(nn.Module):
         if not self._takes_rows or x.dim() <= 2 or not x.is_contiguous():
             return self._adapted(x)
         # Torch makes rows of tokens for each product, and tokens of its rows, forward and backward: once is enough.
-        return self._adapted(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        output = self._adapted(x.reshape(-1, x.shape[-1]))
+        return output.reshape(*x.shape[:-1], output.shape[-1])
 
     def _adapted(self, x: Tensor) -> Tensor:
         output: Tensor = self.base(x)

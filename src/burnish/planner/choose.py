@@ -135,21 +135,17 @@ def evaluate(
         parts: that a micro-batch is learned in; the profiles are of one.
     """
     used = [profiles[mode] for mode in modes]
-    step: Step = step_of(used)
+    step: Step = step_of(used, parts)
     sizes = [size for size, away in zip(used[0].weights, streamed, strict=True) if away]
     away = sum(sizes)
     ring = min(ROOMS * max(sizes, default=0), away)
     waiting = sum(profile.blocks[block].moved for block, profile in enumerate(used)) if offload else 0
-    seconds = _seconds(step, away, waiting, rates, weights, compiled=compiled)
-    if parts > 1:  # the optimizer steps once
-        once = rates.seconds(used[0].optimizer, compiled=compiled)
-        seconds = parts * (seconds - once) + once
     return Choice(
         Settings(weights, tuple(modes), tuple(streamed), share, offload, parts),
         peak=max(step.peak, used[0].resident + beside.between_steps) + beside.always - away + ring,
         host=away,
         waiting=waiting,
-        seconds=seconds,
+        seconds=_seconds(step, away, waiting, rates, weights, compiled=compiled),
         work=step.work,
     )
 

@@ -83,14 +83,17 @@ class Step:
     passes: int = 0
 
 
-def step_of(profiles: Sequence[Profile]) -> Step:
+def step_of(profiles: Sequence[Profile], parts: int = 1) -> Step:
     """The step in which block i is set as in `profiles[i]`; one profile per block, all of the same model and batch.
 
     Its fixed parts (before the first block, after the last) are those of the first profile.
+
+    Args:
+        parts: so many batches are learned one after the other, and the optimizer steps once.
     """
     base = profiles[0]
     level, peak = base.first_level, base.head_peak
-    work, forward, ahead = base.outside + base.optimizer, Work(), Work()
+    work, forward, ahead = base.outside, Work(), Work()
     costs = [profile.blocks[index] for index, profile in enumerate(profiles)]
     for cost in costs:
         peak = max(peak, level + cost.forward_peak)
@@ -106,7 +109,10 @@ def step_of(profiles: Sequence[Profile]) -> Step:
     peak = max(peak, level + base.rest_peak)
     level += base.rest_change
     peak = max(peak, level + base.optimizer_peak)
-    return Step(peak, work, forward, ahead, base.turns, base.passes)
+    whole = work.times(parts) + base.optimizer
+    return Step(
+        peak, whole, forward.times(parts), ahead.times(parts), base.turns * parts, base.passes * parts
+    )
 
 
 def offloaded(profile: Profile) -> Profile:

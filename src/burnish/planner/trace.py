@@ -64,10 +64,12 @@ def trace_step(skeleton: Callable[[], Family], shape: Shape, recipe: Recipe, *, 
             optimizer.keeper = StatesOnHost(host, lambda: None)
         touch_state(optimizer, parameters)
         batch = shape.lesson.taught(batch_without_data(noisy, conditioning, sound_of(family, shape)))
+        waiting = [_more_rows(one, shape.parts - 1) for one in _told(batch, recipe)]
     # The mode is off from here on: fake tensors bring their own, and what code makes out of nothing (positions, masks)
     # keeps its values, so that it can be read on the host as in a real step.
     with cuda_lowering() if cuda else nullcontext():
         counted = LiveBytes(fake, rounding=ROUNDING if cuda else 1, elsewhere=host.storages)
+        counted.follow(waiting)
         return _step(family, batch, recipe, objective, parameters, optimizer, counted)
 
 
@@ -128,10 +130,7 @@ def _step(
     frozen = _by_block(family, blocks, lambda one: 0 if one.requires_grad else _size(one))
     counted.follow([list(one.parameters()) + list(one.buffers()) for one in modules_of(family)])
     counted.follow([parameter.grad for parameter in parameters if parameter.grad is not None])
-    counted.follow([batch.latents_BCHW, batch.audio_BCLF, averages])
-    if recipe.caption is None:  # else what captions are encoded to is not there before
-        counted.follow(list(batch.conditioning.values()))
-    counted.follow([batch.counted, batch.kept, list((batch.unprompted or {}).values())])
+    counted.follow([_told(batch, recipe), averages])
     if isinstance(batch.contrast, Direction):
         counted.follow([list(one.values()) for one in (batch.contrast.positive, batch.contrast.negative)])
     counted.follow(list(optimizer.state.values()))
@@ -180,6 +179,19 @@ def _step(
             optimizer.zero_grad(set_to_none=True)
     singly = isinstance(optimizer, OneByOne) and not optimizer.together
     return replace(profile_of(counted, frozen, trained, turns, asked.skipped), singly=singly)
+
+
+def _told(batch: Batch, recipe: Recipe) -> list[Tensor]:
+    """What there is of a batch before the step; not what captions are encoded to in it."""
+    parts = [batch.latents_BCHW, batch.audio_BCLF, batch.counted, batch.kept]
+    parts += (batch.unprompted or {}).values()
+    parts += batch.conditioning.values() if recipe.caption is None else []
+    return [one for one in parts if one is not None]
+
+
+def _more_rows(tensor: Tensor, times: int) -> Tensor:
+    """Of the same batch, which wait for their turn."""
+    return tensor.new_empty(times * len(tensor), *tensor.shape[1:])
 
 
 def _said(family: Family, batch: Batch, caption: str) -> Batch:

@@ -64,10 +64,11 @@ def trace_vae_step(
                 one.grad = torch.zeros_like(one)
         ids = tuple(str(row) for row in range(shape.batch))
         pixels_B3HW = torch.empty(shape.batch, 3, shape.height, shape.width)
+        waiting = torch.empty((shape.parts - 1) * shape.batch, 3, shape.height, shape.width)
         batch = Batch(pixels_B3HW, Conditioning({}), torch.ones(shape.batch), ids, ids, 0)
     states = list(optimizer.state.values())
     counted = LiveBytes(fake, rounding=ROUNDING if cuda else 1)
-    counted.follow([[*vae.parameters(), *vae.buffers()], copies, states, pixels_B3HW])
+    counted.follow([[*vae.parameters(), *vae.buffers()], copies, states, pixels_B3HW, waiting])
     counted.follow([one.grad for one in parameters if one.grad is not None])
     kept = [*copies, *(one.grad for one in parameters), *tree_leaves(states)]
     trained = sum(one.nbytes for one in [*parameters, *kept] if isinstance(one, Tensor))
