@@ -126,8 +126,9 @@ def test_held_out_times_are_those_of_the_denoiser(
             judged.extend(t_B.tolist())
             return super().losses_at(family, batch, noise, t_B, *more, **named)
 
+    objective = Seen(family.schedule)
     run: Any = SimpleNamespace(
-        family=family, device="cpu", seed=0, objective=Seen(family.schedule), told=lambda one: one
+        family=family, device="cpu", seed=0, objective=objective, told=lambda one: one, batch_parts=1
     )
     validate = Validate(lambda: iter([batch]), (0.2, 0.9), 1, 0.0, Events())
     assert math.isfinite(validate.loss(run))
