@@ -27,6 +27,7 @@ def test_adamw_takes_the_steps_of_the_paper() -> None:
     value, gradients = np.array([1.0, -2.0]), [np.array([0.5, 3.0]), np.array([-1.0, 2.0])]
     parameter = with_gradient(value, gradients[0])
     optimizer = build_optimizer(section, [{"params": [parameter]}])
+    assert optimizer.defaults["fused"], "many small tensors are one call"
 
     first, second = np.zeros(2), np.zeros(2)
     for t, gradient in enumerate(gradients, start=1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,12 @@ from burnish.family import ModelSource
 from burnish.objective import Denoising
 from burnish.planner.choose import evaluate
 from burnish.planner.live_bytes import Work
+from burnish.planner.profile import Profile
 from burnish.planner.rates import GIB, Card, card_named
 from burnish.planner.recipe import Recipe, Shape
 from burnish.planner.trace import trace_step
 from burnish.planning import plan_run
+from burnish.planning_traces import RunTraces
 from burnish.run_plan import CONTEXT, FRAGMENTED, RunPlan
 
 TinyFolder = Callable[[str], Path]
@@ -168,6 +171,25 @@ def test_parts_are_tried_to_the_last_since_the_first_may_gain_too_little(
     for room in (1.0, 1.3, 1.7):
         card = within(int(room * max(smallest.choice.peak, others)))
         assert seconds("auto", card) <= 1.03 * min(seconds(parts, card) for parts in (1, 2, 4, 8))
+
+
+@pytest.mark.parametrize(("room", "formats"), [(1.0, {"native", "fp8"}), (0.1, {"fp8", "nf4"})])
+def test_formats_are_traced_where_they_can_gain(
+    tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float, formats: set[str]
+) -> None:
+    profile, seen = RunTraces.profile, set[str]()
+
+    def watched(traced: RunTraces, shape: Shape, kept_as: str, mode: str, texts: str = "native") -> Profile:
+        seen.add(kept_as)
+        return profile(traced, shape, kept_as, mode, texts)
+
+    monkeypatch.setattr(RunTraces, "profile", watched)
+    model = tiny_folder("flux")
+    peak = plan_of(model, tmp_path, train={"batch_size": 1}).choice.peak
+    seen.clear()
+    with suppress(UserError):
+        plan_of(model, tmp_path, within(int(room * peak)), weights="auto", train={"batch_size": 1})
+    assert seen == formats
 
 
 def test_the_optimizer_steps_once_and_all_else_as_often_as_there_are_parts() -> None:

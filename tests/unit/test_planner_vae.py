@@ -15,7 +15,7 @@ from test_planner_texts import run_of
 
 from burnish.conditioning import Conditioning
 from burnish.config.method import Vae
-from burnish.config.schema import RunConfig
+from burnish.config.schema import Memory, RunConfig
 from burnish.data.batch import Batch
 from burnish.errors import UserError
 from burnish.events import Listener
@@ -83,6 +83,10 @@ def test_a_step_of_a_vae_takes_what_a_real_one_does(
     assert step_of([traced]).peak - traced.resident == pytest.approx(taken, rel=0.01)
 
 
+def recomputing(config: RunConfig, **more: Any) -> Memory:
+    return config.memory.model_copy(update={"activations": "recompute", **more})
+
+
 def test_the_plan_of_a_vae_keeps_what_fits(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     config = vae_run(tiny_folder("sd15"), tmp_path, "bf16")
     card = card_named("4090")
@@ -106,8 +110,12 @@ def test_the_plan_of_a_vae_keeps_what_fits(tiny_folder: TinyFolder, tmp_path: Pa
     assert one_by_one.choice.settings.parts == ROWS
     assert one_by_one.choice.peak < less.peak
     assert one_by_one.times[0].shape.batch == ROWS
-    pinned = config.memory.model_copy(update={"activations": "recompute"})
-    assert plan_run(config.model_copy(update={"memory": pinned}), card).choice.settings.parts == 1
+    train = config.train.model_copy(update={"batch_size": 1, "accumulate": 2})
+    single = plan_run(config.model_copy(update={"train": train, "memory": recomputing(config)}), card)
+    in_parts = plan_run(config.model_copy(update={"memory": recomputing(config, batch_parts=ROWS)}), card)
+    assert in_parts.choice.peak - single.choice.peak == (ROWS - 1) * 3 * SIDE * SIDE * 4  # wait on the device
+    alone = plan_run(config.model_copy(update={"memory": recomputing(config)}), card)
+    assert alone.choice.settings.parts == 1
 
 
 def test_a_run_is_settled_by_the_plan_and_can_step_down(tiny_folder: TinyFolder, tmp_path: Path) -> None:
