@@ -128,7 +128,7 @@ class Search:
         ]
         if len(parts) == 1:
             return parts[0]
-        for kept_as in dict.fromkeys((self._format(), "nf4" if self._may_change() else self._format())):
+        for kept_as in (self._format(), "nf4") if self._may_change() else (self._format(),):
             fitting: list[Found] = []
             for part in parts:
                 found = self._roughly(part, kept_as, texts)

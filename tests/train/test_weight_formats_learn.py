@@ -19,7 +19,7 @@ from burnish.events import Listener
 from burnish.export.adapter_file import read_adapter
 from burnish.family import Family
 from burnish.memory import quantized
-from burnish.memory.formats import Int8
+from burnish.memory.formats import Int8, has_kernel
 from burnish.memory.quantized import QuantizedLinear
 from burnish.memory.shrinking import Shrink
 from burnish.model import choose_model
@@ -74,9 +74,10 @@ def test_the_demo_learns_in_8_bits_as_in_32(tmp_path: Path) -> None:
     """`tools/benchmarks/weight_formats.py` has the long curves, and what was learned."""
     native, other_seed = losses_of(tmp_path, 7, "native"), losses_of(tmp_path, 8, "native")
     spread = (native - other_seed).abs().mean()
-    for weights in ("fp8", "int8"):
+    # A step that rounds otherwise moves fp8's distance between 0.09 and 0.11, int8's between 0.01 and 0.02.
+    for weights, share in {"fp8": 0.15, "int8": 0.05}.items():
         found = losses_of(tmp_path, 7, weights)
-        assert 0 < (found - native).abs().mean() < 0.2 * spread
+        assert 0 < (found - native).abs().mean() < share * spread
         assert found[-4:].mean() < found[:4].mean()
 
 
@@ -122,6 +123,7 @@ def test_one_layer_at_a_time_is_there_as_it_was(tiny_flux: Path, monkeypatch: py
         most = max(most, sum(one() is not None for one in alive))
         return pack(self, weight)
 
+    has_kernel("int8", torch.device("cpu"))  # packs once to find out, and remembers
     monkeypatch.setattr(Int8, "pack", watched)
     model = choose_model(run_config(tiny_flux, tiny_flux, tiny_flux).model)
     family: Family = model.family.load(

@@ -15,7 +15,7 @@ from cublas_rules import watched
 from torch.profiler import ProfilerActivity, profile
 
 from burnish.adapters.attached import AdapterSet
-from burnish.adapters.layer import ModuleChoice, adaptable_modules
+from burnish.adapters.layer import AdapterLayer, ModuleChoice, adaptable_modules
 from burnish.conditioning import Conditioning
 from burnish.config.method import AdapterMethod, Loha, Lokr, Lora, Oft
 from burnish.data.batch import Batch
@@ -173,21 +173,21 @@ def peak_of(profile: Profile) -> int:
 
 # Peaks of one LoRA step, rank 16 on every linear layer of the blocks, 1024 pixels, batch 1, AdamW, in GiB as
 # torch.cuda.max_memory_allocated had them on an H200 (torch 2.11, flash attention, nothing compiled). Captions of
-# Z-Image had 256 tokens. Adapters were given tokens there; since they take rows, FLUX is planned at 0.08 GiB less.
+# Z-Image had 256 tokens. Adapters took tokens there as they came, not rows of them, which is 0.08 GiB less of FLUX.
 LARGE = "stabilityai/stable-diffusion-3.5-large"
 MEASURED = [
-    ("flux", None, 1024, "recompute", None, 25.48, 0.006),
-    ("flux", None, 1024, "keep-attention", None, 26.99, 0.006),
+    ("flux", None, 1024, "recompute", None, 25.48, 0.005),
+    ("flux", None, 1024, "keep-attention", None, 26.99, 0.005),
     ("flux", None, 1024, "keep-matmul", None, 51.77, 0.005),
-    ("flux", None, 1024, {"recompute": 28, "keep": 29}, None, 39.16, 0.013),
-    ("flux", None, 1024, "keep", None, 53.88, 0.008),
+    ("flux", None, 1024, {"recompute": 28, "keep": 29}, None, 39.16, 0.012),
+    ("flux", None, 1024, "keep", None, 53.88, 0.007),
     ("flux", None, 512, "keep", None, 33.54, 0.009),
     ("flux", None, 1024, "recompute", "int8", 14.64, 0.012),
     ("sdxl", None, 1024, "recompute", None, 6.10, 0.028),
     ("sdxl", None, 1024, "keep", None, 11.95, 0.02),
     ("z_image", None, 1024, "recompute", None, 14.60, 0.012),
     ("z_image", None, 1024, "keep", None, 51.21, 0.01),
-    ("sd3", LARGE, 1024, "keep", None, 37.71, 0.026),
+    ("sd3", LARGE, 1024, "keep", None, 37.71, 0.025),
 ]
 
 
@@ -222,6 +222,7 @@ def short_captions(shape: Shape) -> Conditioning:
 @pytest.mark.parametrize(("name", "path", "size", "mode", "kept_as", "gib", "tolerance"), MEASURED)
 def test_the_plan_foresees_what_a_card_measured(
     measures: dict[str, Measure],
+    monkeypatch: pytest.MonkeyPatch,
     name: str,
     path: str | None,
     size: int,
@@ -231,6 +232,7 @@ def test_the_plan_foresees_what_a_card_measured(
     tolerance: float,
 ) -> None:
     measure = measures[name]
+    monkeypatch.setattr(AdapterLayer, "forward", AdapterLayer._adapted)  # the step that was measured
 
     def profile(uniform: Mode) -> Profile:
         objective = Denoising(measure.skeleton(1).schedule)
